@@ -1,0 +1,59 @@
+// The Python module pyqkern._C: addresses and sizes in, nothing out. Python has checked them; here the GIL is released
+// and the operation called. Knows no torch, so one build serves every version of it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "api.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace pyqkern;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T> T* at(Address a) { return reinterpret_cast<T*>(a); }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < kBuiltCount; ++i)
+    if (supported(*kBuilt[i])) names.emplace_back(kBuilt[i]->name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of pyqkern. Addresses and sizes, unchecked: use the functions of pyqkern.";
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+
+  m.def("isas", &isas, "The ISAs that this CPU runs, best first.");
+  m.def("isa", [] { return std::string(kernels().name); }, "The ISA in use.");
+  m.def("set_isa", [](const std::string& name) { return std::string(set_isa(name.c_str())); },
+        "Switches the ISA, returns the previous one.", py::arg("name"));
+  m.def("threads", &threads, "Threads that the next call may use.");
+  m.def("openmp", [] { return std::string(openmp_path()); }, "Path of the OpenMP runtime in use, or an empty string.");
+
+  m.def("min_max", [](Address x, int dtype, size_t outer, size_t channels, size_t inner, Address lo, Address hi) {
+    min_max(at<void>(x), dtype, outer, channels, inner, at<float>(lo), at<float>(hi));
+  }, nogil);
+  m.def("quantize", [](Address x, int dtype, Address scale, Address zero_point, size_t outer, size_t channels,
+                       size_t inner, bool per_tensor, Address q, int qtype) {
+    quantize(at<void>(x), dtype, outer, {channels, inner, at<float>(scale), at<int32_t>(zero_point), per_tensor}, at<uint8_t>(q), qtype);
+  }, nogil);
+  m.def("dequantize", [](Address q, int qtype, Address scale, Address zero_point, size_t outer, size_t channels,
+                         size_t inner, Address y, int dtype) {
+    dequantize(at<uint8_t>(q), qtype, outer, {channels, inner, at<float>(scale), at<int32_t>(zero_point), false}, at<void>(y), dtype);
+  }, nogil);
+  m.def("pack_int8", [](Address w, size_t N, size_t K, Address packed) { int8_pack(at<int8_t>(w), N, K, at<int8_t>(packed)); }, nogil);
+  m.def("unpack_int8", [](Address packed, size_t N, size_t K, Address w) { int8_unpack(at<int8_t>(packed), N, K, at<int8_t>(w)); }, nogil);
+  m.def("int8_matmul", [](Address a, bool is_unsigned, Address w, size_t M, size_t N, size_t K, Address y) {
+    int8_matmul(at<uint8_t>(a), is_unsigned, at<int8_t>(w), M, N, K, at<int32_t>(y));
+  }, nogil);
+  m.def("int8_linear", [](Address x, int dtype, Address packed, Address w_scale, Address bias, int bias_dtype, size_t M,
+                          size_t N, size_t K, Address y, int activation, bool symmetric) {
+    int8_linear(at<void>(x), dtype, at<int8_t>(packed), at<float>(w_scale), at<void>(bias), bias_dtype, M, N, K, at<void>(y),
+                activation, symmetric);
+  }, nogil);
+}

@@ -1,0 +1,105 @@
+// The INT8 product and linear on whole tensors: who quantizes which rows, who computes which columns.
+#include <algorithm>
+
+#include "api.h"
+#include "parallel.h"
+
+namespace pyqkern {
+namespace {
+
+constexpr size_t kSerialOps = 1 << 21;       // multiply-adds: below this a second thread costs more than it brings
+constexpr size_t kBlockBytes = 192 << 10;    // quantized rows that stay in L2 beside a strip of the weight
+constexpr size_t kStripPanels = 12;          // columns of a piece: a multiple of every tile width
+
+QRows rows_at(const QRows& r, size_t m, size_t row_bytes) {
+  return {static_cast<char*>(r.q) + m * row_bytes, r.scale + m, r.zero + m};
+}
+
+// Room for `rows` quantized rows, kept by this thread.
+QRows row_buffer(size_t rows, size_t row_bytes) {
+  char* scales = static_cast<char*>(scratch(kRowScales, rows * 8));
+  return {scratch(kRows, rows * row_bytes), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(scales + rows * 4)};
+}
+
+// fill(m, rows, out) quantizes rows [m, m + rows) into out; the product and the tail follow.
+template <class Fill>
+void product(size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tail, const Fill& fill) {
+  if (M == 0 || N == 0) return;
+  const Kernels& k = kernels();
+  const size_t row_bytes = 4 * quads(K) * k.row_element_bytes, all = panels(N);
+  auto columns = [&](const QRows& q, const Tail& t, size_t rows_from, size_t rows, size_t begin, size_t end) {
+    auto f = rows <= k.gemv_rows ? k.int8_gemv : k.int8_gemm;
+    f(q, rows_from, rows, K, packed + begin * panel_bytes(K), begin, end, t);
+  };
+  // Rows [m, m + rows), by one thread, in a buffer of its own.
+  auto block = [&](size_t m, size_t rows) {
+    const QRows q = row_buffer(rows, row_bytes);
+    fill(m, rows, q);
+    Tail t = tail;
+    t.y = static_cast<char*>(tail.y) + m * N * (tail.w_scale ? dtype_size(tail.dtype) : sizeof(int32_t));
+    columns(q, t, 0, rows, 0, all);
+  };
+
+  const int count = M * N * K <= kSerialOps ? 1 : threads();
+  const size_t most = std::max<size_t>(48, kBlockBytes / std::max<size_t>(1, row_bytes));
+  size_t blocks = (M + most - 1) / most;
+  if (count == 1 || blocks >= 2 * static_cast<size_t>(count)) {
+    blocks = count == 1 ? blocks : (blocks + count - 1) / count * count;
+    parallel_for(blocks, count, [&](size_t i) { block(M * i / blocks, M * (i + 1) / blocks - M * i / blocks); });
+    return;
+  }
+  // Too few blocks for the threads: they quantize all rows together, then share the columns (and the rows, if many).
+  const QRows q = row_buffer(M, row_bytes);
+  const size_t groups = (M + 15) / 16;
+  parallel_for(groups, count, [&](size_t i) {
+    const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
+    fill(m, rows, rows_at(q, m, row_bytes));
+  });
+  const size_t strips = (all + kStripPanels - 1) / kStripPanels;
+  const size_t pieces = std::min(all, std::max<size_t>(strips, 4 * count / blocks));
+  parallel_for(blocks * pieces, count, [&](size_t i) {
+    const size_t b = i / pieces, p = i % pieces, m = M * b / blocks;
+    columns(q, tail, m, M * (b + 1) / blocks - m, all * p / pieces, all * (p + 1) / pieces);
+  });
+}
+
+const float* widen(const void* bias, int dtype, size_t N) {
+  if (!bias || dtype == kFloat32) return static_cast<const float*>(bias);
+  float* out = static_cast<float*>(scratch(kBias, N * sizeof(float)));
+  kernels().widen(bias, dtype, N, out);
+  return out;
+}
+
+}  // namespace
+
+void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed) {
+  const Kernels& k = kernels();
+  parallel_for(panels(N), N * K <= kSerialOps ? 1 : threads(),
+               [&](size_t p) { k.int8_pack(w, N, K, p, packed + p * panel_bytes(K)); });
+}
+
+void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w) {
+  parallel_for(N, N * K <= kSerialOps ? 1 : threads(), [&](size_t n) {
+    const int8_t* column = packed + n / kPanel * panel_bytes(K) + n % kPanel * 4;
+    for (size_t k = 0; k < K; ++k) w[n * K + k] = column[k / 4 * kLine + k % 4];
+  });
+}
+
+void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, size_t N, size_t K, int32_t* y) {
+  const Kernels& k = kernels();
+  int8_t* packed = static_cast<int8_t*>(scratch(kPacked, panels(N) * panel_bytes(K)));
+  int8_pack(w, N, K, packed);
+  product(M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N},
+          [&](size_t m, size_t rows, const QRows& q) { k.int8_load_rows(a + m * K, is_unsigned, rows, K, q); });
+}
+
+void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_scale, const void* bias, int bias_dtype,
+                 size_t M, size_t N, size_t K, void* y, int activation, bool symmetric) {
+  const Kernels& k = kernels();
+  product(M, N, K, packed, Tail{w_scale, widen(bias, bias_dtype, N), activation, dtype, y, N},
+          [&](size_t m, size_t rows, const QRows& q) {
+            k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, rows, K, symmetric, q);
+          });
+}
+
+}  // namespace pyqkern

@@ -1,0 +1,300 @@
+// INT8 linear: rows of activations quantized on the fly, an exact integer product, one float tail.
+//
+//   per row   lo = min(0, min x), hi = max(0, max x)
+//             asymmetric: scale = (hi - lo) / 255, zero = clamp(-rint(lo / scale), 0, 255), code in [0, 255]
+//             symmetric:  scale = max(-lo, hi) / 127, zero = 128, code in [1, 255]
+//             q = clamp(rint(x * (1/scale) + zero));   a row of zeros has scale 1; NaN or inf in it makes scale NaN
+//   sum       S[m][n] = sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k], exact while it fits an int32: K <= 66311
+//   tail      y = activation((scale[m] * w_scale[n]) * float(S) + bias[n]), each operation rounded, then rounded to y's type
+//
+// The product keeps a tile of MR rows by NV vectors of columns in registers over all of K. No blocking over K: up to
+// K = 3072 a strip of NV vectors stays in L2, and beyond that it is still read once for the 100 rows or more of a block.
+#pragma once
+
+#include "affine.inl"
+#include "math.inl"
+
+namespace pyqkern {
+namespace PYQKERN_ISA {
+
+// ---- quantized rows
+
+struct RowScale { float scale; int32_t zero; };
+
+INLINE RowScale row_scale(float least, float greatest, bool symmetric) {
+  float lo = least < 0 ? least : 0.0f, hi = greatest > 0 ? greatest : 0.0f;
+  if (least != least || greatest != greatest) return {__builtin_nanf(""), symmetric ? 128 : 0};
+  float levels = symmetric ? 127.0f : 255.0f;
+  float extent = symmetric ? (-lo > hi ? -lo : hi) : hi - lo;
+  float scale = extent / levels;
+  if (extent > 3.4028234663852886e38f) scale = hi / levels - lo / levels;
+  if (scale < 1.1754943508222875e-38f) scale = extent == 0 ? 1.0f : 1.1754943508222875e-38f;
+  if (symmetric) return {scale, 128};
+  float zero = __builtin_rintf(-lo / scale);
+  return {scale, zero > 255 ? 255 : (int32_t)zero};
+}
+
+// Rounding can carry a code one past its range, x * (1/scale) + zero having three roundings: both ways saturate.
+INLINE void store_row(uint8_t* q, i32 a, i32 b, i32 c, i32 d, i32) {
+  bytes_t codes = narrow(a, b, c, d);
+  memcpy(q, &codes, sizeof codes);
+}
+INLINE void store_row(int16_t* q, i32 a, i32 b, i32 c, i32 d, i32 zero) {
+  const i32 v[4] = {a, b, c, d};
+  for (int j = 0; j < 4; ++j) store_shorts(q + j * LANES, max(min(v[j], set1(255)), i32{}) - zero);
+}
+
+// Codes of one row, filled up to a multiple of four (the weight is zero there, so any code does).
+template <class T> INLINE void quantize_row(const T* x, size_t K, RowScale s, ROW_T* q) {
+  const size_t block = 4 * LANES;
+  const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero);
+  auto code = [&](const T* p) { return round(load(p) * inv_scale + zero); };
+  auto codes = [&](const T* p, ROW_T* out) {
+    store_row(out, code(p), code(p + LANES), code(p + 2 * LANES), code(p + 3 * LANES), set1(s.zero));
+  };
+  size_t k = 0;
+  for (; k + block <= K; k += block) codes(x + k, q + k);
+  if (k < K) {
+    T rest[block] = {};
+    ROW_T last[block];
+    memcpy(rest, x + k, (K - k) * sizeof(T));
+    codes(rest, last);
+    memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
+  }
+}
+
+template <class T> static void quantize_rows_of(const T* x, size_t rows, size_t K, bool symmetric, const QRows& out) {
+  float least, greatest;
+  range_of(x, K, &least, &greatest);
+  for (size_t m = 0; m < rows; ++m, x += K) {
+    const RowScale s = row_scale(least, greatest, symmetric);
+    if (m + 1 < rows) range_of(x + K, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
+    ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
+    if (s.scale == s.scale) quantize_row(x, K, s, q);
+    else memset(q, 0, 4 * quads(K) * sizeof(ROW_T));  // any codes: NaN times their sum is NaN
+    out.scale[m] = s.scale;
+    out.zero[m] = s.zero;
+  }
+}
+
+static void int8_quantize_rows(const void* x, int dtype, size_t rows, size_t K, bool symmetric, const QRows& out) {
+  if (dtype == kFloat32) quantize_rows_of((const float*)x, rows, K, symmetric, out);
+  else if (dtype == kBFloat16) quantize_rows_of((const bf16*)x, rows, K, symmetric, out);
+  else quantize_rows_of((const fp16*)x, rows, K, symmetric, out);
+}
+
+static void int8_load_rows(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows& out) {
+  const int32_t zero = is_unsigned ? 0 : 128;
+  for (size_t m = 0; m < rows; ++m, a += K) {
+    ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
+    for (size_t k = 0; k < K; ++k) q[k] = (ROW_T)(uint8_t(a[k] ^ zero) - (CENTERED ? zero : 0));
+    for (size_t k = K; k < 4 * quads(K); ++k) q[k] = 0;
+    out.zero[m] = zero;
+  }
+}
+
+// ---- packed weights
+
+static void int8_pack(const int8_t* w, size_t N, size_t K, size_t panel, int8_t* packed) {
+  const size_t n0 = panel * kPanel, count = N - n0 < kPanel ? N - n0 : kPanel;
+  int32_t column_sum[kPanel] = {};
+  if (count < kPanel || K % 4) memset(packed, 0, quads(K) * kLine);
+  for (size_t n = 0; n < count; ++n) {
+    const int8_t* row = w + (n0 + n) * K;
+    int8_t* out = packed + 4 * n;
+    int32_t sum = 0;
+    for (size_t k = 0; k < K; ++k) sum += row[k];
+    for (size_t k = 0; k + 4 <= K; k += 4) memcpy(out + k * kPanel, row + k, 4);
+    if (K % 4) memcpy(out + (K - K % 4) * kPanel, row + K - K % 4, K % 4);
+    column_sum[n] = sum;
+  }
+  memcpy(packed + quads(K) * kLine, column_sum, sizeof column_sum);
+}
+
+// ---- the tail
+
+constexpr size_t VECTORS = kPanel / COLS;  // vectors of columns in a panel
+// Tile: MR rows by NV vectors of columns; NV covers whole panels, or a part of one. 24 accumulators of 32 registers, 12 of 16.
+#if defined(__AVX512F__)
+constexpr int MR = 8, NV = 3;
+#elif defined(__AVX2__)
+constexpr int MR = 6, NV = 2;
+#else
+constexpr int MR = 4, NV = 2;
+#endif
+static_assert((VECTORS == 1 ? SUMS == 1 : VECTORS % NV == 0 && NV % SUMS == 0), "tile");
+
+
+// Applies the tail to `rows` rows of V vectors of columns, the last of them `part` wide: sum_at(r, v) are the sums.
+// What belongs to the columns is loaded once; `column_sums` points at those of the first column, `stride` apart by panel.
+template <class T, int ACTIVATION, int V, class SumAt>
+INLINE void apply_tail(SumAt sum_at, size_t rows, size_t part, const int8_t* column_sums, size_t stride, const QRows& a,
+                       size_t m, size_t n0, const Tail& t) {
+  for (int v = 0; v < V; ++v) {
+    const size_t n = n0 + v * LANES;
+    const bool whole = v < V - 1 || part == LANES;
+    const f32 w = whole ? load(t.w_scale + n) : load_part(t.w_scale + n, part);
+    const f32 b = !t.bias ? f32{} : whole ? load(t.bias + n) : load_part(t.bias + n, part);
+    const i32 k = load((const int32_t*)(column_sums + v * LANES / kPanel * stride) + v * LANES % kPanel);
+    T* y = (T*)t.y + m * t.N + n;
+#pragma GCC unroll 8
+    for (size_t r = 0; r < rows; ++r, y += t.N) {
+      i32 s = sum_at(r, v);
+      if (!CENTERED) s -= set1(a.zero[m + r]) * k;
+      const f32 value = activate<ACTIVATION>((set1(a.scale[m + r]) * w) * to_float(s) + b);
+      if (whole) store(y, value); else store_part(y, value, part);
+    }
+  }
+}
+
+// The same from memory: rows [m, m + rows) of columns [n0, n0 + n), which are those of one tile.
+template <class T, int ACTIVATION>
+static void tail_tile(const int32_t* sum, size_t ld_sum, const int8_t* column_sums, size_t stride, const QRows& a, size_t m,
+                      size_t rows, size_t n0, size_t n, const Tail& t) {
+  for (size_t j = 0; j < n; j += LANES)
+    apply_tail<T, ACTIVATION, 1>([&](size_t r, int) { return load(sum + r * ld_sum + j); }, rows,
+                                 n - j < LANES ? n - j : LANES, column_sums + j / kPanel * stride + j % kPanel * 4, stride,
+                                 a, m, n0 + j, t);
+}
+
+// The same for exact sums: nothing but the zero point.
+static void tail_sums(const int32_t* sum, size_t ld_sum, const int8_t* column_sums, size_t stride, const QRows& a, size_t m,
+                      size_t rows, size_t n0, size_t n, const Tail& t) {
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t j = 0; j < n; ++j) {
+      const int32_t* column_sum = (const int32_t*)(column_sums + j / kPanel * stride) + j % kPanel;
+      const uint32_t off = CENTERED ? 0 : (uint32_t)a.zero[m + r] * (uint32_t)*column_sum;
+      ((int32_t*)t.y)[(m + r) * t.N + n0 + j] = (int32_t)((uint32_t)sum[r * ld_sum + j] - off);
+    }
+}
+
+typedef void (*TailFunction)(const int32_t*, size_t, const int8_t*, size_t, const QRows&, size_t, size_t, size_t, size_t, const Tail&);
+
+template <class T> INLINE TailFunction tail_of(int activation) {
+  return activation == kNone   ? tail_tile<T, kNone>
+         : activation == kRelu ? tail_tile<T, kRelu>
+         : activation == kGelu ? tail_tile<T, kGelu>
+                               : tail_tile<T, kGeluTanh>;
+}
+
+static TailFunction tail_of(const Tail& t) {
+  if (!t.w_scale) return tail_sums;
+  return t.dtype == kFloat32 ? tail_of<float>(t.activation) : t.dtype == kBFloat16 ? tail_of<bf16>(t.activation) : tail_of<fp16>(t.activation);
+}
+
+// ---- the product
+
+// Where vector v of the packed weight starts, counted from the panel that `packed` points at.
+INLINE const int8_t* vector_at(const int8_t* packed, size_t K, size_t v) {
+  return packed + v / VECTORS * panel_bytes(K) + v % VECTORS * COLS * 4;
+}
+
+// c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k.
+template <int R, int V>
+INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const int8_t* __restrict b, size_t stride, size_t Q) {
+  for (size_t q = 0; q < Q; ++q, a += 4, b += kLine) {
+    b_t bv[V];
+    for (int v = 0; v < V; ++v) bv[v] = load_b(b + v * stride);
+    for (int r = 0; r < R; ++r) {
+      a_t av = load_a(a + r * lda);
+      for (int v = 0; v < V; ++v) c[r][v] = dot(c[r][v], av, bv[v]);
+    }
+  }
+}
+
+// The tail of a tile: straight from the registers in the common case, else through memory, lest every case be compiled
+// for every tile.
+template <int R, int V>
+INLINE void finish(acc_t (&c)[R][V], const int8_t* column_sums, size_t stride, const QRows& a, size_t m, size_t n0, const Tail& t,
+                   TailFunction tail) {
+  constexpr int COLUMNS = V * COLS;
+  const size_t n = t.N - n0 < COLUMNS ? t.N - n0 : COLUMNS;
+  auto sum_at = [&](size_t r, int v) { return sums(&c[r][v * SUMS]); };
+  if (tail == tail_tile<float, kNone> && n == COLUMNS)
+    return apply_tail<float, kNone, V / SUMS>(sum_at, R, LANES, column_sums, stride, a, m, n0, t);
+  alignas(64) int32_t sum[R][COLUMNS];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V / SUMS; ++v) store(sum[r] + v * LANES, sum_at(r, v));
+  tail(sum[0], COLUMNS, column_sums, stride, a, m, R, n0, n, t);
+}
+
+template <int R, int V>
+static void tile_and_tail(const QRows& a, size_t m, size_t K, const int8_t* packed, size_t v0, size_t n0, const Tail& t, TailFunction tail) {
+  const size_t Q = quads(K), stride = panel_bytes(K);
+  const int8_t* b = vector_at(packed, K, v0);
+  acc_t c[R][V] = {};
+  tile<R, V>(c, (const ROW_T*)a.q + m * 4 * Q, 4 * Q, b, VECTORS == 1 ? stride : COLS * 4, Q);
+  finish<R, V>(c, b + Q * kLine, stride, a, m, n0, t, tail);  // behind its last quad, a panel has the sums of its columns
+}
+
+template <int V, int R = MR>
+static void tile_rows(size_t rows, const QRows& a, size_t m, size_t K, const int8_t* packed, size_t v0, size_t n0, const Tail& t, TailFunction tail) {
+  if constexpr (R > 1)
+    if (rows < R) return tile_rows<V, R - 1>(rows, a, m, K, packed, v0, n0, t, tail);
+  tile_and_tail<R, V>(a, m, K, packed, v0, n0, t, tail);
+}
+
+static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end, const Tail& t) {
+  const size_t stop = end * kPanel < t.N ? end * kPanel : t.N;
+  const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
+  const size_t tiles = (rows + MR - 1) / MR;
+  const TailFunction tail = tail_of(t);
+  for (size_t v = 0; v < vectors; v += NV) {
+    const size_t n0 = begin * kPanel + v * COLS, width = vectors - v < NV ? vectors - v : NV;
+    for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
+      height = rows / tiles + (i < rows % tiles);  // differing by one at most: a tile of one row wastes the machine
+      if (VECTORS > 1 || width == NV) tile_rows<NV>(height, a, m, K, packed, v, n0, t, tail);
+      else if (NV > 2 && width == 2) tile_rows<2>(height, a, m, K, packed, v, n0, t, tail);
+      else tile_rows<1>(height, a, m, K, packed, v, n0, t, tail);
+    }
+  }
+}
+
+// ---- few rows: the weight comes from memory, and one pass over it is what counts
+
+constexpr size_t GEMV_ROWS = 4;
+constexpr size_t PREFETCH = 2048;  // bytes ahead
+
+// One panel. U quads at a time with sums of their own, so that the latency of dot is hidden.
+template <int R>
+static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed, size_t n0, const Tail& t, TailFunction tail) {
+  constexpr int V = VECTORS < 2 ? VECTORS : 2;
+  constexpr int U = R * V * 4 <= (LANES == 16 ? 16 : 8) ? 4 : R * V * 2 <= 8 ? 2 : 1;
+  const size_t Q = quads(K), lda = 4 * Q;
+  for (size_t v0 = 0; v0 < VECTORS; v0 += V) {
+    const ROW_T* row = (const ROW_T*)a.q + m0 * lda;
+    const int8_t* b = packed + v0 * COLS * 4;
+    acc_t c[U][R][V] = {};
+    size_t q = 0;
+    for (; q + U <= Q; q += U, row += 4 * U, b += U * kLine)
+      for (int u = 0; u < U; ++u) {
+        __builtin_prefetch(b + PREFETCH + u * kLine);
+        for (int v = 0; v < V; ++v) {
+          b_t bv = load_b(b + u * kLine + v * COLS * 4);
+          for (int r = 0; r < R; ++r) c[u][r][v] = dot(c[u][r][v], load_a(row + r * lda + 4 * u), bv);
+        }
+      }
+    for (; q < Q; ++q, row += 4, b += kLine)
+      for (int v = 0; v < V; ++v)
+        for (int r = 0; r < R; ++r) c[0][r][v] = dot(c[0][r][v], load_a(row + r * lda), load_b(b + v * COLS * 4));
+    for (int u = 1; u < U; ++u)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) c[0][r][v] += c[u][r][v];
+    finish<R, V>(c[0], packed + v0 * COLS * 4 + Q * kLine, 0, a, m0, n0 + v0 * COLS, t, tail);
+    if (n0 + (v0 + V) * COLS >= t.N) break;
+  }
+}
+
+static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end, const Tail& t) {
+  const TailFunction tail = tail_of(t);
+  for (size_t panel = begin; panel < end; ++panel, packed += panel_bytes(K)) {
+    const size_t n0 = panel * kPanel;
+    if (rows == 1) gemv_panel<1>(a, m0, K, packed, n0, t, tail);
+    else if (rows == 2) gemv_panel<2>(a, m0, K, packed, n0, t, tail);
+    else if (rows == 3) gemv_panel<3>(a, m0, K, packed, n0, t, tail);
+    else gemv_panel<4>(a, m0, K, packed, n0, t, tail);
+  }
+}
+
+}  // namespace PYQKERN_ISA
+}  // namespace pyqkern

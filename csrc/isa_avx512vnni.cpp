@@ -1,0 +1,2 @@
+#define PYQKERN_ISA avx512vnni
+#include "table.inl"

@@ -1,0 +1,116 @@
+// What every ISA provides: one table of serial kernels, the same text (*.inl) compiled once per ISA.
+//
+// A kernel works on a piece of the problem and starts no threads; affine.cpp and int8.cpp cut the problem into pieces.
+// All kernels give the same bits on every ISA: integer sums are exact, and the float operations are one written-down
+// sequence, in which an fma stands only where the text says fma (the build passes -ffp-contract=off).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pyqkern {
+
+// Element types of the float side; the values are part of the binding's interface.
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Element types of the quantized side: the range [qmin, qmax], stored one value to a byte.
+enum Qtype : int { kInt8 = 0, kUInt8 = 1, kInt4 = 2, kUInt4 = 3 };
+
+// Activations that the linear's tail can apply.
+enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+
+inline size_t dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+inline int qmin(int qtype) { return qtype == kInt8 ? -128 : qtype == kInt4 ? -8 : 0; }
+inline int qmax(int qtype) { return qtype == kInt8 ? 127 : qtype == kUInt8 ? 255 : qtype == kInt4 ? 7 : 15; }
+
+// A tensor seen as [outer, channels, inner] in row-major order; channel c has scale[c] and zero_point[c].
+// Per token and per group are outer = 1. Per tensor is channels = 1, and rounds once less (see Kernels::quantize).
+struct Channels {
+  size_t channels, inner;
+  const float* scale;         // [channels]
+  const int32_t* zero_point;  // [channels], or nullptr: all zero
+  bool per_tensor;
+};
+
+// The packed weight of an INT8 linear, the same on every ISA: panels of 16 rows of W, int8
+//   packed[panel][k/4][n%16][k%4] = W[n][k],  n = 16*panel + n%16,  zero outside [N, K],
+// and behind each panel its 16 column sums, sum_k W[n][k], as int32. So a panel is (ceil(K/4) + 1) * 64 bytes.
+constexpr size_t kPanel = 16;
+constexpr size_t kLine = 64;
+inline size_t quads(size_t K) { return (K + 3) / 4; }
+inline size_t panels(size_t N) { return (N + kPanel - 1) / kPanel; }
+inline size_t panel_bytes(size_t K) { return (quads(K) + 1) * kLine; }
+
+// What happens to a sum before it is stored.
+struct Tail {
+  const float* w_scale;  // [N]; nullptr: the exact int32 sums are stored
+  const float* bias;     // [N] or nullptr
+  int activation;        // Activation
+  int dtype;             // Dtype of y
+  void* y;               // [M, N]
+  size_t N;
+};
+
+// Rows of activations, quantized: what int8_quantize_rows fills and int8_gemm reads.
+struct QRows {
+  void* q;         // [rows, 4 * ceil(K/4)] of Kernels::row_element_bytes each
+  float* scale;    // [rows]
+  int32_t* zero;   // [rows]
+};
+
+struct Kernels {
+  const char* name;
+  size_t row_element_bytes;  // 1: u8 codes; 2: i16 codes with the zero point already taken off
+  size_t gemv_rows;          // int8_gemv takes up to this many rows
+
+  // q[i] = clamp(rint(t), qmin, qmax) for i in [begin, end) of the flat tensor, ties to even;
+  //   t = fma(x[i], 1/scale, zero_point) per tensor, t = x[i] * (1/scale) + zero_point (two roundings) otherwise:
+  // the two ways of torch.quantize_per_tensor and torch.quantize_per_channel. NaN gives the zero point. Stores bypass
+  // the cache where `stream` is set.
+  void (*quantize)(const void* x, int dtype, const Channels&, size_t begin, size_t end, uint8_t* q, int qtype, bool stream);
+
+  // y[i] = scale * (q[i] - zero_point), rounded once to dtype.
+  void (*dequantize)(const uint8_t* q, int qtype, const Channels&, size_t begin, size_t end, void* y, int dtype, bool stream);
+
+  // lo[c], hi[c] = least and greatest of x[:, c, :] for c in [begin, end), x being [outer, channels, inner];
+  // NaN in both if any element is NaN or infinite; +inf, -inf if there is no element.
+  void (*min_max)(const void* x, int dtype, size_t outer, size_t channels, size_t inner, size_t begin, size_t end,
+                  float* lo, float* hi);
+
+  // y = x in fp32.
+  void (*widen)(const void* x, int dtype, size_t n, float* y);
+
+  // Packs rows [16*panel, 16*panel + 16) of w [N, K]. Every value, -128 included.
+  void (*int8_pack)(const int8_t* w, size_t N, size_t K, size_t panel, int8_t* packed_panel);
+
+  // Quantizes `rows` rows of x [rows, K], each with its own scale and zero point (see int8.inl).
+  void (*int8_quantize_rows)(const void* x, int dtype, size_t rows, size_t K, bool symmetric, const QRows&);
+
+  // The same for rows that are integers already: int8 as u8 with zero = 128, or uint8 with zero = 0.
+  void (*int8_load_rows)(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows&);
+
+  // y[m0 + m][n] = tail(sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k]) for m in [0, rows), n in panels [begin, end).
+  // `packed` points at panel `begin`.
+  void (*int8_gemm)(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+                    const Tail&);
+
+  // The same for few rows: reads the weight once, front to back, prefetching.
+  void (*int8_gemv)(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+                    const Tail&);
+};
+
+// The tables that were built, best first.
+extern const Kernels* const kBuilt[];
+extern const size_t kBuiltCount;
+
+// True where this CPU and operating system can run the table.
+bool supported(const Kernels&);
+
+// The table in use. The first call reads the environment variable PYQKERN_ISA; throws std::invalid_argument where
+// that names an ISA which is unknown or which this CPU lacks.
+const Kernels& kernels();
+
+// Switches to the named table and returns the previous name; throws std::invalid_argument as above.
+const char* set_isa(const char* name);
+
+}  // namespace pyqkern

@@ -1,0 +1,270 @@
+// The vectors that the kernels are written over, one set per ISA. This is the only file that asks which ISA it is
+// compiled for; isa_*.cpp set PYQKERN_ISA, the namespace.
+//
+// f32 and i32 are compiler vectors of LANES elements, so + - * and << >> on them mean the lane-wise operation everywhere.
+// What has no such operator stands below, as functions of the same names on every ISA:
+//   set1 load store min max fma round to_float reduce_min narrow stream ...
+// and the INT8 product: acc, a (four codes of one row, broadcast), b (four k of COLS columns), dot.
+//
+// No std containers or algorithms here: at -O0 they would leave weak symbols, compiled for this ISA, to the whole program.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace pyqkern {
+namespace PYQKERN_ISA {
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float f32 __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32 __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32 __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bytes_t __attribute__((vector_size(4 * LANES)));  // four i32 in [-32768, 32767], saturated
+
+INLINE f32 set1(float x) { return x - f32{}; }
+INLINE i32 set1(int32_t x) { return x - i32{}; }
+INLINE f32 load(const float* p) { f32 v; memcpy(&v, p, sizeof v); return v; }
+INLINE i32 load(const int32_t* p) { i32 v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store(float* p, f32 v) { memcpy(p, &v, sizeof v); }
+INLINE void store(int32_t* p, i32 v) { memcpy(p, &v, sizeof v); }
+
+// Round to nearest even by hand: the CPU's own bf16 conversion flushes denormals. NaN becomes 0x7fc0, as in torch.
+INLINE i32 bf16_bits(f32 v) {
+  u32 u = (u32)v;
+  u32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return v == v ? (i32)rounded : set1(0x7fc0);
+}
+
+#if defined(__AVX512F__)
+// ---- AVX-512 (F, BW, DQ, VL) with VNNI
+INLINE f32 min(f32 a, f32 b) { return (f32)_mm512_min_ps((__m512)a, (__m512)b); }  // b where either is NaN
+INLINE f32 max(f32 a, f32 b) { return (f32)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE i32 round(f32 v) { return (i32)_mm512_cvtps_epi32((__m512)v); }  // ties to even
+INLINE f32 to_float(i32 v) { return (f32)_mm512_cvtepi32_ps((__m512i)v); }
+INLINE float reduce_min(f32 v) { return _mm512_reduce_min_ps((__m512)v); }
+INLINE float reduce_max(f32 v) { return _mm512_reduce_max_ps((__m512)v); }
+INLINE f32 load(const bf16* p) {
+  return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+INLINE f32 load(const fp16* p) { return (f32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE __m256i halves(const bf16*, f32 v) { return _mm512_cvtepi32_epi16((__m512i)bf16_bits(v)); }
+INLINE __m256i halves(const fp16*, f32 v) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+template <class T> INLINE void store(T* p, f32 v) { _mm256_storeu_si256((__m256i*)p, halves(p, v)); }
+INLINE i32 load_bytes(const uint8_t* p) { return (i32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE i32 load_bytes(const int8_t* p) { return (i32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_bytes(uint8_t* p, i32 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE void store_shorts(int16_t* p, i32 v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v)); }
+INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {  // the packs work within 128 bits, the permutation mends the order
+  __m512i ab = _mm512_packus_epi32((__m512i)a, (__m512i)b), cd = _mm512_packus_epi32((__m512i)c, (__m512i)d);
+  return (bytes_t)_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
+                                           _mm512_packus_epi16(ab, cd));
+}
+INLINE void stream(float* p, f32 v) { _mm512_stream_ps(p, (__m512)v); }
+template <class T> INLINE void stream(T* p, f32 v) { _mm256_stream_si256((__m256i*)p, halves(p, v)); }
+INLINE f32 nan_if_not_finite(f32 v, f32 bad) { return fma(v, f32{}, bad); }  // 0 * inf is NaN
+INLINE void stream(uint8_t* p, bytes_t v) { _mm512_stream_si512((__m512i*)p, (__m512i)v); }
+INLINE void stream_end() { _mm_sfence(); }
+#elif defined(__AVX2__)
+// ---- AVX2 with FMA and F16C
+INLINE f32 min(f32 a, f32 b) { return (f32)_mm256_min_ps((__m256)a, (__m256)b); }  // b where either is NaN
+INLINE f32 max(f32 a, f32 b) { return (f32)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE i32 round(f32 v) { return (i32)_mm256_cvtps_epi32((__m256)v); }  // ties to even
+INLINE f32 to_float(i32 v) { return (f32)_mm256_cvtepi32_ps((__m256i)v); }
+INLINE float reduce_min(f32 v) {
+  __m128 m = _mm_min_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  m = _mm_min_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_min_ss(m, _mm_movehdup_ps(m)));
+}
+INLINE float reduce_max(f32 v) { return -reduce_min(-v); }
+INLINE f32 load(const bf16* p) {
+  return (f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+INLINE f32 load(const fp16* p) { return (f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE __m128i low_shorts(i32 v) {  // values in [-32768, 65535], low 16 bits of each
+  __m256i shorts = _mm256_packus_epi32(_mm256_and_si256((__m256i)v, _mm256_set1_epi32(0xffff)), _mm256_setzero_si256());
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(shorts, 0x08));
+}
+INLINE __m128i halves(const bf16*, f32 v) { return low_shorts(bf16_bits(v)); }
+INLINE __m128i halves(const fp16*, f32 v) { return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+template <class T> INLINE void store(T* p, f32 v) { _mm_storeu_si128((__m128i*)p, halves(p, v)); }
+INLINE i32 load_bytes(const uint8_t* p) { return (i32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE i32 load_bytes(const int8_t* p) { return (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE void store_bytes(uint8_t* p, i32 v) {
+  __m128i shorts = low_shorts(v & 0xff);
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(shorts, shorts));
+}
+INLINE void store_shorts(int16_t* p, i32 v) { _mm_storeu_si128((__m128i*)p, low_shorts(v)); }
+INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {  // the packs work within 128 bits, the permutation mends the order
+  __m256i ab = _mm256_packus_epi32((__m256i)a, (__m256i)b), cd = _mm256_packus_epi32((__m256i)c, (__m256i)d);
+  return (bytes_t)_mm256_permutevar8x32_epi32(_mm256_packus_epi16(ab, cd), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+INLINE void stream(float* p, f32 v) { _mm256_stream_ps(p, (__m256)v); }
+template <class T> INLINE void stream(T* p, f32 v) { _mm_stream_si128((__m128i*)p, halves(p, v)); }
+INLINE f32 nan_if_not_finite(f32 v, f32 bad) { return fma(v, f32{}, bad); }  // 0 * inf is NaN
+INLINE void stream(uint8_t* p, bytes_t v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
+INLINE void stream_end() { _mm_sfence(); }
+#else
+// ---- any CPU: the compiler's vectors of four, and loops over their lanes
+INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }  // b where either is NaN
+INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
+INLINE f32 fma(f32 a, f32 b, f32 c) {
+  f32 r;
+  for (int i = 0; i < LANES; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+}
+INLINE i32 round(f32 v) {  // ties to even; |v| < 2^22: adding 1.5 * 2^23 leaves the integer in the low mantissa bits
+  return (i32)(v + 12582912.0f) - 0x4b400000;
+}
+INLINE f32 to_float(i32 v) { return __builtin_convertvector(v, f32); }
+INLINE float reduce_min(f32 v) {
+  float r = v[0];
+  for (int i = 1; i < LANES; ++i) r = r < v[i] ? r : v[i];
+  return r;
+}
+INLINE float reduce_max(f32 v) { return -reduce_min(-v); }
+INLINE f32 load(const bf16* p) {
+  i32 r;
+  for (int i = 0; i < LANES; ++i) r[i] = (int32_t)((uint32_t)p[i].bits << 16);
+  return (f32)r;
+}
+INLINE float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+INLINE uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+INLINE float half_to_float(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
+  if ((h & 0x7c00) == 0x7c00) return bits_to_float(sign | 0x7f800000 | rest | ((h & 0x3ff) ? 0x400000 : 0));
+  // The exponent is 112 too small; a multiplication by 2^112 mends it, and makes denormals right as well.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest) * bits_to_float(0x77800000)));
+}
+INLINE uint16_t float_to_half(float f) {
+  uint32_t u = float_to_bits(f), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
+  if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00 | ((a >> 13) & 0x3ff));
+  if (a >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520 and above round to infinity
+  if (a < 0x38800000)  // below 2^-14: adding 0.5 lets the float addition round at the half's last denormal bit
+    return (uint16_t)(sign | (float_to_bits(bits_to_float(a) + 0.5f) - 0x3f000000));
+  return (uint16_t)(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13));
+}
+INLINE f32 load(const fp16* p) {
+  f32 r;
+  for (int i = 0; i < LANES; ++i) r[i] = half_to_float(p[i].bits);
+  return r;
+}
+INLINE void store(bf16* p, f32 v) {
+  i32 b = bf16_bits(v);
+  for (int i = 0; i < LANES; ++i) p[i].bits = (uint16_t)b[i];
+}
+INLINE void store(fp16* p, f32 v) {
+  for (int i = 0; i < LANES; ++i) p[i].bits = float_to_half(v[i]);
+}
+INLINE i32 load_bytes(const uint8_t* p) { return i32{p[0], p[1], p[2], p[3]}; }
+INLINE i32 load_bytes(const int8_t* p) { return i32{p[0], p[1], p[2], p[3]}; }
+INLINE void store_bytes(uint8_t* p, i32 v) {
+  for (int i = 0; i < LANES; ++i) p[i] = (uint8_t)v[i];
+}
+INLINE void store_shorts(int16_t* p, i32 v) {
+  for (int i = 0; i < LANES; ++i) p[i] = (int16_t)v[i];
+}
+INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {
+  const i32 v[4] = {a, b, c, d};
+  bytes_t r;
+  for (int i = 0; i < 4 * LANES; ++i) {
+    const int32_t code = v[i / LANES][i % LANES];
+    r[i] = (uint8_t)(code < 0 ? 0 : code > 255 ? 255 : code);
+  }
+  return r;
+}
+template <class T> INLINE void stream(T* p, f32 v) { store(p, v); }
+INLINE f32 nan_if_not_finite(f32 v, f32 bad) { return v * 0.0f + bad; }
+INLINE void stream(uint8_t* p, bytes_t v) { memcpy(p, &v, sizeof v); }
+INLINE void stream_end() {}
+#endif
+
+// ---- the INT8 product: acc[COLS columns] += sum over four k of a[k] * b[column][k]
+// ROW_T is the element of a quantized row; CENTERED says that its zero point is already taken off.
+// SUMS accumulators make LANES finished sums.
+#if defined(__AVX512VNNI__)
+typedef uint8_t ROW_T;
+constexpr bool CENTERED = false;
+constexpr int COLS = 16, SUMS = 1;
+typedef i32 acc_t, a_t, b_t;
+INLINE a_t load_a(const ROW_T* p) { int32_t quad; memcpy(&quad, p, 4); return (a_t)_mm512_set1_epi32(quad); }
+INLINE b_t load_b(const int8_t* p) { return (b_t)_mm512_loadu_si512(p); }
+INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+INLINE i32 sums(const acc_t* c) { return c[0]; }
+#elif defined(__AVXVNNI__)
+typedef uint8_t ROW_T;
+constexpr bool CENTERED = false;
+constexpr int COLS = 8, SUMS = 1;
+typedef i32 acc_t, a_t, b_t;
+INLINE a_t load_a(const ROW_T* p) { int32_t quad; memcpy(&quad, p, 4); return (a_t)_mm256_set1_epi32(quad); }
+INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_loadu_si256((const __m256i*)p); }
+INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
+INLINE i32 sums(const acc_t* c) { return c[0]; }
+#elif defined(__AVX2__)
+// vpmaddubsw would saturate (2*255*127 > 32767), so both sides are widened to int16 and vpmaddwd is exact. An
+// accumulator holds two partial sums for each of four columns.
+typedef int16_t ROW_T;
+constexpr bool CENTERED = true;
+constexpr int COLS = 4, SUMS = 2;
+typedef i32 acc_t, a_t, b_t;
+INLINE a_t load_a(const ROW_T* p) { int64_t quad; memcpy(&quad, p, 8); return (a_t)_mm256_set1_epi64x(quad); }
+INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+INLINE acc_t dot(acc_t c, a_t a, b_t b) { return c + (acc_t)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+INLINE i32 sums(const acc_t* c) {
+  return (i32)_mm256_permute4x64_epi64(_mm256_hadd_epi32((__m256i)c[0], (__m256i)c[1]), 0xd8);
+}
+#else
+typedef int16_t ROW_T;
+constexpr bool CENTERED = true;
+constexpr int COLS = 4, SUMS = 1;
+typedef i32 acc_t, b_t;
+struct a_t { int32_t k[4]; };
+INLINE a_t load_a(const ROW_T* p) { return {{p[0], p[1], p[2], p[3]}}; }
+INLINE b_t load_b(const int8_t* p) { return load((const int32_t*)p); }
+INLINE acc_t dot(acc_t c, a_t a, b_t b) {  // byte k of each lane, sign-extended by two shifts
+  for (int k = 0; k < 4; ++k) c += ((i32)((u32)b << (8 * (3 - k))) >> 24) * a.k[k];
+  return c;
+}
+INLINE i32 sums(const acc_t* c) { return c[0]; }
+#endif
+
+// ---- the same for every ISA
+INLINE f32 as_f32(i32 v) { return (f32)v; }
+INLINE i32 as_i32(f32 v) { return (i32)v; }
+INLINE f32 clamp(f32 v, f32 lo, f32 hi) { return min(max(v, lo), hi); }
+INLINE i32 min(i32 a, i32 b) { return a < b ? a : b; }
+INLINE i32 max(i32 a, i32 b) { return a > b ? a : b; }
+
+// The first n < LANES elements, through a copy: ragged edges are rare, and no lane may touch memory beyond them.
+template <class T> INLINE auto load_part(const T* p, size_t n) {
+  T copy[LANES] = {};
+  memcpy(copy, p, n * sizeof(T));
+  return load(copy);
+}
+template <class T, class V> INLINE void store_part(T* p, V v, size_t n) {
+  T copy[LANES];
+  store(copy, v);
+  memcpy(p, copy, n * sizeof(T));
+}
+
+}  // namespace PYQKERN_ISA
+}  // namespace pyqkern

@@ -1,0 +1,35 @@
+"""Builds pyqkern._C: one static library per instruction set, so that an ISA's flags reach that ISA's file alone."""
+
+import platform
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+# -ffp-contract=off: an fma only where the source says fma, so that every ISA gives the same bits.
+COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+# g++ 12's partial redundancy elimination copies every accumulator in each step of the product's inner loop, at a third
+# of the speed; its headers also use undefined vectors on purpose, and warn of it. clang ignores both flags.
+KERNELS = [*COMMON, "-fno-tree-pre", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option",
+           "-Wno-ignored-optimization-argument"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+ISAS = {"scalar": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISAS |= {
+        "avx2": AVX2,
+        "avxvnni": [*AVX2, "-mavxvnni"],
+        "avx512vnni": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    }
+
+setup(
+    libraries=[
+        (f"pyqkern_{isa}", {"sources": [f"csrc/isa_{isa}.cpp"], "cflags": [*KERNELS, *flags]}) for isa, flags in ISAS.items()
+    ],
+    ext_modules=[
+        Pybind11Extension(
+            "pyqkern._C",
+            [f"csrc/{name}.cpp" for name in ("affine", "bindings", "dispatch", "int8", "parallel")],
+            extra_compile_args=COMMON,
+            libraries=["dl", "pthread"],
+        )
+    ],
+)
