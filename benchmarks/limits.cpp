@@ -1,0 +1,128 @@
+// What this machine can do: loops that do nothing but the instruction, or the memory traffic, that is measured.
+// limits.py compiles this file with -march=native, so the compiler's own cpuid check decides what is in: an
+// instruction that the CPU lacks is left out and reports 0 operations. Peaks run on zeros, with twelve (or eight)
+// independent accumulators, more than latency times throughput needs: nothing real can be faster.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SIX(INS, R) INS R "0\n\t" INS R "1\n\t" INS R "2\n\t" INS R "3\n\t" INS R "4\n\t" INS R "5\n\t"
+#define TWELVE(INS, R) SIX(INS, R) INS R "6\n\t" INS R "7\n\t" INS R "8\n\t" INS R "9\n\t" INS R "10\n\t" INS R "11\n\t"
+#define CLOBBERS \
+    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", \
+        "xmm13", "xmm14", "xmm15", "cc"
+#define LOOP(BODY) \
+    asm volatile("vzeroall\n\t.p2align 6\n1:\n\t" BODY "dec %0\n\tjnz 1b\n\tvzeroupper" : "+r"(loops) : : CLOBBERS)
+// One int16 product and its int32 addition, the exact way of AVX2; the products' registers are renamed each time.
+#define MADD(T, ACC) \
+    "vpmaddwd %%ymm14, %%ymm15, %%ymm" T "\n\tvpaddd %%ymm" T ", %%ymm" ACC ", %%ymm" ACC "\n\t"
+
+// Runs `loops` rounds of the named instruction and returns the operations (2 for a multiply-add) of one round.
+extern "C" int peak(const char* name, long loops) {
+    (void)name, (void)loops;
+#ifdef __AVX512VNNI__
+    if (!std::strcmp(name, "vpdpbusd zmm")) {
+        LOOP(TWELVE("vpdpbusd %%zmm14, %%zmm15, ", "%%zmm"));
+        return 12 * 64 * 2;
+    }
+#endif
+#ifdef __AVXVNNI__
+    if (!std::strcmp(name, "vpdpbusd ymm")) {
+        LOOP(TWELVE("%{vex%} vpdpbusd %%ymm14, %%ymm15, ", "%%ymm"));
+        return 12 * 32 * 2;
+    }
+#endif
+#ifdef __AVX2__
+    if (!std::strcmp(name, "vpmaddwd ymm")) {
+        LOOP(MADD("8", "0") MADD("9", "1") MADD("10", "2") MADD("11", "3") MADD("8", "4") MADD("9", "5")
+                 MADD("10", "6") MADD("11", "7"));
+        return 8 * 16 * 2;
+    }
+#endif
+#ifdef __FMA__
+    if (!std::strcmp(name, "fp32 fma ymm")) {
+        LOOP(TWELVE("vfmadd231ps %%ymm14, %%ymm15, ", "%%ymm"));
+        return 12 * 8 * 2;
+    }
+#endif
+#ifdef __AVX512F__
+    if (!std::strcmp(name, "fp32 fma zmm")) {
+        LOOP(TWELVE("vfmadd231ps %%zmm14, %%zmm15, ", "%%zmm"));
+        return 12 * 16 * 2;
+    }
+#endif
+#ifdef __AVX512BF16__
+    if (!std::strcmp(name, "bf16 dot zmm")) {
+        LOOP(TWELVE("vdpbf16ps %%zmm14, %%zmm15, ", "%%zmm"));
+        return 12 * 32 * 2;
+    }
+#endif
+    return 0;
+}
+
+// Memory. A vector type of 64 bytes: the compiler splits it where the CPU's registers are smaller.
+typedef uint64_t line_t __attribute__((vector_size(64), may_alias));
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // nothing here is called across a library border
+static inline void store(line_t* to, line_t value) { *to = value; }
+static inline void stream(line_t* to, line_t value) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i&>(value));
+#elif defined(__AVX__)
+    const __m256i* half = reinterpret_cast<const __m256i*>(&value);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), half[0]);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, half[1]);
+#else
+    *to = value;
+#endif
+}
+static inline void fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// Reads `lines` lines of 64 bytes, `repeats` times over. What is read is folded into the result so that it is read.
+extern "C" uint64_t read_memory(const line_t* from, size_t lines, long repeats) {
+    line_t a{}, b{}, c{}, d{};
+    for (long r = 0; r < repeats; r++) {
+        size_t i = 0;
+        for (; i + 4 <= lines; i += 4) {
+            __builtin_prefetch(from + i + 32);
+            a ^= from[i], b ^= from[i + 1], c ^= from[i + 2], d ^= from[i + 3];
+        }
+        for (; i < lines; i++) a ^= from[i];
+        asm volatile("" : : : "memory");
+    }
+    a ^= b ^ c ^ d;
+    return a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
+}
+
+// `units` times: reads R lines, writes W lines. R:W = 4:1 is what quantizing fp32 to int8 moves, 1:4 its inverse.
+template <int R, int W, void (*PUT)(line_t*, line_t)>
+static void move(line_t* to, const line_t* from, size_t units, long repeats) {
+    for (long r = 0; r < repeats; r++) {
+        for (size_t u = 0; u < units; u++) {
+            __builtin_prefetch(from + R * u + 32);
+            line_t value{};
+#pragma GCC unroll 4
+            for (int i = 0; i < R; i++) value ^= from[R * u + i];
+#pragma GCC unroll 4
+            for (int i = 0; i < W; i++) PUT(to + W * u + i, value);
+        }
+        fence();
+    }
+}
+
+// Returns 1 when the mix of reads and writes is one of those compiled in.
+extern "C" int move_memory(line_t* to, const line_t* from, size_t units, long repeats, int reads, int writes,
+                           int non_temporal) {
+#define MIX(R, W) \
+    if (reads == R && writes == W) \
+        return (non_temporal ? move<R, W, stream> : move<R, W, store>)(to, from, units, repeats), 1;
+    MIX(4, 1) MIX(1, 4) MIX(2, 1) MIX(1, 2) MIX(1, 1)
+    return 0;
+}

@@ -1,0 +1,60 @@
+"""The shapes that every benchmark measures: BERT-base's linears and inputs."""
+
+from __future__ import annotations
+
+import torch
+
+MIB = 1 << 20
+
+#: (in_features K, out_features N) of BERT-base: query/key/value/output, intermediate, output of the feed-forward.
+LINEARS = ((768, 768), (768, 3072), (3072, 768))
+
+#: Rows: one token, a short query, one sentence of 128 tokens, a batch of eight.
+ROWS = (1, 16, 128, 1024)
+
+#: Weights that a cold run goes through before it meets the same one again, so that each comes from DRAM.
+COLD_BYTES = 96 * MIB
+
+#: Elements of the float tensor that is quantized or dequantized: 1 to 256 MiB of fp32.
+AFFINE_SIZES = (1, 64, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
+
+#: Columns of the matrix that is quantized per channel (fewer elements make one row).
+AFFINE_COLUMNS = 1024
+
+#: What the real model reads: random tokens take it where it was never trained, and an error there says little.
+TEXT = (
+    "The harbour was quiet when the first boats came back in the morning. A woman in a red coat stood on the pier "
+    "and counted the crates as they were lifted ashore, forty of mackerel and eleven of crab, and wrote the numbers "
+    "in a small book. My card has not arrived yet, although your letter of the third of May said that it would take "
+    "no more than five working days; could you tell me where it is, and whether I can use the account until then? "
+    "The theorem states that every bounded sequence of real numbers has a convergent subsequence. Its proof halves "
+    "the interval again and again, and keeps a half that holds infinitely many members. To replace the battery, "
+    "switch off the instrument, loosen the two screws at the back, and slide the cover to the left. Do not touch "
+    "the contacts. Critics praised the acting but found the second half too long; on the opening weekend the film "
+    "earned twelve million dollars. In a large pan, melt the butter over a low heat, add the onions and a pinch of "
+    "salt, and cook until soft."
+)
+
+#: Model inputs, BATCHxLENGTH. "8x16-128" is a batch of 8, lengths from 16 to 128, padded to 128 under a mask.
+MODEL_SIZES = ("1x128", "1x384", "8x128")
+
+
+def model_inputs(size: str, text_tokens: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both int64 [batch, length], the same for the same `size`.
+
+    Each sentence is a stretch of `text_tokens`, taken in a circle, or random.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batch, lengths = size.split("x")
+    shortest, _, longest = lengths.partition("-")
+    low, high = int(shortest), int(longest or shortest)
+    if text_tokens is None:
+        ids = torch.randint(1000, 20000, (int(batch), high), generator=generator)
+    else:
+        start = torch.randint(0, len(text_tokens), (int(batch), 1), generator=generator)
+        ids = torch.tensor(text_tokens)[(start + torch.arange(high)) % len(text_tokens)]
+        ids[:, 0] = 101  # [CLS]
+    length = torch.randint(low, high + 1, (int(batch), 1), generator=generator)
+    length[0] = high
+    mask = (torch.arange(high) < length).long()
+    return ids * mask, mask
