@@ -8,8 +8,9 @@ namespace pyqkern {
 namespace {
 
 constexpr size_t kSerialOps = 1 << 21;       // multiply-adds: below this a second thread costs more than it brings
-constexpr size_t kBlockBytes = 192 << 10;    // quantized rows that stay in L2 beside a strip of the weight
+constexpr size_t kBlockBytes = 288 << 10;    // quantized rows that stay in L2 beside a strip of the weight
 constexpr size_t kStripPanels = 12;          // columns of a piece: a multiple of every tile width
+constexpr size_t kTileRows = 24;             // rows of a block: a multiple of every tile height
 
 QRows rows_at(const QRows& r, size_t m, size_t row_bytes) {
   return {static_cast<char*>(r.q) + m * row_bytes, r.scale + m, r.zero + m};
@@ -24,7 +25,7 @@ QRows row_buffer(size_t rows, size_t row_bytes) {
 // fill(m, rows, out) quantizes rows [m, m + rows) into out; the product and the tail follow.
 template <class Fill>
 void product(size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tail, const Fill& fill) {
-  if (M == 0 || N == 0) return;
+  if (M == 0 || N == 0 || K == 0) return;  // Python answers these
   const Kernels& k = kernels();
   const size_t row_bytes = 4 * quads(K) * k.row_element_bytes, all = panels(N);
   auto columns = [&](const QRows& q, const Tail& t, size_t rows_from, size_t rows, size_t begin, size_t end) {
@@ -41,11 +42,13 @@ void product(size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tai
   };
 
   const int count = M * N * K <= kSerialOps ? 1 : threads();
-  const size_t most = std::max<size_t>(48, kBlockBytes / std::max<size_t>(1, row_bytes));
-  size_t blocks = (M + most - 1) / most;
+  const size_t most = std::max<size_t>(1, kBlockBytes / row_bytes / kTileRows) * kTileRows;
+  const size_t blocks = (M + most - 1) / most;
+  const size_t height = (M + blocks * kTileRows - 1) / (blocks * kTileRows) * kTileRows;
   if (count == 1 || blocks >= 2 * static_cast<size_t>(count)) {
-    blocks = count == 1 ? blocks : (blocks + count - 1) / count * count;
-    parallel_for(blocks, count, [&](size_t i) { block(M * i / blocks, M * (i + 1) / blocks - M * i / blocks); });
+    parallel_for(blocks, count, [&](size_t i) {
+      if (i * height < M) block(i * height, std::min(height, M - i * height));
+    });
     return;
   }
   // Too few blocks for the threads: they quantize all rows together, then share the columns (and the rows, if many).
@@ -58,8 +61,8 @@ void product(size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tai
   const size_t strips = (all + kStripPanels - 1) / kStripPanels;
   const size_t pieces = std::min(all, std::max<size_t>(strips, 4 * count / blocks));
   parallel_for(blocks * pieces, count, [&](size_t i) {
-    const size_t b = i / pieces, p = i % pieces, m = M * b / blocks;
-    columns(q, tail, m, M * (b + 1) / blocks - m, all * p / pieces, all * (p + 1) / pieces);
+    const size_t m = i / pieces * height, p = i % pieces;
+    if (m < M) columns(q, tail, m, std::min(height, M - m), all * p / pieces, all * (p + 1) / pieces);
   });
 }
 

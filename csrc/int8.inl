@@ -41,7 +41,10 @@ INLINE void store_row(uint8_t* q, i32 a, i32 b, i32 c, i32 d, i32) {
 }
 INLINE void store_row(int16_t* q, i32 a, i32 b, i32 c, i32 d, i32 zero) {
   const i32 v[4] = {a, b, c, d};
-  for (int j = 0; j < 4; ++j) store_shorts(q + j * LANES, max(min(v[j], set1(255)), i32{}) - zero);
+  i32 code[4];
+  for (int j = 0; j < 4; ++j) code[j] = max(min(v[j], set1(255)), i32{}) - zero;
+  store_shorts(q, code[0], code[1]);
+  store_shorts(q + 2 * LANES, code[2], code[3]);
 }
 
 // Codes of one row, filled up to a multiple of four (the weight is zero there, so any code does).
@@ -189,10 +192,13 @@ INLINE const int8_t* vector_at(const int8_t* packed, size_t K, size_t v) {
   return packed + v / VECTORS * panel_bytes(K) + v % VECTORS * COLS * 4;
 }
 
-// c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k.
-template <int R, int V>
-INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const int8_t* __restrict b, size_t stride, size_t Q) {
-  for (size_t q = 0; q < Q; ++q, a += 4, b += kLine) {
+// c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. With AHEAD it
+// asks on the way for one panel of the weight, a line in each step: a model's weights come from memory, not from the cache.
+template <int R, int V, bool AHEAD, class B>
+INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const B* __restrict b, size_t stride, size_t step,
+                 size_t Q, const int8_t* ahead) {
+  for (size_t q = 0; q < Q; ++q, a += 4, b += step, ahead += kLine) {
+    if (AHEAD) __builtin_prefetch(ahead, 0, 1);
     b_t bv[V];
     for (int v = 0; v < V; ++v) bv[v] = load_b(b + v * stride);
     for (int r = 0; r < R; ++r) {
@@ -218,34 +224,64 @@ INLINE void finish(acc_t (&c)[R][V], const int8_t* column_sums, size_t stride, c
   tail(sum[0], COLUMNS, column_sums, stride, a, m, R, n0, n, t);
 }
 
+// What the tiles of one strip, V vectors of columns from n0 on, share.
+struct Strip {
+  const QRows& a;
+  size_t K;
+  const int8_t* b;      // its first vector in the packed weight
+  const int16_t* wide;  // the strip widened to int16, [quads][V][4 * COLS], or nullptr
+  size_t n0;
+  const Tail& t;
+  TailFunction tail;
+};
+
 template <int R, int V>
-static void tile_and_tail(const QRows& a, size_t m, size_t K, const int8_t* packed, size_t v0, size_t n0, const Tail& t, TailFunction tail) {
-  const size_t Q = quads(K), stride = panel_bytes(K);
-  const int8_t* b = vector_at(packed, K, v0);
+static void tile_and_tail(const Strip& s, size_t m, const int8_t* ahead) {
+  const size_t Q = quads(s.K), panel = panel_bytes(s.K), stride = VECTORS == 1 ? panel : COLS * 4;
+  const ROW_T* a = (const ROW_T*)s.a.q + m * 4 * Q;
   acc_t c[R][V] = {};
-  tile<R, V>(c, (const ROW_T*)a.q + m * 4 * Q, 4 * Q, b, VECTORS == 1 ? stride : COLS * 4, Q);
-  finish<R, V>(c, b + Q * kLine, stride, a, m, n0, t, tail);  // behind its last quad, a panel has the sums of its columns
+  if constexpr (WIDEN) {
+    if (s.wide) tile<R, V, false>(c, a, 4 * Q, s.wide, 4 * COLS, V * 4 * COLS, Q, nullptr);
+    else tile<R, V, false>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
+  } else if (ahead) {
+    tile<R, V, true>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead);
+  } else {
+    tile<R, V, false>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
+  }
+  finish<R, V>(c, s.b + Q * kLine, panel, s.a, m, s.n0, s.t, s.tail);  // behind its last quad, a panel has its column sums
 }
 
 template <int V, int R = MR>
-static void tile_rows(size_t rows, const QRows& a, size_t m, size_t K, const int8_t* packed, size_t v0, size_t n0, const Tail& t, TailFunction tail) {
+static void tile_rows(size_t rows, const Strip& s, size_t m, const int8_t* ahead) {
   if constexpr (R > 1)
-    if (rows < R) return tile_rows<V, R - 1>(rows, a, m, K, packed, v0, n0, t, tail);
-  tile_and_tail<R, V>(a, m, K, packed, v0, n0, t, tail);
+    if (rows < R) return tile_rows<V, R - 1>(rows, s, m, ahead);
+  tile_and_tail<R, V>(s, m, ahead);
+}
+
+// Widens a strip of NV vectors once for all its tiles, where the product works on int16: a sixth of its instructions.
+constexpr size_t WIDE_QUADS = 256;  // 16 KB, which leaves room in L1 for the rows
+INLINE void widen_strip(const int8_t* b, size_t Q, int16_t* wide) {
+  for (size_t q = 0; q < Q; ++q, b += kLine)
+    for (int i = 0; i < NV * 4 * COLS; ++i) *wide++ = b[i];
 }
 
 static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end, const Tail& t) {
   const size_t stop = end * kPanel < t.N ? end * kPanel : t.N;
   const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
   const size_t tiles = (rows + MR - 1) / MR;
-  const TailFunction tail = tail_of(t);
+  const bool widen = WIDEN && tiles > 2 && quads(K) <= WIDE_QUADS;
+  alignas(64) int16_t wide[WIDEN ? WIDE_QUADS * NV * 4 * COLS : 1];
   for (size_t v = 0; v < vectors; v += NV) {
-    const size_t n0 = begin * kPanel + v * COLS, width = vectors - v < NV ? vectors - v : NV;
+    const Strip strip{a, K, vector_at(packed, K, v), widen ? wide : nullptr, begin * kPanel + v * COLS, t, tail_of(t)};
+    const size_t width = vectors - v < NV ? vectors - v : NV;
+    if (widen) widen_strip(strip.b, quads(K), wide);
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
       height = rows / tiles + (i < rows % tiles);  // differing by one at most: a tile of one row wastes the machine
-      if (VECTORS > 1 || width == NV) tile_rows<NV>(height, a, m, K, packed, v, n0, t, tail);
-      else if (NV > 2 && width == 2) tile_rows<2>(height, a, m, K, packed, v, n0, t, tail);
-      else tile_rows<1>(height, a, m, K, packed, v, n0, t, tail);
+      const size_t next = v + NV + i * VECTORS;    // the next strip's panels are asked for by this one's first tiles
+      const int8_t* ahead = i * VECTORS < NV && next < vectors ? vector_at(packed, K, next) : nullptr;
+      if (VECTORS > 1 || width == NV) tile_rows<NV>(height, strip, m, ahead);
+      else if (NV > 2 && width == 2) tile_rows<2>(height, strip, m, ahead);
+      else tile_rows<1>(height, strip, m, ahead);
     }
   }
 }

@@ -72,7 +72,10 @@ template <class T> INLINE void store(T* p, f32 v) { _mm256_storeu_si256((__m256i
 INLINE i32 load_bytes(const uint8_t* p) { return (i32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE i32 load_bytes(const int8_t* p) { return (i32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE void store_bytes(uint8_t* p, i32 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
-INLINE void store_shorts(int16_t* p, i32 v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v)); }
+INLINE void store_shorts(int16_t* p, i32 a, i32 b) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)a));
+  _mm256_storeu_si256((__m256i*)(p + LANES), _mm512_cvtepi32_epi16((__m512i)b));
+}
 INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {  // the packs work within 128 bits, the permutation mends the order
   __m512i ab = _mm512_packus_epi32((__m512i)a, (__m512i)b), cd = _mm512_packus_epi32((__m512i)c, (__m512i)d);
   return (bytes_t)_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
@@ -113,7 +116,9 @@ INLINE void store_bytes(uint8_t* p, i32 v) {
   __m128i shorts = low_shorts(v & 0xff);
   _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(shorts, shorts));
 }
-INLINE void store_shorts(int16_t* p, i32 v) { _mm_storeu_si128((__m128i*)p, low_shorts(v)); }
+INLINE void store_shorts(int16_t* p, i32 a, i32 b) {
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a, (__m256i)b), 0xd8));
+}
 INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {  // the packs work within 128 bits, the permutation mends the order
   __m256i ab = _mm256_packus_epi32((__m256i)a, (__m256i)b), cd = _mm256_packus_epi32((__m256i)c, (__m256i)d);
   return (bytes_t)_mm256_permutevar8x32_epi32(_mm256_packus_epi16(ab, cd), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
@@ -180,8 +185,8 @@ INLINE i32 load_bytes(const int8_t* p) { return i32{p[0], p[1], p[2], p[3]}; }
 INLINE void store_bytes(uint8_t* p, i32 v) {
   for (int i = 0; i < LANES; ++i) p[i] = (uint8_t)v[i];
 }
-INLINE void store_shorts(int16_t* p, i32 v) {
-  for (int i = 0; i < LANES; ++i) p[i] = (int16_t)v[i];
+INLINE void store_shorts(int16_t* p, i32 a, i32 b) {
+  for (int i = 0; i < LANES; ++i) p[i] = (int16_t)a[i], p[LANES + i] = (int16_t)b[i];
 }
 INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {
   const i32 v[4] = {a, b, c, d};
@@ -200,11 +205,12 @@ INLINE void stream_end() {}
 
 // ---- the INT8 product: acc[COLS columns] += sum over four k of a[k] * b[column][k]
 // ROW_T is the element of a quantized row; CENTERED says that its zero point is already taken off.
-// SUMS accumulators make LANES finished sums.
+// SUMS accumulators make LANES finished sums. WIDEN says that a strip of the weight pays to be widened once for many rows.
 #if defined(__AVX512VNNI__)
 typedef uint8_t ROW_T;
 constexpr bool CENTERED = false;
 constexpr int COLS = 16, SUMS = 1;
+constexpr bool WIDEN = false;
 typedef i32 acc_t, a_t, b_t;
 INLINE a_t load_a(const ROW_T* p) { int32_t quad; memcpy(&quad, p, 4); return (a_t)_mm512_set1_epi32(quad); }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm512_loadu_si512(p); }
@@ -214,6 +220,7 @@ INLINE i32 sums(const acc_t* c) { return c[0]; }
 typedef uint8_t ROW_T;
 constexpr bool CENTERED = false;
 constexpr int COLS = 8, SUMS = 1;
+constexpr bool WIDEN = false;
 typedef i32 acc_t, a_t, b_t;
 INLINE a_t load_a(const ROW_T* p) { int32_t quad; memcpy(&quad, p, 4); return (a_t)_mm256_set1_epi32(quad); }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_loadu_si256((const __m256i*)p); }
@@ -225,9 +232,11 @@ INLINE i32 sums(const acc_t* c) { return c[0]; }
 typedef int16_t ROW_T;
 constexpr bool CENTERED = true;
 constexpr int COLS = 4, SUMS = 2;
+constexpr bool WIDEN = true;
 typedef i32 acc_t, a_t, b_t;
 INLINE a_t load_a(const ROW_T* p) { int64_t quad; memcpy(&quad, p, 8); return (a_t)_mm256_set1_epi64x(quad); }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+INLINE b_t load_b(const int16_t* p) { return (b_t)_mm256_loadu_si256((const __m256i*)p); }  // widened before
 INLINE acc_t dot(acc_t c, a_t a, b_t b) { return c + (acc_t)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 INLINE i32 sums(const acc_t* c) {
   return (i32)_mm256_permute4x64_epi64(_mm256_hadd_epi32((__m256i)c[0], (__m256i)c[1]), 0xd8);
@@ -236,6 +245,7 @@ INLINE i32 sums(const acc_t* c) {
 typedef int16_t ROW_T;
 constexpr bool CENTERED = true;
 constexpr int COLS = 4, SUMS = 1;
+constexpr bool WIDEN = false;
 typedef i32 acc_t, b_t;
 struct a_t { int32_t k[4]; };
 INLINE a_t load_a(const ROW_T* p) { return {{p[0], p[1], p[2], p[3]}}; }
