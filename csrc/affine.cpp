@@ -10,7 +10,7 @@ namespace {
 
 constexpr size_t kSerial = 1 << 15;   // elements: below this a second thread costs more than it brings
 constexpr size_t kPiece = 1 << 16;    // elements of a piece, a multiple of every vector
-constexpr size_t kStream = 16 << 20;  // bytes written: beyond what stays in the cache, stores go past it
+constexpr size_t kStream = 48 << 20;  // bytes read and written: beyond what stays in the cache, stores go past it
 
 // f(begin, end) over the flat range [0, n) in pieces.
 template <class F> void in_pieces(size_t n, const F& f) {
@@ -30,13 +30,19 @@ size_t flatten(size_t outer, Channels& c) {
 void quantize(const void* x, int dtype, size_t outer, Channels c, uint8_t* q, int qtype) {
   const size_t n = flatten(outer, c);
   const Kernels& k = kernels();
-  in_pieces(n, [&](size_t begin, size_t end) { k.quantize(x, dtype, c, begin, end, q, qtype, n >= kStream); });
+  if (c.inner == 1) {
+    float* inv_scale = static_cast<float*>(scratch(kRowScales, c.channels * sizeof(float)));
+    for (size_t i = 0; i < c.channels; ++i) inv_scale[i] = 1.0f / c.scale[i];
+    c.inv_scale = inv_scale;
+  }
+  const bool stream = n * (dtype_size(dtype) + 1) >= kStream;
+  in_pieces(n, [&](size_t begin, size_t end) { k.quantize(x, dtype, c, begin, end, q, qtype, stream); });
 }
 
 void dequantize(const uint8_t* q, int qtype, size_t outer, Channels c, void* y, int dtype) {
   const size_t n = flatten(outer, c);
   const Kernels& k = kernels();
-  const bool stream = n * dtype_size(dtype) >= kStream;
+  const bool stream = n * (dtype_size(dtype) + 1) >= kStream;
   in_pieces(n, [&](size_t begin, size_t end) { k.dequantize(q, qtype, c, begin, end, y, dtype, stream); });
 }
 

@@ -7,6 +7,8 @@
 namespace pyqkern {
 namespace PYQKERN_ISA {
 
+constexpr size_t AHEAD = 2048;  // bytes: how far past the cache a stream is asked for
+
 // The way from x to the code, of one channel or (with vectors loaded from arrays) of LANES channels.
 template <bool FUSED> struct Quantizer {
   f32 inv_scale, zero_point, lo, hi;
@@ -35,7 +37,10 @@ static void quantize_run(const T* x, size_t n, const Quantizer<FUSED>& quantizer
   }
   for (; i + block <= n; i += block) {
     i32 v[4];
-    for (int j = 0; j < 4; ++j) v[j] = quantizer(load(x + i + j * LANES)) & 0xff;
+    for (int j = 0; j < 4; ++j) {
+      if (streamed) __builtin_prefetch((const char*)(x + i + j * LANES) + AHEAD);
+      v[j] = quantizer(load(x + i + j * LANES)) & 0xff;
+    }
     bytes_t codes = narrow(v[0], v[1], v[2], v[3]);
     if (streamed) stream(q + i, codes); else memcpy(q + i, &codes, block);
   }
@@ -47,14 +52,25 @@ static void quantize_run(const T* x, size_t n, const Quantizer<FUSED>& quantizer
   }
 }
 
-// n channels behind each other, one element each (inner = 1).
+// n channels behind each other, one element each (inner = 1). inv_scale is 1/scale, made once for all rows.
 template <class T>
-static void quantize_across(const T* x, size_t n, const float* scale, const int32_t* zero_point, int qtype, uint8_t* q) {
-  for (size_t i = 0; i < n; i += LANES) {
-    size_t part = n - i < LANES ? n - i : LANES;
-    i32 zero = zero_point ? load_part(zero_point + i, part) : i32{};
+static void quantize_across(const T* x, size_t n, const float* inv_scale, const int32_t* zero_point, int qtype, uint8_t* q) {
+  const size_t block = 4 * LANES;
+  const f32 lo = set1((float)qmin(qtype)), hi = set1((float)qmax(qtype));
+  size_t i = 0;
+  auto code = [&](size_t j) {
+    const f32 zero = zero_point ? to_float(load(zero_point + j)) : f32{};
+    return Quantizer<false>{load(inv_scale + j), zero, lo, hi}(load(x + j)) & 0xff;
+  };
+  for (; i + block <= n; i += block) {
+    bytes_t codes = narrow(code(i), code(i + LANES), code(i + 2 * LANES), code(i + 3 * LANES));
+    memcpy(q + i, &codes, block);
+  }
+  for (; i < n; i += LANES) {
+    const size_t part = n - i < LANES ? n - i : LANES;
+    const f32 zero = zero_point ? to_float(load_part(zero_point + i, part)) : f32{};
     uint8_t codes[LANES];
-    store_bytes(codes, make_quantizer<false>(load_part(scale + i, part), zero, qtype)(load_part(x + i, part)));
+    store_bytes(codes, Quantizer<false>{load_part(inv_scale + i, part), zero, lo, hi}(load_part(x + i, part)));
     memcpy(q + i, codes, part);
   }
 }
@@ -81,7 +97,7 @@ static void quantize_as(const T* x, const Channels& c, size_t begin, size_t end,
          else quantize_run(x + i, n, make_quantizer<false>(scale, zero, qtype), q + i, streamed);
        },
        [&](size_t i, size_t channel, size_t n) {
-         quantize_across(x + i, n, c.scale + channel, c.zero_point ? c.zero_point + channel : nullptr, qtype, q + i);
+         quantize_across(x + i, n, c.inv_scale + channel, c.zero_point ? c.zero_point + channel : nullptr, qtype, q + i);
        });
   if (streamed) stream_end();
 }
@@ -92,14 +108,14 @@ static void quantize(const void* x, int dtype, const Channels& c, size_t begin, 
   else quantize_as((const fp16*)x, c, begin, end, q, qtype, streamed);
 }
 
-// Q is int8_t or uint8_t; scale and zero point are constant (stride 0) or one to an element (stride 1).
-template <class Q, class T>
-static void dequantize_run(const Q* q, size_t n, const float* scale, const int32_t* zero_point, bool per_element, T* y, bool streamed) {
-  size_t i = 0;
+// scale and zero point are those of one channel, or with ACROSS one to an element.
+template <bool ACROSS, class Q, class T>
+static void dequantize_run(const Q* q, size_t n, const float* scale, const int32_t* zero_point, T* y, bool streamed) {
   f32 s = set1(scale[0]);
   i32 zero = set1(zero_point ? zero_point[0] : 0);
-  auto piece = [&](size_t part) {
-    if (per_element) {
+  size_t i = 0;
+  auto piece = [&](size_t part) {  // fewer than LANES elements
+    if (ACROSS) {
       s = load_part(scale + i, part);
       zero = zero_point ? load_part(zero_point + i, part) : i32{};
     }
@@ -110,21 +126,27 @@ static void dequantize_run(const Q* q, size_t n, const float* scale, const int32
   };
   if (streamed && (uintptr_t)y % sizeof(T) == 0)
     while (i < n && (uintptr_t)(y + i) % sizeof(f32)) piece(1);
-  if (!per_element)
-    for (; i + LANES <= n; i += LANES) {
-      f32 v = s * to_float(load_bytes(q + i) - zero);
-      if (streamed) stream(y + i, v); else store(y + i, v);
+  for (; i + LANES <= n; i += LANES) {
+    if (ACROSS) {
+      s = load(scale + i);
+      zero = zero_point ? load(zero_point + i) : i32{};
     }
-  while (i < n) piece(n - i < LANES ? n - i : LANES);
+    if (streamed) __builtin_prefetch(q + i + AHEAD);
+    const f32 v = s * to_float(load_bytes(q + i) - zero);
+    if (streamed) stream(y + i, v); else store(y + i, v);
+  }
+  if (i < n) piece(n - i);
 }
 
 template <class Q, class T>
 static void dequantize_as(const Q* q, const Channels& c, size_t begin, size_t end, T* y, bool streamed) {
-  auto run = [&](size_t i, size_t channel, size_t n, bool per_element) {
-    dequantize_run(q + i, n, c.scale + channel, c.zero_point ? c.zero_point + channel : nullptr, per_element, y + i, streamed);
-  };
-  walk(c, begin, end, [&](size_t i, size_t channel, size_t n) { run(i, channel, n, false); },
-       [&](size_t i, size_t channel, size_t n) { run(i, channel, n, true); });
+  walk(c, begin, end,
+       [&](size_t i, size_t channel, size_t n) {
+         dequantize_run<false>(q + i, n, c.scale + channel, c.zero_point ? c.zero_point + channel : nullptr, y + i, streamed);
+       },
+       [&](size_t i, size_t channel, size_t n) {
+         dequantize_run<true>(q + i, n, c.scale + channel, c.zero_point ? c.zero_point + channel : nullptr, y + i, streamed);
+       });
   if (streamed) stream_end();
 }
 

@@ -40,11 +40,11 @@ PYBIND11_MODULE(_C, m) {
   }, nogil);
   m.def("quantize", [](Address x, int dtype, Address scale, Address zero_point, size_t outer, size_t channels,
                        size_t inner, bool per_tensor, Address q, int qtype) {
-    quantize(at<void>(x), dtype, outer, {channels, inner, at<float>(scale), at<int32_t>(zero_point), per_tensor}, at<uint8_t>(q), qtype);
+    quantize(at<void>(x), dtype, outer, {channels, inner, at<float>(scale), nullptr, at<int32_t>(zero_point), per_tensor}, at<uint8_t>(q), qtype);
   }, nogil);
   m.def("dequantize", [](Address q, int qtype, Address scale, Address zero_point, size_t outer, size_t channels,
                          size_t inner, Address y, int dtype) {
-    dequantize(at<uint8_t>(q), qtype, outer, {channels, inner, at<float>(scale), at<int32_t>(zero_point), false}, at<void>(y), dtype);
+    dequantize(at<uint8_t>(q), qtype, outer, {channels, inner, at<float>(scale), nullptr, at<int32_t>(zero_point), false}, at<void>(y), dtype);
   }, nogil);
   m.def("pack_int8", [](Address w, size_t N, size_t K, Address packed) { int8_pack(at<int8_t>(w), N, K, at<int8_t>(packed)); }, nogil);
   m.def("unpack_int8", [](Address packed, size_t N, size_t K, Address w) { int8_unpack(at<int8_t>(packed), N, K, at<int8_t>(w)); }, nogil);
@@ -54,6 +54,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_linear", [](Address x, int dtype, Address packed, Address w_scale, Address bias, int bias_dtype, size_t M,
                           size_t N, size_t K, Address y, int activation, bool symmetric) {
     int8_linear(at<void>(x), dtype, at<int8_t>(packed), at<float>(w_scale), at<void>(bias), bias_dtype, M, N, K, at<void>(y),
-                activation, symmetric);
+                activation, symmetric, nullptr, nullptr);
+  }, nogil);
+  m.def("int8_linear_static", [](Address x, int dtype, Address packed, Address w_scale, Address bias, int bias_dtype, size_t M,
+                                 size_t N, size_t K, Address y, int activation, Address x_scale, Address x_zero) {
+    int8_linear(at<void>(x), dtype, at<int8_t>(packed), at<float>(w_scale), at<void>(bias), bias_dtype, M, N, K, at<void>(y),
+                activation, false, at<float>(x_scale), at<int32_t>(x_zero));
   }, nogil);
 }

@@ -97,11 +97,14 @@ void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, 
 }
 
 void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_scale, const void* bias, int bias_dtype,
-                 size_t M, size_t N, size_t K, void* y, int activation, bool symmetric) {
+                 size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
+                 const int32_t* x_zero) {
   const Kernels& k = kernels();
   product(M, N, K, packed, Tail{w_scale, widen(bias, bias_dtype, N), activation, dtype, y, N},
           [&](size_t m, size_t rows, const QRows& q) {
-            k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, rows, K, symmetric, q);
+            const char* from = static_cast<const char*>(x) + m * K * dtype_size(dtype);
+            if (x_scale) k.int8_quantize_rows_static(from, dtype, rows, K, *x_scale, *x_zero, q);
+            else k.int8_quantize_rows(from, dtype, rows, K, symmetric, q);
           });
 }
 

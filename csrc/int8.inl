@@ -4,6 +4,7 @@
 //             asymmetric: scale = (hi - lo) / 255, zero = clamp(-rint(lo / scale), 0, 255), code in [0, 255]
 //             symmetric:  scale = max(-lo, hi) / 127, zero = 128, code in [1, 255]
 //             q = clamp(rint(x * (1/scale) + zero));   a row of zeros has scale 1; NaN or inf in it makes scale NaN
+//   static    scale and zero are given, the same for every row: no pass for lo and hi; q and NaN as above
 //   sum       S[m][n] = sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k], exact while it fits an int32: K <= 66311
 //   tail      y = activation((scale[m] * w_scale[n]) * float(S) + bias[n]), each operation rounded, then rounded to y's type
 //
@@ -84,6 +85,52 @@ static void int8_quantize_rows(const void* x, int dtype, size_t rows, size_t K, 
   if (dtype == kFloat32) quantize_rows_of((const float*)x, rows, K, symmetric, out);
   else if (dtype == kBFloat16) quantize_rows_of((const bf16*)x, rows, K, symmetric, out);
   else quantize_rows_of((const fp16*)x, rows, K, symmetric, out);
+}
+
+// Codes of one row under a given scale: values beyond its range saturate before they are rounded, since they may be too
+// large for an int32. False where the row holds NaN or an infinity.
+template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, ROW_T* q) {
+  const size_t block = 4 * LANES;
+  const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero), top = set1(255.0f);
+  f32 bad[4] = {};
+  auto code = [&](const T* p, f32& nan) {
+    const f32 v = load(p);
+    nan = nan_if_not_finite(v, nan);
+    return round(clamp(v * inv_scale + zero, f32{}, top));
+  };
+  auto codes = [&](const T* p, ROW_T* out) {
+    const i32 a = code(p, bad[0]), b = code(p + LANES, bad[1]), c = code(p + 2 * LANES, bad[2]), d = code(p + 3 * LANES, bad[3]);
+    store_row(out, a, b, c, d, set1(s.zero));
+  };
+  size_t k = 0;
+  for (; k + block <= K; k += block) codes(x + k, q + k);
+  if (k < K) {
+    T rest[block] = {};
+    ROW_T last[block];
+    memcpy(rest, x + k, (K - k) * sizeof(T));
+    codes(rest, last);
+    memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
+  }
+  float lanes[LANES];
+  store(lanes, (bad[0] + bad[1]) + (bad[2] + bad[3]));
+  for (int i = 0; i < LANES; ++i)
+    if (lanes[i] != lanes[i]) return false;
+  return true;
+}
+
+template <class T> static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale s, const QRows& out) {
+  for (size_t m = 0; m < rows; ++m, x += K) {
+    const bool finite = quantize_row_static(x, K, s, (ROW_T*)out.q + m * 4 * quads(K));
+    out.scale[m] = finite ? s.scale : __builtin_nanf("");
+    out.zero[m] = s.zero;
+  }
+}
+
+static void int8_quantize_rows_static(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero, const QRows& out) {
+  const RowScale s{scale, zero};
+  if (dtype == kFloat32) quantize_rows_static_of((const float*)x, rows, K, s, out);
+  else if (dtype == kBFloat16) quantize_rows_static_of((const bf16*)x, rows, K, s, out);
+  else quantize_rows_static_of((const fp16*)x, rows, K, s, out);
 }
 
 static void int8_load_rows(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows& out) {

@@ -28,6 +28,7 @@ inline int qmax(int qtype) { return qtype == kInt8 ? 127 : qtype == kUInt8 ? 255
 struct Channels {
   size_t channels, inner;
   const float* scale;         // [channels]
+  const float* inv_scale;     // [channels], 1 / scale: read where inner = 1, else nullptr
   const int32_t* zero_point;  // [channels], or nullptr: all zero
   bool per_tensor;
 };
@@ -85,6 +86,9 @@ struct Kernels {
 
   // Quantizes `rows` rows of x [rows, K], each with its own scale and zero point (see int8.inl).
   void (*int8_quantize_rows)(const void* x, int dtype, size_t rows, size_t K, bool symmetric, const QRows&);
+
+  // The same with one given scale and zero point for all rows.
+  void (*int8_quantize_rows_static)(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero, const QRows&);
 
   // The same for rows that are integers already: int8 as u8 with zero = 128, or uint8 with zero = 0.
   void (*int8_load_rows)(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows&);

@@ -12,7 +12,7 @@ namespace PYQKERN_ISA {
 extern const Kernels table;
 const Kernels table = {
     PYQKERN_STRING(PYQKERN_ISA), sizeof(ROW_T), GEMV_ROWS, quantize, dequantize, min_max, widen,
-    int8_pack, int8_quantize_rows, int8_load_rows, int8_gemm, int8_gemv,
+    int8_pack, int8_quantize_rows, int8_quantize_rows_static, int8_load_rows, int8_gemm, int8_gemv,
 };
 
 }  // namespace PYQKERN_ISA
