@@ -22,12 +22,13 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 setup(
     libraries=[
-        (f"pyqkern_{isa}", {"sources": [f"csrc/isa_{isa}.cpp"], "cflags": [*KERNELS, *flags]}) for isa, flags in ISAS.items()
+        (f"pyqkern_{isa}", {"sources": [f"csrc/isa_{isa}.cpp"], "cflags": [*KERNELS, *flags]})
+        for isa, flags in ISAS.items()
     ],
     ext_modules=[
         Pybind11Extension(
             "pyqkern._C",
-            [f"csrc/{name}.cpp" for name in ("affine", "bindings", "dispatch", "int8", "parallel")],
+            [f"csrc/{name}.cpp" for name in ("affine", "bindings", "dispatch", "int8", "nf4", "parallel", "tensors")],
             extra_compile_args=COMMON,
             libraries=["dl", "pthread"],
         )

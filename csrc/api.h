@@ -1,4 +1,4 @@
-// The operations on whole tensors: affine.cpp and int8.cpp cut them into pieces for the kernels and the threads.
+// The operations on whole tensors: affine.cpp, int8.cpp and nf4.cpp cut them into pieces for the kernels and the threads.
 // Pointers are to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels.h.
 #pragma once
 
@@ -22,5 +22,37 @@ void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, 
 void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_scale, const void* bias, int bias_dtype,
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
                  const int32_t* x_zero);
+
+// Scales of blocks: fp32, or, with `nested`, codes of an 8-bit map in blocks of kNestedBlock of their own:
+// map[absmax[b]] * nested[b / kNestedBlock] + offset, b counted along the flat weight.
+constexpr size_t kNestedBlock = 256;
+struct Scales {
+  const void* absmax;
+  const float* nested;  // or nullptr
+  const float* map;     // [256]
+  float offset;
+};
+
+// A 4-bit weight [N, K]. Where in_panels says so, packed and scales are in the order of kernels.h; elsewhere flat, in the
+// order of nf4_quantize.
+struct Weight4 {
+  const uint8_t* packed;
+  Scales scales;
+  size_t N, K, blocksize;
+  const Codebook* book;
+};
+bool in_panels(size_t N, size_t K, size_t blocksize);
+
+// x [n] to and from codes, two to a byte; blocksize is a power of two from 32 to 4096.
+void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed, float* absmax);
+void nf4_dequantize(const uint8_t* packed, const Scales& scales, size_t blocksize, const Codebook& book, size_t n, void* y, int dtype);
+
+// The flat codes [N * K / 2] to and from lines; rows past N are filled with zeros.
+void nf4_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* lines);
+void nf4_unpack(const uint8_t* lines, size_t N, size_t K, uint8_t* flat);
+
+// y [M, N] = the 4-bit linear of x [M, K], both of `dtype`; with as_int8 the rows are quantized and the products integers,
+// if the weight is in panels.
+void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, int bias_dtype, size_t M, void* y, bool as_int8);
 
 }  // namespace pyqkern

@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "parallel.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace pyqkern;
@@ -26,6 +27,7 @@ std::vector<std::string> isas() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of pyqkern. Addresses and sizes, unchecked: use the functions of pyqkern.";
+  if (!add_tensor_functions(m.ptr())) throw py::error_already_set();
   const auto nogil = py::call_guard<py::gil_scoped_release>();
 
   m.def("isas", &isas, "The ISAs that this CPU runs, best first.");
@@ -60,5 +62,25 @@ PYBIND11_MODULE(_C, m) {
                                  size_t N, size_t K, Address y, int activation, Address x_scale, Address x_zero) {
     int8_linear(at<void>(x), dtype, at<int8_t>(packed), at<float>(w_scale), at<void>(bias), bias_dtype, M, N, K, at<void>(y),
                 activation, false, at<float>(x_scale), at<int32_t>(x_zero));
+  }, nogil);
+
+  m.def("in_panels", &in_panels, "Whether the 4-bit linear takes a weight of these sizes in panels.");
+  m.def("quantize_4bit", [](Address x, int dtype, size_t n, size_t blocksize, Address book, Address packed, Address absmax) {
+    nf4_quantize(at<void>(x), dtype, n, blocksize, *at<Codebook>(book), at<uint8_t>(packed), at<float>(absmax));
+  }, nogil);
+  m.def("dequantize_4bit", [](Address packed, Address absmax, Address nested, Address map, float offset, size_t blocksize,
+                              Address book, size_t n, Address y, int dtype) {
+    nf4_dequantize(at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, blocksize,
+                   *at<Codebook>(book), n, at<void>(y), dtype);
+  }, nogil);
+  m.def("pack_4bit", [](Address flat, size_t N, size_t K, Address lines) {
+    nf4_pack(at<uint8_t>(flat), N, K, at<uint8_t>(lines));
+  }, nogil);
+  m.def("unpack_4bit", [](Address lines, size_t N, size_t K, Address flat) { nf4_unpack(at<uint8_t>(lines), N, K, at<uint8_t>(flat)); }, nogil);
+  m.def("linear_4bit", [](Address x, int dtype, Address packed, Address absmax, Address nested, Address map, float offset,
+                          size_t N, size_t K, size_t blocksize, Address book, Address bias, int bias_dtype, size_t M, Address y,
+                          bool as_int8) {
+    const Weight4 w{at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize, at<Codebook>(book)};
+    nf4_linear(at<void>(x), dtype, w, at<void>(bias), bias_dtype, M, at<void>(y), as_int8);
   }, nogil);
 }

@@ -10,6 +10,7 @@ namespace {
 constexpr size_t kSerialOps = 1 << 21;       // multiply-adds: below this a second thread costs more than it brings
 constexpr size_t kBlockBytes = 288 << 10;    // quantized rows that stay in L2 beside a strip of the weight
 constexpr size_t kStripPanels = 12;          // columns of a piece: a multiple of every tile width
+constexpr size_t kDotColumns = 64;           // columns of a piece where nothing is packed
 constexpr size_t kTileRows = 24;             // rows of a block: a multiple of every tile height
 
 QRows rows_at(const QRows& r, size_t m, size_t row_bytes) {
@@ -90,6 +91,14 @@ void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w) {
 
 void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, size_t N, size_t K, int32_t* y) {
   const Kernels& k = kernels();
+  if (M <= k.dot_rows) {
+    const QRows q = row_buffer(M, 4 * quads(K) * k.row_element_bytes);
+    k.int8_load_rows(a, is_unsigned, M, K, q);
+    const size_t pieces = (N + kDotColumns - 1) / kDotColumns;
+    return parallel_for(pieces, M * N * K <= kSerialOps ? 1 : threads(), [&](size_t i) {
+      k.int8_dot(q, M, K, w, N, i * kDotColumns, std::min(N, (i + 1) * kDotColumns), y);
+    });
+  }
   int8_t* packed = static_cast<int8_t*>(scratch(kPacked, panels(N) * panel_bytes(K)));
   int8_pack(w, N, K, packed);
   product(M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N},

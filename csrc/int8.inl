@@ -149,12 +149,20 @@ static void int8_pack(const int8_t* w, size_t N, size_t K, size_t panel, int8_t*
   const size_t n0 = panel * kPanel, count = N - n0 < kPanel ? N - n0 : kPanel;
   int32_t column_sum[kPanel] = {};
   if (count < kPanel || K % 4) memset(packed, 0, quads(K) * kLine);
+  if (count == kPanel)
+    for (size_t k = 0; k + 16 <= K; k += 16)
+      for (size_t n = 0; n < kPanel; n += 4) {
+        const int8_t* first = w + (n0 + n) * K;
+        const int8_t* const row[4] = {first, first + K, first + 2 * K, first + 3 * K};
+        transpose_quads(row, k, packed + k * kPanel + 4 * n, kLine);
+      }
   for (size_t n = 0; n < count; ++n) {
     const int8_t* row = w + (n0 + n) * K;
     int8_t* out = packed + 4 * n;
     int32_t sum = 0;
     for (size_t k = 0; k < K; ++k) sum += row[k];
-    for (size_t k = 0; k + 4 <= K; k += 4) memcpy(out + k * kPanel, row + k, 4);
+    const size_t whole = count == kPanel ? K / 16 * 16 : 0;  // up to there it was transposed
+    for (size_t k = whole; k + 4 <= K; k += 4) memcpy(out + k * kPanel, row + k, 4);
     if (K % 4) memcpy(out + (K - K % 4) * kPanel, row + K - K % 4, K % 4);
     column_sum[n] = sum;
   }
@@ -210,12 +218,16 @@ static void tail_tile(const int32_t* sum, size_t ld_sum, const int8_t* column_su
 // The same for exact sums: nothing but the zero point.
 static void tail_sums(const int32_t* sum, size_t ld_sum, const int8_t* column_sums, size_t stride, const QRows& a, size_t m,
                       size_t rows, size_t n0, size_t n, const Tail& t) {
-  for (size_t r = 0; r < rows; ++r)
-    for (size_t j = 0; j < n; ++j) {
-      const int32_t* column_sum = (const int32_t*)(column_sums + j / kPanel * stride) + j % kPanel;
-      const uint32_t off = CENTERED ? 0 : (uint32_t)a.zero[m + r] * (uint32_t)*column_sum;
-      ((int32_t*)t.y)[(m + r) * t.N + n0 + j] = (int32_t)((uint32_t)sum[r * ld_sum + j] - off);
+  int32_t* y = (int32_t*)t.y + m * t.N + n0;
+  for (size_t j = 0; j < n; j += LANES) {
+    const size_t part = n - j < LANES ? n - j : LANES;
+    const i32 k = load((const int32_t*)(column_sums + j / kPanel * stride) + j % kPanel);
+    for (size_t r = 0; r < rows; ++r) {
+      i32 s = load(sum + r * ld_sum + j);
+      if (!CENTERED) s -= set1(a.zero[m + r]) * k;
+      if (part == LANES) store(y + r * t.N + j, s); else store_part(y + r * t.N + j, s, part);
     }
+  }
 }
 
 typedef void (*TailFunction)(const int32_t*, size_t, const int8_t*, size_t, const QRows&, size_t, size_t, size_t, size_t, const Tail&);
@@ -335,7 +347,7 @@ static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const in
 
 // ---- few rows: the weight comes from memory, and one pass over it is what counts
 
-constexpr size_t GEMV_ROWS = 4;
+constexpr size_t GEMV_ROWS = 4, DOT_ROWS = ROW_K ? 4 : 0;
 constexpr size_t PREFETCH = 2048;  // bytes ahead
 
 // One panel. U quads at a time with sums of their own, so that the latency of dot is hidden.
@@ -376,6 +388,51 @@ static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const in
     else if (rows == 2) gemv_panel<2>(a, m0, K, packed, n0, t, tail);
     else if (rows == 3) gemv_panel<3>(a, m0, K, packed, n0, t, tail);
     else gemv_panel<4>(a, m0, K, packed, n0, t, tail);
+  }
+}
+
+// ---- few rows against a plain weight, which would take longer to pack than to read
+
+// y[r][n] for R rows and four columns from n on (those past N are computed as the last, and not stored).
+template <int R>
+static void dot_columns(const QRows& a, size_t K, const int8_t* w, size_t N, size_t n, int32_t* y) {
+  constexpr size_t STEP = ROW_K ? ROW_K : 16;  // where it is 0, nobody comes here
+  const size_t lda = 4 * quads(K);
+  const int8_t* column[4];
+  for (size_t j = 0; j < 4; ++j) column[j] = w + (n + j < N ? n + j : N - 1) * K;
+  alignas(64) ROW_T ones[STEP];
+  for (size_t k = 0; k < STEP; ++k) ones[k] = 1;
+  acc_t c[R][4] = {}, column_sum[4] = {};
+  auto step = [&](auto row_at, auto column_at) {
+    for (int j = 0; j < 4; ++j) {
+      const b_t b = load_b(column_at(j));
+      if (!CENTERED) column_sum[j] = dot(column_sum[j], load_row(ones), b);
+      for (int r = 0; r < R; ++r) c[r][j] = dot(c[r][j], load_row(row_at(r)), b);
+    }
+  };
+  size_t k = 0;
+  for (; k + STEP <= K; k += STEP)
+    step([&](int r) { return (const ROW_T*)a.q + r * lda + k; }, [&](int j) { return column[j] + k; });
+  if (k < K) {
+    alignas(64) ROW_T rows[R][STEP] = {};
+    alignas(64) int8_t columns[4][STEP] = {};
+    for (int r = 0; r < R; ++r) memcpy(rows[r], (const ROW_T*)a.q + r * lda + k, (K - k) * sizeof(ROW_T));
+    for (int j = 0; j < 4; ++j) memcpy(columns[j], column[j] + k, K - k);
+    step([&](int r) { return (const ROW_T*)rows[r]; }, [&](int j) { return (const int8_t*)columns[j]; });
+  }
+  for (int r = 0; r < R; ++r)
+    for (size_t j = 0; j < 4 && n + j < N; ++j) {
+      const uint32_t off = CENTERED ? 0 : (uint32_t)a.zero[r] * (uint32_t)reduce_add(column_sum[j]);
+      y[r * N + n + j] = (int32_t)((uint32_t)reduce_add(c[r][j]) - off);
+    }
+}
+
+static void int8_dot(const QRows& a, size_t rows, size_t K, const int8_t* w, size_t N, size_t begin, size_t end, int32_t* y) {
+  for (size_t n = begin; n < end; n += 4) {
+    if (rows == 1) dot_columns<1>(a, K, w, N, n, y);
+    else if (rows == 2) dot_columns<2>(a, K, w, N, n, y);
+    else if (rows == 3) dot_columns<3>(a, K, w, N, n, y);
+    else dot_columns<4>(a, K, w, N, n, y);
   }
 }
 

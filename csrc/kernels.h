@@ -1,6 +1,6 @@
 // What every ISA provides: one table of serial kernels, the same text (*.inl) compiled once per ISA.
 //
-// A kernel works on a piece of the problem and starts no threads; affine.cpp and int8.cpp cut the problem into pieces.
+// A kernel works on a piece of the problem and starts no threads; affine.cpp, int8.cpp and nf4.cpp cut the problem into pieces.
 // All kernels give the same bits on every ISA: integer sums are exact, and the float operations are one written-down
 // sequence, in which an fma stands only where the text says fma (the build passes -ffp-contract=off).
 #pragma once
@@ -59,10 +59,28 @@ struct QRows {
   int32_t* zero;   // [rows]
 };
 
+// A 4-bit code: what its sixteen codes stand for, in units of a block's scale.
+struct Codebook {
+  float value[16];    // of code c
+  float bound[15];    // the 15 midpoints between neighbouring values, ascending
+  float order[16];    // the code of the i-th value in ascending order
+  int8_t integer[16]; // of code c, for the product of integers: value * levels, rounded
+  float levels;
+};
+
+// The packed weight of a 4-bit linear whose rows are whole blocks, the same on every ISA. Sixteen rows of W make a panel
+// and four panels a strip (the last one may have fewer). A line of 64 bytes holds 16 rows by 8 columns:
+//   line[strip][k/8][panel][4 * (n%16) + k%4], its low four bits for k%8 < 4, its high four bits for the others;
+// the scales lie beside it as scale[strip][k/blocksize][panel][n%16]. Rows past N are filled with zeros.
+constexpr size_t kStrip = 64;       // columns of y, rows of W
+constexpr size_t kStepMax = 128;    // a sum runs over at most so many k before it is scaled
+inline size_t step_of(size_t blocksize) { return blocksize < kStepMax ? blocksize : kStepMax; }
+
 struct Kernels {
   const char* name;
   size_t row_element_bytes;  // 1: u8 codes; 2: i16 codes with the zero point already taken off
   size_t gemv_rows;          // int8_gemv takes up to this many rows
+  size_t dot_rows;           // int8_dot too; 0 where it does not pay
 
   // q[i] = clamp(rint(t), qmin, qmax) for i in [begin, end) of the flat tensor, ties to even;
   //   t = fma(x[i], 1/scale, zero_point) per tensor, t = x[i] * (1/scale) + zero_point (two roundings) otherwise:
@@ -101,6 +119,40 @@ struct Kernels {
   // The same for few rows: reads the weight once, front to back, prefetching.
   void (*int8_gemv)(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
                     const Tail&);
+
+  // y[m][n] = sum_k q[m][k] * w[n][k] - zero[m] * sum_k w[n][k] for all rows and n in [begin, end), begin a multiple of
+  // four; w [N, K] as it is, y [rows, N].
+  void (*int8_dot)(const QRows&, size_t rows, size_t K, const int8_t* w, size_t N, size_t begin, size_t end, int32_t* y);
+
+  // Quantizes blocks [begin, end) of the flat x [n]: absmax[b], and codes packed two to a byte, high four bits first.
+  // v = x * (1/absmax), clamped to [-1, 1]; a short last block divides instead, as bitsandbytes does, and stores an absmax of
+  // at least 1e-38. The code is that of the nearest value, the lower one where both are as near.
+  void (*nf4_quantize)(const void* x, int dtype, size_t n, size_t blocksize, const Codebook&, size_t begin, size_t end,
+                       uint8_t* packed, float* absmax);
+
+  // y[i - begin] = value[code[i]] * absmax[i / blocksize] for i in [begin, end), rounded once to dtype; any begin.
+  void (*nf4_dequantize)(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook&, size_t begin,
+                         size_t end, void* y, int dtype, bool stream);
+
+  // total[m][n] = sum over steps of scale[step][n] * (sum over k of the step of x[m][k] * value[code[n][k]]), for up to 4 rows
+  // and one strip of `panels` panels; every sum is one chain of fma, k ascending.
+  void (*nf4_gemv)(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale, size_t blocksize,
+                   size_t panels, const Codebook&, float* total);
+
+  // One step of one strip, [size][kStrip]: values, or integers as [size/4][kStrip][4] with the sums over k of each column.
+  void (*nf4_expand)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, float* values);
+  void (*nf4_expand_int8)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, int8_t* integers, int32_t* minus_sums);
+
+  // total[m][n] = fma(sum over k of x[m][k] * values[k][n], scale[n], total[m][n]): the same chains as nf4_gemv.
+  void (*nf4_gemm)(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale, float* total);
+
+  // The same of symmetric quantized rows, from column k0 on: the inner sum is an exact integer.
+  void (*nf4_gemm_int8)(const QRows&, size_t K, size_t k0, size_t rows, size_t size, const int8_t* integers,
+                        const int32_t* minus_sums, const float* scale, float* total);
+
+  // y[m][n] = total[m][n] * row_scale[m] + bias[n] for n in [n0, n0 + columns); row_scale or bias may be nullptr.
+  void (*nf4_finish)(const float* total, const float* row_scale, const float* bias, size_t rows, size_t n0, size_t columns,
+                     size_t N, void* y, int dtype);
 };
 
 // The tables that were built, best first.

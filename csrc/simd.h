@@ -3,7 +3,8 @@
 //
 // f32 and i32 are compiler vectors of LANES elements, so + - * and << >> on them mean the lane-wise operation everywhere.
 // What has no such operator stands below, as functions of the same names on every ISA:
-//   set1 load store min max fma round to_float reduce_min narrow stream ...
+//   set1 load store min max fma round to_float reduce_min narrow stream lookup interleave ...
+// lookup_bytes turns a line of 64 bytes into the table's entries of their low and of their high four bits.
 // and the INT8 product: acc, a (four codes of one row, broadcast), b (four k of COLS columns), dot.
 //
 // No std containers or algorithms here: at -O0 they would leave weak symbols, compiled for this ISA, to the whole program.
@@ -13,7 +14,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -85,6 +86,22 @@ INLINE void stream(float* p, f32 v) { _mm512_stream_ps(p, (__m512)v); }
 template <class T> INLINE void stream(T* p, f32 v) { _mm256_stream_si256((__m256i*)p, halves(p, v)); }
 INLINE f32 nan_if_not_finite(f32 v, f32 bad) { return fma(v, f32{}, bad); }  // 0 * inf is NaN
 INLINE void stream(uint8_t* p, bytes_t v) { _mm512_stream_si512((__m512i*)p, (__m512i)v); }
+struct table16 { f32 values; };  // 16 floats, looked up by four bits
+INLINE table16 load_table(const float* p) { return {load(p)}; }
+INLINE f32 lookup(const table16& t, i32 v, int shift) {  // by bits [shift, shift + 4) of each lane; vpermps reads no others
+  return (f32)_mm512_permutexvar_ps((__m512i)((u32)v >> shift), (__m512)t.values);
+}
+INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
+  const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = (f32)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
+  high = (f32)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(from, _mm512_set1_epi32(8)), (__m512)b);
+}
+INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, int8_t* high) {
+  const __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), mask = _mm512_set1_epi8(15);
+  const __m512i v = _mm512_loadu_si512(line);
+  _mm512_storeu_si512(low, _mm512_shuffle_epi8(t, _mm512_and_si512(v, mask)));
+  _mm512_storeu_si512(high, _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)));
+}
 INLINE void stream_end() { _mm_sfence(); }
 #elif defined(__AVX2__)
 // ---- AVX2 with FMA and F16C
@@ -99,6 +116,11 @@ INLINE float reduce_min(f32 v) {
   return _mm_cvtss_f32(_mm_min_ss(m, _mm_movehdup_ps(m)));
 }
 INLINE float reduce_max(f32 v) { return -reduce_min(-v); }
+INLINE int32_t reduce_add_lanes(i32 v) {
+  __m128i m = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
 INLINE f32 load(const bf16* p) {
   return (f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
@@ -127,6 +149,26 @@ INLINE void stream(float* p, f32 v) { _mm256_stream_ps(p, (__m256)v); }
 template <class T> INLINE void stream(T* p, f32 v) { _mm_stream_si128((__m128i*)p, halves(p, v)); }
 INLINE f32 nan_if_not_finite(f32 v, f32 bad) { return fma(v, f32{}, bad); }  // 0 * inf is NaN
 INLINE void stream(uint8_t* p, bytes_t v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
+struct table16 { f32 low, high; };  // 16 floats, looked up by four bits
+INLINE table16 load_table(const float* p) { return {load(p), load(p + 8)}; }
+INLINE f32 lookup(const table16& t, i32 v, int shift) {  // by bits [shift, shift + 4) of each lane
+  const __m256i at = (__m256i)((u32)v >> shift);  // vpermps reads three bits, vblendvps the highest of the lane
+  const __m256 low = _mm256_permutevar8x32_ps((__m256)t.low, at), high = _mm256_permutevar8x32_ps((__m256)t.high, at);
+  return (f32)_mm256_blendv_ps(low, high, (__m256)((u32)v << (28 - shift)));
+}
+INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
+  const __m256 even = _mm256_unpacklo_ps((__m256)a, (__m256)b), odd = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  low = (f32)_mm256_permute2f128_ps(even, odd, 0x20);
+  high = (f32)_mm256_permute2f128_ps(even, odd, 0x31);
+}
+INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, int8_t* high) {
+  const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), mask = _mm256_set1_epi8(15);
+  for (int i = 0; i < 64; i += 32) {
+    const __m256i v = _mm256_loadu_si256((const __m256i*)(line + i));
+    _mm256_storeu_si256((__m256i*)(low + i), _mm256_shuffle_epi8(t, _mm256_and_si256(v, mask)));
+    _mm256_storeu_si256((__m256i*)(high + i), _mm256_shuffle_epi8(t, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask)));
+  }
+}
 INLINE void stream_end() { _mm_sfence(); }
 #else
 // ---- any CPU: the compiler's vectors of four, and loops over their lanes
@@ -200,20 +242,39 @@ INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {
 template <class T> INLINE void stream(T* p, f32 v) { store(p, v); }
 INLINE f32 nan_if_not_finite(f32 v, f32 bad) { return v * 0.0f + bad; }
 INLINE void stream(uint8_t* p, bytes_t v) { memcpy(p, &v, sizeof v); }
+struct table16 { const float* values; };  // 16 floats, looked up by four bits
+INLINE table16 load_table(const float* p) { return {p}; }
+INLINE f32 lookup(const table16& t, i32 v, int shift) {  // by bits [shift, shift + 4) of each lane
+  const i32 at = (v >> shift) & 15;
+  f32 r;
+  for (int i = 0; i < LANES; ++i) r[i] = t.values[at[i]];
+  return r;
+}
+INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
+  low = f32{a[0], b[0], a[1], b[1]};
+  high = f32{a[2], b[2], a[3], b[3]};
+}
+INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, int8_t* high) {
+  for (int i = 0; i < 64; ++i) low[i] = table[line[i] & 15], high[i] = table[line[i] >> 4];
+}
 INLINE void stream_end() {}
 #endif
 
 // ---- the INT8 product: acc[COLS columns] += sum over four k of a[k] * b[column][k]
 // ROW_T is the element of a quantized row; CENTERED says that its zero point is already taken off.
 // SUMS accumulators make LANES finished sums. WIDEN says that a strip of the weight pays to be widened once for many rows.
+// ROW_K is how many k of a plain row dot takes at once, a from load_row and b from load_b; 0: not at all.
 #if defined(__AVX512VNNI__)
 typedef uint8_t ROW_T;
 constexpr bool CENTERED = false;
 constexpr int COLS = 16, SUMS = 1;
 constexpr bool WIDEN = false;
+constexpr size_t ROW_K = 64;
 typedef i32 acc_t, a_t, b_t;
 INLINE a_t load_a(const ROW_T* p) { int32_t quad; memcpy(&quad, p, 4); return (a_t)_mm512_set1_epi32(quad); }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm512_loadu_si512(p); }
+INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm512_loadu_si512(p); }
+INLINE int32_t reduce_add(acc_t v) { return _mm512_reduce_add_epi32((__m512i)v); }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
 INLINE i32 sums(const acc_t* c) { return c[0]; }
 #elif defined(__AVXVNNI__)
@@ -221,9 +282,12 @@ typedef uint8_t ROW_T;
 constexpr bool CENTERED = false;
 constexpr int COLS = 8, SUMS = 1;
 constexpr bool WIDEN = false;
+constexpr size_t ROW_K = 32;
 typedef i32 acc_t, a_t, b_t;
 INLINE a_t load_a(const ROW_T* p) { int32_t quad; memcpy(&quad, p, 4); return (a_t)_mm256_set1_epi32(quad); }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_loadu_si256((const __m256i*)p); }
+INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm256_loadu_si256((const __m256i*)p); }
+INLINE int32_t reduce_add(acc_t v) { return reduce_add_lanes(v); }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
 INLINE i32 sums(const acc_t* c) { return c[0]; }
 #elif defined(__AVX2__)
@@ -233,10 +297,13 @@ typedef int16_t ROW_T;
 constexpr bool CENTERED = true;
 constexpr int COLS = 4, SUMS = 2;
 constexpr bool WIDEN = true;
+constexpr size_t ROW_K = 16;
 typedef i32 acc_t, a_t, b_t;
 INLINE a_t load_a(const ROW_T* p) { int64_t quad; memcpy(&quad, p, 8); return (a_t)_mm256_set1_epi64x(quad); }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
 INLINE b_t load_b(const int16_t* p) { return (b_t)_mm256_loadu_si256((const __m256i*)p); }  // widened before
+INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm256_loadu_si256((const __m256i*)p); }
+INLINE int32_t reduce_add(acc_t v) { return reduce_add_lanes(v); }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) { return c + (acc_t)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 INLINE i32 sums(const acc_t* c) {
   return (i32)_mm256_permute4x64_epi64(_mm256_hadd_epi32((__m256i)c[0], (__m256i)c[1]), 0xd8);
@@ -246,16 +313,36 @@ typedef int16_t ROW_T;
 constexpr bool CENTERED = true;
 constexpr int COLS = 4, SUMS = 1;
 constexpr bool WIDEN = false;
+constexpr size_t ROW_K = 0;
 typedef i32 acc_t, b_t;
 struct a_t { int32_t k[4]; };
 INLINE a_t load_a(const ROW_T* p) { return {{p[0], p[1], p[2], p[3]}}; }
 INLINE b_t load_b(const int8_t* p) { return load((const int32_t*)p); }
+INLINE a_t load_row(const ROW_T* p) { return load_a(p); }  // not used: ROW_K = 0
+INLINE int32_t reduce_add(acc_t v) { return v[0]; }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) {  // byte k of each lane, sign-extended by two shifts
   for (int k = 0; k < 4; ++k) c += ((i32)((u32)b << (8 * (3 - k))) >> 24) * a.k[k];
   return c;
 }
 INLINE i32 sums(const acc_t* c) { return c[0]; }
 #endif
+
+// Four rows of four quads each, to four lines of a panel: quad q of the rows r goes to out + q * line, behind each other.
+INLINE void transpose_quads(const int8_t* const* row, size_t k, int8_t* out, size_t line) {
+#if defined(__x86_64__)
+  __m128i r[4];
+  for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128((const __m128i*)(row[i] + k));
+  const __m128i ab = _mm_unpacklo_epi32(r[0], r[1]), cd = _mm_unpacklo_epi32(r[2], r[3]);
+  const __m128i AB = _mm_unpackhi_epi32(r[0], r[1]), CD = _mm_unpackhi_epi32(r[2], r[3]);
+  _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi64(ab, cd));
+  _mm_storeu_si128((__m128i*)(out + line), _mm_unpackhi_epi64(ab, cd));
+  _mm_storeu_si128((__m128i*)(out + 2 * line), _mm_unpacklo_epi64(AB, CD));
+  _mm_storeu_si128((__m128i*)(out + 3 * line), _mm_unpackhi_epi64(AB, CD));
+#else
+  for (int q = 0; q < 4; ++q)
+    for (int i = 0; i < 4; ++i) memcpy(out + q * line + 4 * i, row[i] + k + 4 * q, 4);
+#endif
+}
 
 // ---- the same for every ISA
 INLINE f32 as_f32(i32 v) { return (f32)v; }

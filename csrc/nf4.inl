@@ -1,0 +1,296 @@
+// 4-bit weights with one scale per block: NF4, FP4 and uniform int4, which differ in their Codebook alone.
+//
+//   quantize    v = clamp(x * (1/absmax), -1, 1), code of the nearest value; contracts and layouts in kernels.h
+//   linear      y = sum over steps of scale * (sum over k of a step of x * value), a step being a block or 128 columns of one.
+//               Both sums run in the order of k, by fma from zero, for few rows and for many: a row's result does not depend
+//               on its batch, nor on the ISA.
+//   as integers the rows are quantized to s8 (symmetric), the values to integer/levels; the inner sum is exact, below
+//               2^24 (127 * 127 * 128), so that its conversion to float is exact too.
+#pragma once
+
+#include "int8.inl"
+
+namespace pyqkern {
+namespace PYQKERN_ISA {
+
+// ---- quantize and dequantize
+
+constexpr float LEAST_ABSMAX = 1e-38f;
+
+// Codes of a block of n elements, one to a byte.
+template <class T> INLINE void quantize_block(const T* x, size_t n, float absmax, bool divide, const Codebook& book, uint8_t* codes) {
+  const float least = absmax > LEAST_ABSMAX ? absmax : LEAST_ABSMAX;
+  const f32 divisor = set1(least), inv = set1(1.0f / least);
+  f32 bound[15];
+  for (int i = 0; i < 15; ++i) bound[i] = set1(book.bound[i]);
+  const table16 order = load_table(book.order);
+  auto code = [&](f32 v) {
+    v = clamp(divide ? v / divisor : v * inv, set1(-1.0f), set1(1.0f));
+    i32 index{};
+    for (int i = 0; i < 15; ++i) index -= (i32)(v > bound[i]);
+    return round(lookup(order, index, 0));
+  };
+  size_t i = 0;
+  for (; i + LANES <= n; i += LANES) store_bytes(codes + i, code(load(x + i)));
+  if (i < n) {
+    uint8_t rest[LANES];
+    store_bytes(rest, code(load_part(x + i, n - i)));
+    memcpy(codes + i, rest, n - i);
+  }
+}
+
+template <class T>
+static void quantize_blocks(const T* x, size_t n, size_t blocksize, const Codebook& book, size_t begin, size_t end, uint8_t* packed,
+                            float* absmax) {
+  const T zero{};
+  uint8_t codes[4096];
+  for (size_t b = begin; b < end; ++b) {
+    const size_t at = b * blocksize, size = n - at < blocksize ? n - at : blocksize;
+    float least, greatest;
+    range_of(x + at, size, &least, &greatest);
+    const float extent = -least > greatest ? -least : greatest > 0 ? greatest : 0.0f;
+    const bool last = size < blocksize;
+    quantize_block(x + at, size, extent, last, book, codes);
+    if (size % 2) quantize_block(&zero, 1, extent, last, book, codes + size);
+    uint8_t* out = packed + at / 2;
+    for (size_t i = 0; i < (size + 1) / 2; ++i) out[i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
+    absmax[b] = greatest != greatest ? greatest : last && extent < LEAST_ABSMAX ? LEAST_ABSMAX : extent;
+  }
+}
+
+static void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, size_t begin, size_t end,
+                         uint8_t* packed, float* absmax) {
+  if (dtype == kFloat32) quantize_blocks((const float*)x, n, blocksize, book, begin, end, packed, absmax);
+  else if (dtype == kBFloat16) quantize_blocks((const bf16*)x, n, blocksize, book, begin, end, packed, absmax);
+  else quantize_blocks((const fp16*)x, n, blocksize, book, begin, end, packed, absmax);
+}
+
+// n elements of one block, from element i of the flat tensor on.
+template <class T>
+INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float absmax, const Codebook& book, T* y, bool streamed) {
+  const f32 scale = set1(absmax);
+  const table16 table = load_table(book.value);
+  size_t j = 0;
+  auto single = [&](size_t at) {
+    const int code = at % 2 ? packed[at / 2] & 15 : packed[at / 2] >> 4;
+    store_part(y + j, set1(book.value[code]) * scale, 1);
+    ++j;
+  };
+  if (i % 2 && j < n) single(i);
+  for (; j + 2 * LANES <= n; j += 2 * LANES) {
+    const i32 bytes = load_bytes(packed + (i + j) / 2);
+    f32 low, high;
+    interleave(lookup(table, bytes, 4) * scale, lookup(table, bytes, 0) * scale, low, high);
+    if (streamed) stream(y + j, low), stream(y + j + LANES, high);
+    else store(y + j, low), store(y + j + LANES, high);
+  }
+  while (j < n) single(i + j);
+}
+
+template <class T>
+static void dequantize_blocks(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook& book, size_t begin,
+                              size_t end, T* y, bool streamed) {
+  streamed = streamed && (uintptr_t)y % 64 == 0 && begin % blocksize == 0;
+  for (size_t i = begin, n; i < end; i += n, y += n) {
+    n = blocksize - i % blocksize < end - i ? blocksize - i % blocksize : end - i;
+    dequantize_block(packed, i, n, absmax[i / blocksize], book, y, streamed);
+  }
+  if (streamed) stream_end();
+}
+
+static void nf4_dequantize(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook& book, size_t begin, size_t end,
+                           void* y, int dtype, bool streamed) {
+  if (dtype == kFloat32) dequantize_blocks(packed, absmax, blocksize, book, begin, end, (float*)y, streamed);
+  else if (dtype == kBFloat16) dequantize_blocks(packed, absmax, blocksize, book, begin, end, (bf16*)y, streamed);
+  else dequantize_blocks(packed, absmax, blocksize, book, begin, end, (fp16*)y, streamed);
+}
+
+// ---- few rows: straight from the packed codes
+
+constexpr int PANEL_VECTORS = kPanel / LANES;
+constexpr size_t PREFETCH_4BIT = 4096;  // bytes ahead
+
+// The bit at which column k%8 of a line's lane starts.
+INLINE constexpr int shift_of(int k) { return 8 * (k % 4) + 4 * (k / 4); }
+
+// V vectors of a strip over B steps side by side, whose sums are independent: that hides the latency of fma. `line` points at
+// the first step's first vector, lines are `stride` apart; scale[b] belongs to step b.
+template <int R, int V, int B>
+static void gemv_steps(const float* x, size_t ldx, size_t size, const uint8_t* line, size_t stride, const table16& table,
+                       const float* const* scale, size_t offset, float* total) {
+  f32 acc[B][R][V] = {};
+  const size_t step_bytes = size / 8 * stride;
+  for (size_t k = 0; k < size; k += 8, line += stride, x += 8)
+    for (int b = 0; b < B; ++b) {
+      i32 codes[V];
+      for (int v = 0; v < V; ++v) codes[v] = load((const int32_t*)(line + b * step_bytes) + v * LANES);
+      for (int v = 0; v < V; v += PANEL_VECTORS < V ? PANEL_VECTORS : V)
+        __builtin_prefetch(line + b * step_bytes + PREFETCH_4BIT + v * LANES * 4);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j)
+        for (int v = 0; v < V; ++v) {
+          const f32 w = lookup(table, codes[v], shift_of(j));
+          for (int r = 0; r < R; ++r) acc[b][r][v] = fma(set1(x[r * ldx + b * size + j]), w, acc[b][r][v]);
+        }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      float* t = total + r * kStrip + v * LANES;
+      f32 sum = load(t);
+      for (int b = 0; b < B; ++b) sum = fma(acc[b][r][v], load(scale[b] + offset + v * LANES), sum);
+      store(t, sum);
+    }
+}
+
+template <int R>
+static void gemv_strip(const float* x, size_t K, const uint8_t* packed, const float* scale, size_t blocksize, size_t panels,
+                       const Codebook& book, float* total) {
+  constexpr int B = LANES == 16 && R == 1 ? 2 : 1;
+  const table16 table = load_table(book.value);
+  const size_t size = step_of(blocksize), vectors = panels * PANEL_VECTORS, stride = panels * kLine;
+  memset(total, 0, R * kStrip * sizeof(float));
+  for (size_t k = 0, count; k < K; k += count * size) {
+    count = K - k >= B * size ? B : 1;
+    const float* scales[B];
+    for (size_t b = 0; b < B; ++b) scales[b] = scale + (k + b % count * size) / blocksize * panels * kPanel;
+    const uint8_t* line = packed + k / 8 * stride;
+    for (size_t v = 0, width; v < vectors; v += width) {
+      width = vectors - v >= 4 ? 4 : 1;
+      auto f = count == B ? (width == 4 ? gemv_steps<R, 4, B> : gemv_steps<R, 1, B>) : (width == 4 ? gemv_steps<R, 4, 1> : gemv_steps<R, 1, 1>);
+      f(x + k, K, size, line + v * LANES * 4, stride, table, scales, v * LANES, total + v * LANES);
+    }
+  }
+}
+
+static void nf4_gemv(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale, size_t blocksize, size_t panels,
+                     const Codebook& book, float* total) {
+  if (rows == 1) gemv_strip<1>(x, K, packed, scale, blocksize, panels, book, total);
+  else if (rows == 2) gemv_strip<2>(x, K, packed, scale, blocksize, panels, book, total);
+  else if (rows == 3) gemv_strip<3>(x, K, packed, scale, blocksize, panels, book, total);
+  else gemv_strip<4>(x, K, packed, scale, blocksize, panels, book, total);
+}
+
+// ---- many rows: a step of a strip is expanded once, into L1, for all of them
+
+static void nf4_expand(const uint8_t* packed, size_t size, size_t panels, const Codebook& book, float* values) {
+  const table16 table = load_table(book.value);
+  for (size_t k = 0; k < size; k += 8, values += 8 * kStrip)
+    for (size_t v = 0; v < kStrip / LANES; ++v) {
+      const bool there = v < panels * PANEL_VECTORS;
+      const i32 codes = there ? load((const int32_t*)packed + (k / 8 * panels * PANEL_VECTORS + v) * LANES) : i32{};
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) store(values + j * kStrip + v * LANES, there ? lookup(table, codes, shift_of(j)) : f32{});
+    }
+}
+
+constexpr int ROWS_4BIT = 6;
+#if defined(__AVX512F__)
+constexpr int TILE_VECTORS = 4;
+#else
+constexpr int TILE_VECTORS = 2;
+#endif
+
+template <int R>
+static void gemm_tile(const float* x, size_t ldx, size_t size, const float* values, const float* scale, float* total) {
+  for (size_t v0 = 0; v0 < kStrip; v0 += TILE_VECTORS * LANES, values += TILE_VECTORS * LANES) {
+    f32 acc[R][TILE_VECTORS] = {};
+    for (size_t k = 0; k < size; ++k) {
+      f32 w[TILE_VECTORS];
+      for (int v = 0; v < TILE_VECTORS; ++v) w[v] = load(values + k * kStrip + v * LANES);
+      for (int r = 0; r < R; ++r) {
+        const f32 a = set1(x[r * ldx + k]);
+        for (int v = 0; v < TILE_VECTORS; ++v) acc[r][v] = fma(a, w[v], acc[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < TILE_VECTORS; ++v) {
+        float* t = total + r * kStrip + v0 + v * LANES;
+        store(t, fma(acc[r][v], load(scale + v0 + v * LANES), load(t)));
+      }
+  }
+}
+
+static void nf4_gemm(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale, float* total) {
+  size_t m = 0;
+  for (; m + ROWS_4BIT <= rows; m += ROWS_4BIT) gemm_tile<ROWS_4BIT>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
+  for (; m + 2 <= rows; m += 2) gemm_tile<2>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
+  if (m < rows) gemm_tile<1>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
+}
+
+// ---- many rows as integers
+
+// u8 codes carry 128 too much, so that sums start at -128 times those of the weight; centred codes start at zero.
+static void nf4_expand_int8(const uint8_t* packed, size_t size, size_t panels, const Codebook& book, int8_t* integers, int32_t* minus_sums) {
+  memset(minus_sums, 0, kStrip * sizeof(int32_t));
+  for (size_t k = 0; k < size; k += 8, integers += 8 * kStrip) {
+    for (size_t p = 0; p < kStrip / kPanel; ++p) {
+      int8_t* low = integers + p * kLine;
+      int8_t* high = low + 4 * kStrip;
+      if (p < panels) {
+        lookup_bytes(book.integer, packed + (k / 8 * panels + p) * kLine, low, high);
+      } else {
+        memset(low, 0, kLine);
+        memset(high, 0, kLine);
+      }
+    }
+    if (!CENTERED)
+      for (size_t v = 0; v < kStrip / COLS; ++v)
+        for (int half = 0; half < 2; ++half) {
+          const ROW_T zeros[4] = {128, 128, 128, 128};
+          const acc_t sum = dot(acc_t{}, load_a(zeros), load_b(integers + half * 4 * kStrip + v * COLS * 4));
+          store(minus_sums + v * COLS, load(minus_sums + v * COLS) - (i32)sum);
+        }
+  }
+}
+
+template <int R>
+static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, const int8_t* integers, const int32_t* minus_sums,
+                           const float* scale, float* total) {
+  for (size_t n = 0; n < kStrip; n += TILE_VECTORS * COLS) {
+    acc_t c[R][TILE_VECTORS];
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      const acc_t start = CENTERED ? acc_t{} : (acc_t)load(minus_sums + n + v * COLS);
+      for (int r = 0; r < R; ++r) c[r][v] = start;
+    }
+    tile<R, TILE_VECTORS, false>(c, a, lda, integers + n * 4, COLS * 4, kStrip * 4, size / 4, nullptr);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < TILE_VECTORS / SUMS; ++v) {
+        float* t = total + r * kStrip + n + v * LANES;
+        store(t, fma(to_float(sums(&c[r][v * SUMS])), load(scale + n + v * LANES), load(t)));
+      }
+  }
+}
+
+static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows, size_t size, const int8_t* integers,
+                          const int32_t* minus_sums, const float* scale, float* total) {
+  const size_t lda = 4 * quads(K);
+  const ROW_T* a = (const ROW_T*)rows_of.q + k0;
+  size_t m = 0;
+  for (; m + ROWS_4BIT <= rows; m += ROWS_4BIT) gemm_int8_tile<ROWS_4BIT>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
+  for (; m + 2 <= rows; m += 2) gemm_int8_tile<2>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
+  if (m < rows) gemm_int8_tile<1>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
+}
+
+// ---- the tail
+
+template <class T>
+static void finish_rows(const float* total, const float* row_scale, const float* bias, size_t rows, size_t n0, size_t columns, size_t N, T* y) {
+  for (size_t m = 0; m < rows; ++m, total += kStrip)
+    for (size_t j = 0; j < columns; j += LANES) {
+      const size_t n = n0 + j, part = columns - j < LANES ? columns - j : LANES;
+      f32 v = load(total + j);
+      if (row_scale) v *= set1(row_scale[m]);
+      if (bias) v += part == LANES ? load(bias + n) : load_part(bias + n, part);
+      if (part == LANES) store(y + m * N + n, v); else store_part(y + m * N + n, v, part);
+    }
+}
+
+static void nf4_finish(const float* total, const float* row_scale, const float* bias, size_t rows, size_t n0, size_t columns, size_t N,
+                       void* y, int dtype) {
+  if (dtype == kFloat32) finish_rows(total, row_scale, bias, rows, n0, columns, N, (float*)y);
+  else if (dtype == kBFloat16) finish_rows(total, row_scale, bias, rows, n0, columns, N, (bf16*)y);
+  else finish_rows(total, row_scale, bias, rows, n0, columns, N, (fp16*)y);
+}
+
+}  // namespace PYQKERN_ISA
+}  // namespace pyqkern

@@ -1,0 +1,38 @@
+"""Quantization kernels for PyTorch: `pyqkern.replace_linear(model)` turns a model's linears into INT8 ones in place."""
+
+from importlib.metadata import version
+
+import torch  # noqa: F401  before _C, which runs on torch's OpenMP pool
+
+from pyqkern._C import isa, isas
+from pyqkern.affine import choose_qparams_affine, dequantize_affine, pack_int4, quantize_affine, unpack_int4
+from pyqkern.calibrate import Ranges, calibrate
+from pyqkern.nf4 import Quantized4bit, dequantize_4bit, quantize_4bit
+from pyqkern.ops import int8_matmul
+from pyqkern.qlinear import QLinear
+from pyqkern.qlinear_4bit import FP4Linear, Int4Linear, NF4Linear  # noqa: F401  registers them
+from pyqkern.qlinear_int8 import Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear  # noqa: F401  registers them
+from pyqkern.replace import replace_linear, summary
+from pyqkern.smooth import smooth
+
+__version__ = version("pyqkern")
+
+__all__ = [
+    "QLinear",
+    "Quantized4bit",
+    "Ranges",
+    "calibrate",
+    "choose_qparams_affine",
+    "dequantize_4bit",
+    "dequantize_affine",
+    "int8_matmul",
+    "isa",
+    "isas",
+    "pack_int4",
+    "quantize_4bit",
+    "quantize_affine",
+    "replace_linear",
+    "smooth",
+    "summary",
+    "unpack_int4",
+]

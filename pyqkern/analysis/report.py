@@ -1,0 +1,220 @@
+"""report: one HTML file, nothing beside it, with what was found, what to do about it, the figures and the tables."""
+
+import base64
+import html
+import io
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyqkern.analysis.compare import ErrorRecord, SampleRecord
+from pyqkern.analysis.ranges import RangeRecord, draw_histograms
+from pyqkern.analysis.records import Records, matplotlib_pyplot
+from pyqkern.analysis.sensitivity import Fallback, Sensitivity
+
+LOW_SQNR = 20.0  # dB at the output: below it, answers begin to change
+HISTOGRAMS = 6  # linears whose histograms are drawn
+ROWS = 40  # of a table that are shown; the rest is in the records
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was seen, and what to do about it."""
+
+    text: str
+    advice: str
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 1060px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 2px 12px 2px 0; border-bottom: 1px solid #eee; vertical-align: top; }
+img { max-width: 100%; }
+.finding { background: #fff6e5; border-left: 4px solid #f4a261; padding: .5em 1em; margin: .7em 0; }
+.good { background: #edf7ee; border-color: #2a9d8f; } .scroll { overflow-x: auto; } code { background: #f3f3f3; }
+"""
+
+
+def findings(
+    sensitivity: Sensitivity | None = None,
+    fallback: Fallback | None = None,
+    propagation: Records[ErrorRecord] | None = None,
+    samples: Records[SampleRecord] | None = None,
+    ranges: Records[RangeRecord] | None = None,
+) -> list[Finding]:
+    """What the records say, the most telling first."""
+    found: list[Finding] = []
+    if sensitivity is not None:
+        found += _from_sensitivity(sensitivity)
+    if fallback is not None:
+        what = ", ".join(fallback.kept) or "nothing"
+        found.append(
+            Finding(
+                f"With {what} in float the score is {fallback.score:.4g} (target {fallback.target:.4g}, float "
+                f"{fallback.float_score:.4g}), for {fallback.kept_bytes / 1e6:.2f} MB more.",
+                f"replace_linear(model, exclude={list(fallback.kept)}) gives this model." if fallback.kept
+                else "The plain scheme meets the target: replace_linear(model).",
+            )
+        )  # fmt: skip
+    if ranges is not None:
+        driven = [record for record in ranges if record.outlier_driven]
+        for record in driven[:5]:
+            found.append(
+                Finding(
+                    f"{record.name}: channel {record.worst_channel} of its input reaches {record.outlier_ratio:.0f} "
+                    f"times the spread, so that one step is {record.coarseness:.0%} of a typical value.",
+                    "An outlier sets the scale. Smooth the model before quantizing (pyqkern.smooth), or use "
+                    '"int8-outlier", or keep this layer in float.',
+                )
+            )
+        clipped = [record for record in ranges if record.clipped > 0.01]
+        for record in clipped[:3]:
+            found.append(
+                Finding(
+                    f"{record.name}: {record.clipped:.1%} of its input lies beyond [{record.lo:.3g}, {record.hi:.3g}].",
+                    'The range is too narrow. Calibrate with more data, or with observer="mse" or "minmax".',
+                )
+            )
+    if propagation is not None and len(propagation):
+        found += _from_propagation(propagation)
+    if samples is not None and len(samples):
+        changed = sum(record.changed for record in samples)
+        if changed:
+            found.append(
+                Finding(
+                    f"{changed} of the {len(samples)} inputs that move most have another answer.",
+                    "Look at them below: where both answers are plausible, the model was undecided in float too.",
+                )
+            )
+    return found
+
+
+def _from_sensitivity(records: Sensitivity) -> list[Finding]:
+    lost = records.float_score - records.quantized_score
+    found = [
+        Finding(
+            f"All linears quantized score {records.quantized_score:.4g}, in float {records.float_score:.4g}: "
+            f"{lost:.4g} lost.",
+            "Nothing needs to be done." if lost <= 0.003 else "The next findings say which layers lose it.",
+        )
+    ]
+    worst = [record for record in records if record.drop > max(0.005, 0.25 * lost)][:5]
+    for record in worst:
+        found.append(
+            Finding(
+                f"{record.name} alone loses {record.drop:.4g}; all but it quantized brings back {record.gain:.4g}.",
+                f"Keep it in float for {record.float_bytes / 1e6:.2f} MB, or see below what its range looks like.",
+            )
+        )
+    if lost > 0.003 and not worst:
+        found.append(
+            Finding(
+                "No single linear loses much: the loss is the sum of many small ones.",
+                "Smooth the model, or calibrate with another observer; fallback() finds the fewest layers to keep.",
+            )
+        )
+    return found
+
+
+def _from_propagation(records: Records[ErrorRecord]) -> list[Finding]:
+    output = records[-1]
+    found = []
+    if output.sqnr < LOW_SQNR:
+        found.append(
+            Finding(
+                f"The model's output has {output.sqnr:.1f} dB: below {LOW_SQNR:.0f} dB answers change.",
+                "Look for the layer where the curve falls, not for the one where it is lowest.",
+            )
+        )
+    pairs = [(a, b) for a, b in itertools.pairwise(records) if math.isfinite(a.sqnr)]
+    drops = [(before.sqnr - after.sqnr, after) for before, after in pairs]
+    drop, layer = max(drops, key=lambda pair: pair[0], default=(0.0, output))
+    if drop > 6:
+        found.append(
+            Finding(
+                f"The largest fall from one layer to the next, {drop:.1f} dB, is at {layer.name}.",
+                "Its input or weight is where precision is lost: see its histogram.",
+            )
+        )
+    return found
+
+
+def report(
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Quantization report",
+    sensitivity: Sensitivity | None = None,
+    fallback: Fallback | None = None,
+    propagation: Records[ErrorRecord] | None = None,
+    samples: Records[SampleRecord] | None = None,
+    ranges: Records[RangeRecord] | None = None,
+    notes: Sequence[str] = (),
+) -> list[Finding]:
+    """Writes one HTML file with pictures and tables inside, of whatever analyses are given; returns its findings.
+
+    notes: lines that go under the title. Raises ValueError if nothing is given, RuntimeError without matplotlib. An
+    interruption leaves the file that was there.
+    """
+    parts: list[tuple[str, Records[Any] | None]] = [
+        ("Sensitivity", sensitivity), ("Ranges", ranges), ("Error along depth", propagation), ("Samples", samples),
+    ]  # fmt: skip
+    if fallback is None and all(records is None for _, records in parts):
+        raise ValueError("a report must have at least one analysis, got none; give sensitivity=, ranges=, ...")
+    found = findings(sensitivity, fallback, propagation, samples, ranges)
+    body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes), "<h2>Findings</h2>"]
+    for finding in found:
+        kind = (
+            "finding good" if "Nothing needs" in finding.advice or "meets the target" in finding.advice else "finding"
+        )
+        body.append(f'<div class="{kind}"><b>{html.escape(finding.text)}</b><br>{html.escape(finding.advice)}</div>')
+    if not found:
+        body.append('<div class="finding good">Nothing stands out.</div>')
+    for heading, records in parts:
+        if records is None:
+            continue
+        body.append(f"<h2>{heading}</h2>")
+        if len(records):
+            body.append(_image(records.plot(), f"{heading}: figure"))
+        if records is ranges and ranges is not None and len(ranges):
+            body.append(_image(_histograms(ranges[:HISTOGRAMS]), "histograms"))
+        body.append(_table(records))
+    text = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
+    )
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+    return found
+
+
+def _histograms(records: Sequence[RangeRecord]) -> Any:
+    pyplot = matplotlib_pyplot()
+    figure, axes = pyplot.subplots(len(records), 2, figsize=(9, 1.9 * len(records)), squeeze=False)
+    pyplot.close(figure)
+    for record, row in zip(records, axes, strict=True):
+        draw_histograms(record, row)
+    figure.tight_layout()
+    return figure
+
+
+def _image(figure: Any, alternative: str) -> str:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    return f'<img alt="{alternative}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def _table(records: Records[Any]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    rows = records.rows()
+    more = f"<p>and {len(rows) - ROWS} more</p>" if len(rows) > ROWS else ""
+    lines = [line(records.columns, "th"), *(line(row, "td") for row in rows[:ROWS])]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>{more}'

@@ -1,0 +1,117 @@
+"""The command `pyqkern`: `info` says what runs here, `demo` shows what it brings, `analyze` finds what hurts."""
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import pyqkern
+from pyqkern import _C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="pyqkern", description="Quantization kernels for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, help=help, description=help)
+        subparser.set_defaults(run=run)
+        return subparser
+
+    command("info", info, "Versions, instruction sets, threads and CUDA, as pyqkern sees them.")
+    command("demo", demo, "Sizes, latency, error and sentence similarity of quantized BERTs, against torch's own.")
+    text = "Finds the linears of a text classifier that quantization hurts, and what to do; writes an HTML report."
+    parser_of_analyze = command("analyze", analyze, text)
+    parser_of_analyze.add_argument("model", metavar="MODEL", help="folder of a sequence classification model")
+    add = parser_of_analyze.add_argument
+    add("--data", type=Path, required=True, metavar="FILE.csv", help="texts to run, with a header")
+    add("--text-column", default="text", metavar="NAME", help="column of the texts (default: text)")
+    add("--label-column", metavar="NAME", help="column of the labels; without it, agreement with float is measured")
+    add("--scheme", default="int8", help='scheme by name (default: int8); "int8-static" is calibrated on the data')
+    add("--limit", type=int, default=1000, metavar="N", help="use N texts, evenly spread; 0: all (default: 1000)")
+    add("--max-length", type=int, default=128, metavar="TOKENS", help="cut texts there (default: 128)")
+    add("--tolerance", type=float, default=0.005, help="score that may be lost in the model found (default: 0.005)")
+    add("--output", type=Path, default=Path("analysis.html"), help="the report (default: analysis.html)")
+    add("--state", type=Path, metavar="FILE", help="keep finished evaluations there, and go on from them")
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f"pyqkern {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def info(options: argparse.Namespace) -> None:
+    for name, value in describe().items():
+        print(f"{name:14} {value}")
+
+
+def demo(options: argparse.Namespace) -> None:
+    from pyqkern import demo  # transformers takes seconds to import, and only the demo needs it
+
+    demo.run()
+
+
+def analyze(options: argparse.Namespace) -> None:
+    from pyqkern.analysis.command import analyze as run  # matplotlib and transformers, which only this needs
+
+    run(
+        options.model,
+        options.data,
+        options.text_column,
+        options.label_column,
+        options.scheme,
+        options.output,
+        limit=options.limit,
+        max_length=options.max_length,
+        tolerance=options.tolerance,
+        state=options.state,
+    )
+
+
+def describe() -> dict[str, str]:
+    """What `pyqkern info` prints, by name."""
+    return {
+        "pyqkern": pyqkern.__version__,
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "isas": ", ".join(pyqkern.isas()),
+        "isa in use": f"{pyqkern.isa()} (PYQKERN_ISA chooses another)",
+        "threads": f"{_C.threads()} (torch.set_num_threads sets them)",
+        "openmp": _C.openmp() or "none: the kernels run on one thread",
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    """The CPU's name where the system tells it, and how many this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    return name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

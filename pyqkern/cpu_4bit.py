@@ -1,0 +1,147 @@
+"""The C++ kernels of 4-bit weights, behind the functions of `pyqkern.reference_4bit`. See `pyqkern.cpu`."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyqkern import _C
+from pyqkern.cpu import DTYPE_CODES
+from pyqkern.reference_4bit import CODEBOOKS
+
+PANEL, STRIP = 16, 64
+
+# "auto": up to this many rows multiply in fp32 straight from the codes, more of them as integers. Measured: with
+# AVX-512 one row costs the same either way; without, the bytewise lookup is twice as fast at any number of rows.
+FP32_ROWS = {"avx512vnni": 1}
+
+in_panels = _C.in_panels
+
+
+def packed_sizes(n: int, k: int, blocksize: int) -> tuple[int, int]:
+    if not in_panels(n, k, blocksize):
+        return (n * k + 1) // 2, -(-n * k // blocksize)
+    rows = -(-n // PANEL) * PANEL
+    return rows * k // 2, rows * k // blocksize
+
+
+def pack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    if not in_panels(n, k, blocksize):
+        return packed.clone()
+    lines = torch.empty(packed_sizes(n, k, blocksize)[0], dtype=torch.uint8)
+    _C.pack_4bit(packed.data_ptr(), n, k, lines.data_ptr())
+    return lines
+
+
+def unpack_4bit(lines: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    if not in_panels(n, k, blocksize):
+        return lines.clone()
+    packed = torch.empty(n * k // 2, dtype=torch.uint8)
+    _C.unpack_4bit(lines.data_ptr(), n, k, packed.data_ptr())
+    return packed
+
+
+def pack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    """[n, k / blocksize], flat -> [strip][k / blocksize][panel][16]: csrc/kernels.h."""
+    if not in_panels(n, k, blocksize):
+        return scales.clone()
+    rows = functional.pad(scales.view(n, k // blocksize), (0, 0, 0, -n % PANEL))
+    return torch.cat([strip.t().reshape(-1) for strip in rows.split(STRIP)])
+
+
+def unpack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    if not in_panels(n, k, blocksize):
+        return scales.clone()
+    blocks = k // blocksize
+    if n % STRIP == 0:
+        return scales.view(-1, blocks, STRIP).transpose(1, 2).reshape(-1)
+    strips = scales.split(blocks * STRIP)
+    return torch.cat([strip.view(blocks, -1).t().reshape(-1) for strip in strips])[: n * blocks]
+
+
+def quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    numel = x.numel()
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32)
+    book = CODEBOOKS[quant_type].record.data_ptr()
+    _C.quantize_4bit(x.data_ptr(), DTYPE_CODES[x.dtype], numel, blocksize, book, packed.data_ptr(), absmax.data_ptr())
+    return packed, absmax
+
+
+def _nested(nested_absmax: Tensor | None, nested_map: Tensor | None, offset: Tensor | None) -> tuple[int, int, float]:
+    if nested_absmax is None or nested_map is None or offset is None:
+        return 0, 0, 0.0
+    return nested_absmax.data_ptr(), nested_map.data_ptr(), offset.item()
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    y = torch.empty(tuple(shape), dtype=dtype)
+    _C.dequantize_4bit(
+        packed.data_ptr(), absmax.data_ptr(), *_nested(nested_absmax, nested_map, offset), blocksize,
+        CODEBOOKS[quant_type].record.data_ptr(), math.prod(shape), y.data_ptr(), DTYPE_CODES[dtype],
+    )  # fmt: skip
+    return y
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    n: int,
+    compute: str,
+) -> Tensor:
+    shape = x.shape
+    k = shape[-1]
+    rows = x.numel() // k
+    if compute == "bf16" and rows > 4:
+        return _linear_bf16(x, packed, absmax, nested_absmax, nested_map, offset, bias, quant_type, blocksize, n)
+    as_int8 = compute == "int8" or (compute == "auto" and rows > FP32_ROWS.get(_C.isa(), 0))
+    y = x.new_empty((*shape[:-1], n))
+    bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
+    _C.linear_4bit(
+        x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), absmax.data_ptr(),
+        *_nested(nested_absmax, nested_map, offset), n, k, blocksize, CODEBOOKS[quant_type].record.data_ptr(),
+        bias_at, bias_dtype, rows, y.data_ptr(), as_int8,
+    )  # fmt: skip
+    return y
+
+
+def _linear_bf16(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    n: int,
+) -> Tensor:
+    """torch's bf16 product with a dequantized copy of the weight, which lives as long as the call."""
+    k = x.shape[-1]
+    flat = unpack_4bit(packed, n, k, blocksize)
+    scales = unpack_scales(absmax, n, k, blocksize)
+    weight = dequantize_4bit(
+        flat, scales, nested_absmax, nested_map, offset, quant_type, blocksize, (n, k), torch.bfloat16
+    )
+    y = functional.linear(x.to(torch.bfloat16), weight).float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)

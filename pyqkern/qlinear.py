@@ -1,0 +1,272 @@
+"""QLinear, what every quantized linear is an instance of, and Int8Linear, the scheme "int8"."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyqkern import ops
+from pyqkern.affine import FLOATS, choose_qparams_affine, quantize_affine
+from pyqkern.reference import FLT_MIN, INT8_LINEAR_MAX_K
+from pyqkern.schemes import Int8, Scheme, get_scheme
+
+
+class QLinear(nn.Module):
+    """A linear layer with quantized weights: y = x @ weight.T + bias, x [..., in_features] -> [..., out_features].
+
+    Made by `QLinear.from_linear(linear, scheme)`, or empty by a subclass's constructor, to load a state_dict into.
+    y has x's dtype (fp32, bf16 or fp16), or the autocast dtype. `weight` is a dequantized copy, made when asked for;
+    `dtype` is that copy's, and follows `.to(dtype)`.
+
+    A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
+    `_linear` and `weight`. Its constructor takes what this one takes, on any device.
+    """
+
+    _classes: ClassVar[dict[type[Scheme], type["QLinear"]]] = {}
+
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    dtype: torch.dtype
+    bias: nn.Parameter | None
+
+    def __init_subclass__(cls, scheme: type[Scheme] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if scheme is not None:
+            QLinear._classes[scheme] = cls
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.dtype = dtype or torch.get_default_dtype()
+        values = torch.zeros(out_features, device=device, dtype=self.dtype) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scheme: str | Scheme = "int8") -> "QLinear":
+        """A quantized copy of `linear`, on its device. The bias is the same Parameter, not a copy.
+
+        Raises ValueError if the weight holds NaN or an infinity, is on the meta device or is too wide for the scheme,
+        TypeError for other modules or dtypes than fp32, bf16 and fp16.
+        """
+        scheme = get_scheme(scheme)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        if weight.dtype not in FLOATS:
+            raise TypeError(
+                f"weight must be float32, bfloat16 or float16, got {weight.dtype}; convert it with .float()"
+            )
+        if weight.is_meta:
+            raise ValueError("weight must hold values, got a tensor on the meta device; load the weights first")
+        if weight.numel() and not all(end.isfinite() for end in weight.detach().aminmax()):
+            raise ValueError("weight must be finite, got NaN or an infinity in it; repair it first")
+        subclass = cls._classes[type(scheme)]
+        # Made in inference mode, the buffers could not be loaded into later.
+        with torch.inference_mode(False), torch.no_grad():
+            self = subclass(
+                linear.in_features, linear.out_features, linear.bias is not None, scheme, "meta", weight.dtype
+            )
+            self.bias = linear.bias
+            self._quantize(weight)
+        return self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x must be [..., in_features={self.in_features}], got shape {tuple(x.shape)}")
+        bias = self._parameters["bias"]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _StraightThrough.apply(x, bias, self)
+        return self._linear(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
+        raise NotImplementedError
+
+    def _quantize(self, weight: Tensor) -> None:
+        """Takes over a float weight [out_features, in_features]."""
+        raise NotImplementedError
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """The layer without a gradient."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
+        """.to(), .half(), .cuda(): buffers move, but keep their dtype; the scales are fp32 whatever the model is."""
+        before = dict(self._buffers)
+        device = next(tensor.device for tensor in (*before.values(), *self._parameters.values()) if tensor is not None)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scheme={self.scheme.name}"
+        )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The layer in grad mode: the quantizations count as the identity, so that grad_x = grad_y @ weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QLinear) -> Tensor:
+        ctx.layer, ctx.x_dtype = layer, x.dtype
+        return layer._linear(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ ctx.layer.weight.to(grad.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.layer.bias.dtype)
+        return grad_x, grad_bias, None
+
+
+def least_error_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """Of scale * 1.00, 0.99, ... 0.30, for each output channel that whose quantization errs least, in squares summed.
+
+    weight [out_features, in_features], scale fp32 [out_features] = absmax / 127. Ties go to the greater scale.
+    """
+    best, least = scale, torch.full_like(scale, torch.inf)
+    for percent in range(100, 29, -1):
+        candidate = (scale * (percent / 100)).clamp(min=FLT_MIN)
+        codes = (weight.float() * (1 / candidate)[:, None]).round().clamp(-127, 127)
+        error = (codes * candidate[:, None] - weight.float()).square().sum(1)
+        best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
+    return best
+
+
+class Int8Linear(QLinear, scheme=Int8):
+    """INT8 weights with one scale per output channel, INT8 activations quantized per token inside the operator.
+
+    weight = weight_scale[n] * q[n, k], q = rint(w / scale) in [-127, 127], scale = absmax / 127 (1 for a row of zeros).
+
+    Buffers: packed, the q as the device's kernels take them (not saved); weight_scale fp32 [out_features].
+    state_dict: weight int8 [out_features, in_features], weight_scale, bias: the same on every ISA and device.
+    """
+
+    scheme: Int8
+    packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: Int8 | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_features > INT8_LINEAR_MAX_K:
+            raise ValueError(
+                f"in_features must be at most {INT8_LINEAR_MAX_K} for int8 (255 * 127 * in_features < 2**31), "
+                f"got {in_features}; keep the layer in float"
+            )
+        super().__init__(in_features, out_features, bias, scheme or Int8(), device, dtype)
+        weight = torch.zeros((out_features, in_features), dtype=torch.int8, device=device)
+        self.register_buffer("packed", torch.ops.pyqkern.int8_pack(weight), persistent=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
+
+    def _quantize(self, weight: Tensor) -> None:
+        self.weight_scale, _ = choose_qparams_affine(weight, axis=0, symmetric=True)
+        if self.scheme.clip_weights:
+            self.weight_scale = least_error_scale(weight, self.weight_scale)
+        codes = quantize_affine(weight, self.weight_scale, axis=0).clamp(min=-127)
+        self.packed = torch.ops.pyqkern.int8_pack(codes)
+
+    def _unpack(self) -> Tensor:
+        return torch.ops.pyqkern.int8_unpack(self.packed, self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
+        # The operator, not dequantize_affine: this runs inside of compiled graphs.
+        return torch.ops.pyqkern.dequantize_affine(self._unpack(), self.weight_scale, None, (0,), None, self.dtype)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
+        bias, symmetric = self._parameters["bias"], self.scheme.symmetric
+        return ops.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", symmetric)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
+        """Each type of device has its own packing: plain int8 on the way from one to the other."""
+        moves = fn(torch.empty(0, dtype=torch.int8, device=self.packed.device)).device.type != self.packed.device.type
+        if moves:
+            self.packed = self._unpack()
+        super()._apply(fn, recurse)
+        if moves:
+            self.packed = torch.ops.pyqkern.int8_pack(self.packed)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self._unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads all of the layer, or, where a key has the wrong shape or dtype, nothing of it."""
+        problems = self._load_problems(state_dict, prefix)
+        if problems:
+            error_msgs.extend(problems)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + "weight"
+        if key in state_dict:
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+            weight = state_dict[key]
+            if local_metadata.get("assign_to_params_buffers", False):
+                self.packed = torch.ops.pyqkern.int8_pack(weight)
+            elif not self.packed.is_meta:
+                self.packed.copy_(torch.ops.pyqkern.int8_pack(weight.to(self.packed.device)))
+        elif strict:
+            missing_keys.append(key)
+
+    def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        problems = []
+        out_features, in_features = self.out_features, self.in_features
+        expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "weight": ((out_features, in_features), (torch.int8,)),
+            "weight_scale": ((out_features,), (torch.float32,)),
+            "bias": ((out_features,), FLOATS),
+        }
+        for name, (shape, dtypes) in expected.items():
+            value = state_dict.get(prefix + name)
+            if value is None or (name == "bias" and self.bias is None):
+                continue
+            if tuple(value.shape) != shape or value.dtype not in dtypes:
+                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                problems.append(
+                    f"{prefix}{name} must be {wanted} {list(shape)}, got {str(value.dtype).removeprefix('torch.')} "
+                    f"{list(value.shape)}; a float checkpoint is loaded before replace_linear, a quantized one after"
+                )
+        return problems

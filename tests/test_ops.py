@@ -1,0 +1,357 @@
+"""The operators as torch sees them: opcheck, fake tensors, torch.compile, torch.export, autocast and devices."""
+
+import copy
+import io
+import subprocess
+import sys
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from strategies import FLOATS, floats, integers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyqkern
+from pyqkern import (
+    QLinear,
+    choose_qparams_affine,
+    cpu_4bit,
+    dequantize_affine,
+    int8_matmul,
+    ops_int8,
+    quantize_affine,
+    reference,
+    replace_linear,
+)
+from pyqkern import ops as implementation
+
+ops = torch.ops.pyqkern
+
+X = floats((4, 96), 1)
+W = integers((40, 96), 2, torch.int8)
+SCALE, BIAS = torch.rand(40) * 0.01 + 1e-3, torch.randn(40)
+X_SCALE, X_ZERO = torch.rand(4) + 0.1, torch.arange(4, dtype=torch.int32)
+Q = integers((4, 96), 3, torch.int8)
+
+CALLS = {
+    "choose_qparams_affine": [
+        (X, torch.int8, None, None, False),
+        (X, torch.uint8, [0], None, True),
+        (X.half(), torch.int8, None, 32, False),
+    ],
+    "quantize_affine": [
+        (X, torch.tensor(0.1), None, None, None, torch.int8),
+        (X, X_SCALE, X_ZERO, [0], None, torch.uint8),
+        (X.T, X_SCALE, X_ZERO, [1], None, torch.int8),
+        (X.bfloat16(), torch.ones(4, 3), None, None, 32, torch.int8),
+        (X, torch.ones(2, 96), None, [0], 2, torch.int8),
+    ],
+    "dequantize_affine": [
+        (Q, torch.tensor(0.1), None, None, None, torch.float32),
+        (Q.T, X_SCALE, X_ZERO, [1], None, torch.float16),
+        (Q, torch.ones(4, 3), None, None, 32, torch.bfloat16),
+    ],
+    "int8_matmul": [(Q, W), (Q.to(torch.uint8).view(2, 2, 96), W), (Q[:0], W)],
+    "int8_pack": [(W,), (W[:3, :5],), (W[:0],)],
+    "int8_unpack": [(ops.int8_pack(W), 40, 96)],
+    "int8_linear": [
+        (X, ops.int8_pack(W), SCALE, BIAS, "none", False),
+        (X.view(2, 2, 96).bfloat16(), ops.int8_pack(W), SCALE, None, "gelu", True),
+        (X.half()[0], ops.int8_pack(W), SCALE, BIAS.half(), "relu", False),
+        (X[:0], ops.int8_pack(W), SCALE, BIAS, "none", False),
+    ],
+    "int8_linear_static": [
+        (X, ops.int8_pack(W), SCALE, BIAS, "none", torch.tensor([0.02]), torch.tensor([90], dtype=torch.int32)),
+        (X.half()[0], ops.int8_pack(W), SCALE, None, "relu", torch.ones(1), torch.zeros(1, dtype=torch.int32)),
+        (X[:0], ops.int8_pack(W), SCALE, BIAS, "none", torch.ones(1), torch.zeros(1, dtype=torch.int32)),
+    ],
+    "int8_linear_outlier": [
+        (X, ops.int8_pack(W), SCALE, BIAS, 6.0, False),
+        (X.view(2, 2, 96), ops.int8_pack(W), SCALE, None, float(X.abs().median()), True),
+        (X[:0], ops.int8_pack(W), SCALE, BIAS, 6.0, False),
+    ],
+}
+
+PACKED, ABSMAX = ops.quantize_4bit(floats((40, 128), 5), "nf4", 64)
+LINES, SCALES = ops.pack_4bit(PACKED, 40, 128, 64), cpu_4bit.pack_scales(ABSMAX, 40, 128, 64)
+X4, PLAIN = floats((4, 128), 6), (None, None, None)
+CALLS |= {
+    "quantize_4bit": [(X, "nf4", 32), (X.T.half(), "fp4", 64), (X[:0], "nf4", 64)],
+    "dequantize_4bit": [
+        (PACKED, ABSMAX, *PLAIN, "nf4", 64, [40, 128], torch.float32),
+        (PACKED, ABSMAX, *PLAIN, "fp4", 64, [40, 128], torch.bfloat16),
+    ],
+    "pack_4bit": [(PACKED, 40, 128, 64)],
+    "unpack_4bit": [(LINES, 40, 128, 64)],
+    "linear_4bit": [
+        (X4, LINES, SCALES, *PLAIN, BIAS, "nf4", 64, 40, "auto"),
+        (X4.bfloat16().view(2, 2, 128), LINES, SCALES, *PLAIN, None, "nf4", 64, 40, "int8"),
+        (X4[:0], LINES, SCALES, *PLAIN, BIAS, "nf4", 64, 40, "fp32"),
+    ],
+}
+
+
+def test_every_operator_is_checked_here() -> None:
+    assert {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pyqkern::")} == {
+        f"pyqkern::{name}" for name in CALLS
+    }
+
+
+@pytest.mark.parametrize("name, arguments", [(name, call) for name, calls in CALLS.items() for call in calls])
+def test_opcheck(name: str, arguments: tuple[object, ...]) -> None:
+    torch.library.opcheck(getattr(ops, name).default, arguments)
+
+
+@pytest.mark.parametrize("name, arguments", [(name, call) for name, calls in CALLS.items() for call in calls])
+def test_fake_and_meta_agree_with_the_real(name: str, arguments: tuple[object, ...]) -> None:
+    real = getattr(ops, name)(*arguments)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+        fake = getattr(ops, name)(*fakes)
+    for r, f in zip(
+        real if isinstance(real, tuple) else (real,), fake if isinstance(fake, tuple) else (fake,), strict=True
+    ):
+        assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",  # test_nf4.py and test_int4.py hold the 4-bit kernels against their reference
+    [(name, call) for name, calls in CALLS.items() for call in calls if not name.endswith("_4bit")],
+)
+def test_a_device_without_kernels_gets_the_reference(
+    monkeypatch: pytest.MonkeyPatch, name: str, arguments: tuple[object, ...]
+) -> None:
+    """The plain-torch module has every function that the operators call, with the same results."""
+    expected = getattr(ops, name)(*arguments)
+    function = {
+        "choose_qparams_affine": implementation._choose_qparams,
+        "quantize_affine": implementation._quantize,
+        "dequantize_affine": implementation._dequantize,
+        "int8_matmul": implementation._matmul,
+        "int8_pack": implementation._pack,
+        "int8_unpack": implementation._unpack,
+        "int8_linear": implementation._linear,
+        "int8_linear_static": ops_int8._static,
+        "int8_linear_outlier": ops_int8._outlier,
+    }[name]
+    if name == "int8_unpack" or name.startswith("int8_linear"):
+        position = 0 if name == "int8_unpack" else 1
+        arguments = (*arguments[:position], W, *arguments[position + 1 :])  # its packed form is the weight itself
+    result = function(reference, *arguments)
+    if name == "int8_pack":
+        assert torch.equal(result, arguments[0])
+    elif name == "int8_linear" and arguments[4] == "gelu":
+        assert (result.float() - expected.float()).abs().max() <= 2.0**-8 * expected.float().abs().max()
+    else:
+        pairs = zip(result, expected, strict=True) if isinstance(result, tuple) else [(result, expected)]
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_every_kernel_module_has_every_function() -> None:
+    functions = [
+        "min_max",
+        "quantize",
+        "dequantize",
+        "int8_matmul",
+        "int8_linear",
+        "int8_pack",
+        "int8_unpack",
+        "packed_shape",
+    ]
+    for kernels in (reference, *implementation._KERNELS.values()):
+        assert [name for name in functions if not callable(getattr(kernels, name, None))] == []
+
+
+# ---- compiled and exported
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.up(x).relu())
+        return y if y.dtype is self.down.weight.dtype else y.float()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_compile_gives_the_eager_bits(isa: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    model = replace_linear(Encoder().to(dtype))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for shape in ((2, 3, 32), (5, 32), (7, 32)):
+            x = floats(shape, 1, dtype)
+            assert torch.equal(compiled(x), model(x))
+
+
+def test_compile_in_grad_mode() -> None:
+    torch._dynamo.reset()
+    model = replace_linear(Encoder())
+    x = floats((4, 32), 1).requires_grad_()
+    model(x).sum().backward()
+    expected, x.grad = x.grad, None
+    bias, model.up.bias.grad = model.up.bias.grad, None
+    torch.compile(model, fullgraph=True)(x).sum().backward()
+    # The same products, which the compiler may sum in another order: 64 terms, each 2**-24 of the sum of magnitudes.
+    scale = model.down.weight.abs().sum(0) @ model.up.weight.abs()
+    assert ((x.grad - expected).abs() <= 64 * 2.0**-23 * scale).all()
+    assert torch.allclose(model.up.bias.grad, bias, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_under_autocast() -> None:
+    torch._dynamo.reset()
+    model = replace_linear(nn.Sequential(nn.Linear(32, 16)))
+    x = floats((4, 32), 1)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torch.compile(model, fullgraph=True)(x)
+        assert y.dtype is torch.bfloat16 and torch.equal(y, model(x))
+
+
+def test_compiled_affine_functions() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero_point = choose_qparams_affine(x, axis=0)
+        q = quantize_affine(x, scale, zero_point, axis=0)
+        return dequantize_affine(q, scale, zero_point, axis=0), int8_matmul(q, q)
+
+    torch._dynamo.reset()
+    x = floats((5, 64), 1)
+    for a, b in zip(torch.compile(function, fullgraph=True)(x), function(x), strict=True):
+        assert torch.equal(a, b)
+    scaled = torch.compile(lambda x: quantize_affine(x, 0.5, 3), fullgraph=True)
+    assert torch.equal(scaled(x), quantize_affine(x, 0.5, 3))
+
+
+def test_export_runs_in_a_process_that_only_imported_pyqkern() -> None:
+    model = replace_linear(Encoder()).eval()
+    x = floats((4, 32), 1)
+    with torch.no_grad():
+        expected = model(x)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    code = """import io, sys, torch, pyqkern
+program = torch.export.load(io.BytesIO(sys.stdin.buffer.read()))
+print(program.module()(torch.ones(2, 32)).sum().item())
+"""
+    output = subprocess.run([sys.executable, "-c", code], input=file.getvalue(), capture_output=True, check=True)
+    with torch.no_grad():
+        assert float(output.stdout) == model(torch.ones(2, 32)).sum().item()
+        assert torch.equal(program.module()(x), expected)
+
+
+def test_two_models_do_not_share_operators_by_name() -> None:
+    """deepcopy of a compiled model's original keeps working."""
+    model = replace_linear(Encoder())
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(again, fullgraph=True)(X[:, :32]), model(X[:, :32]))
+
+
+# ---- devices
+
+
+def test_cuda_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("affine", "int8"):
+        monkeypatch.delitem(sys.modules, f"pyqkern.kernels.{name}", raising=False)
+    with pytest.raises(RuntimeError, match=r"CUDA tensors need triton.*pip install \"pyqkern\[cuda\]\""):
+        implementation._Triton.int8_matmul(Q, W)
+
+
+def test_the_packed_shape_on_cuda() -> None:
+    """What kernels/int8.py documents: rows of K rounded up to 16, and rows for N int32 sums."""
+    assert implementation._Triton.packed_shape(40, 96) == (40 + 2, 96)
+    assert implementation._Triton.packed_shape(3, 17) == (3 + 1, 32)
+    assert implementation._Triton.packed_shape(0, 0) == (0, 16)
+
+
+def test_operators_agree_between_devices(device: str) -> None:
+    """Integers are equal on every device; the linear is within 2**-20 of the largest output."""
+    for name, calls in CALLS.items():
+        for arguments in calls:
+            expected = getattr(ops, name)(*arguments)
+            moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+            if name in ("int8_linear", "int8_unpack"):
+                position = 0 if name == "int8_unpack" else 1
+                moved[position] = ops.int8_pack(W.to(device))
+            if name == "int8_pack":
+                packed = ops.int8_pack(moved[0])
+                assert torch.equal(ops.int8_unpack(packed, *moved[0].shape).cpu(), arguments[0])
+                continue
+            result = getattr(ops, name)(*moved)
+            pairs = zip(result, expected, strict=True) if isinstance(result, tuple) else [(result, expected)]
+            for a, b in pairs:
+                if name == "int8_linear" and b.numel():
+                    eps = max(torch.finfo(b.dtype).eps, 2.0**-20)
+                    assert (a.cpu().double() - b.double()).abs().max() <= eps * b.double().abs().max()
+                else:
+                    assert torch.equal(a.cpu(), b)
+
+
+def test_mixed_devices_raise(device: str) -> None:
+    if device == "cpu":
+        device = "meta"
+    with pytest.raises(ValueError, match="must be on"):
+        int8_matmul(Q, W.to(device))
+    with pytest.raises(ValueError, match="must be on"):
+        quantize_affine(X, torch.ones((), device=device))
+    with pytest.raises(ValueError, match="must be on"):
+        ops.int8_linear(X, ops.int8_pack(W), SCALE, BIAS.to(device), "none", False)
+
+
+def test_public_names() -> None:
+    assert all(getattr(pyqkern, name).__doc__ for name in pyqkern.__all__)
+    assert issubclass(QLinear, nn.Module)
+
+
+# ---- the shortest way, where nobody listens
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_whoever_listens_to_operators_sees_ours() -> None:
+    """The layer calls its kernel directly otherwise; with a listener, it goes through the dispatcher."""
+    layer = replace_linear(nn.Linear(32, 16)).requires_grad_(False)
+    x = X[:, :32]
+    expected = layer(x)
+    name = "pyqkern.int8_linear"
+    with Seen() as seen:
+        assert torch.equal(layer(x), expected)
+    assert f"{name}.default" in seen.names
+    assert name in make_fx(layer)(x).code
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x)
+    assert "pyqkern::int8_linear" in {event.key for event in profile.key_averages()}
+    assert "pyqkern::int8_linear" in str(torch.jit.trace(layer, x).graph)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert isinstance(layer(mode.from_tensor(x)), FakeTensor)
+    assert torch.equal(torch.vmap(layer)(x[None]), expected[None])
+
+
+def test_a_subclass_of_tensor_sees_ours() -> None:
+    class Mine(Tensor):
+        seen: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    layer = replace_linear(nn.Linear(32, 16)).requires_grad_(False)
+    y = layer(X[:, :32].as_subclass(Mine))
+    assert isinstance(y, Mine) and "pyqkern.int8_linear.default" in Mine.seen
+    assert torch.equal(y.as_subclass(Tensor), layer(X[:, :32]))
