@@ -5,6 +5,8 @@ of its own with TRITON_INTERPRET=1, where the kernels run in numpy on the CPU; t
 failure.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
