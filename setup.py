@@ -1,16 +1,27 @@
 """Builds pyqkern._C: one static library per instruction set, so that an ISA's flags reach that ISA's file alone."""
 
+import os
 import platform
+import shlex
+import subprocess
+import sysconfig
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
+
+def accepted(*flags: str) -> list[str]:
+    """Those of the flags that the compiler knows."""
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    empty = ["-Werror", "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+    return [flag for flag in flags if subprocess.run([*compiler, flag, *empty], capture_output=True).returncode == 0]
+
+
 # -ffp-contract=off: an fma only where the source says fma, so that every ISA gives the same bits.
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 # g++ 12's partial redundancy elimination copies every accumulator in each step of the product's inner loop, at a third
-# of the speed; its headers also use undefined vectors on purpose, and warn of it. clang ignores both flags.
-KERNELS = [*COMMON, "-fno-tree-pre", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option",
-           "-Wno-ignored-optimization-argument"]
+# of the speed; its headers also use undefined vectors on purpose, and warn of it. clang has neither.
+KERNELS = [*COMMON, *accepted("-fno-tree-pre", "-Wno-maybe-uninitialized", "-Wno-uninitialized")]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISAS = {"scalar": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
