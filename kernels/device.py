@@ -59,6 +59,12 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
+def l2_bytes(device: torch.device) -> int:
+    """The size of the L2 cache."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+
+
+@functools.cache
 def name(device: torch.device) -> str:
     """The device's name, under which its tuned configurations are kept."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"

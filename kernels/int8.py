@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tuning
 from .device import ALL_REGISTERS, check_device, launch, processors
 from .numerics import activate
-from .row_quantize import quantize_rows
+from .row_quantize import quantize_rows, quantize_rows_static
 
 
 @triton.jit
@@ -246,7 +246,7 @@ def int8_scaled_matmul(
     """
     check_device(q=q, scale=scale, zero_point=zero_point, packed=packed, weight_scale=weight_scale, bias=bias)
     m, n, row = q.shape[0], weight_scale.shape[0], packed.shape[1]
-    a = q if q.shape[1] == row else q.as_strided((m, row), (row, 1))
+    a = q if q.shape[1] == row else _with_padding(q, row)
     y = torch.empty((m, n), dtype=dtype, device=q.device)
     column_sum = None if zero_point is None else _column_sum(packed, n)
     return matmul(a, packed[:n], y, scale, zero_point, weight_scale, column_sum, bias, activation, config)
@@ -263,17 +263,41 @@ def int8_linear(
     return int8_scaled_matmul(*quantize_rows(x, symmetric), packed, weight_scale, bias, activation, x.dtype)
 
 
+def int8_linear_static(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+) -> Tensor:
+    """`int8_linear` with one given scale fp32 [] and zero point int32 [], in [0, 255], for all of x."""
+    check_device(x=x, packed=packed, weight_scale=weight_scale, bias=bias, input_scale=input_scale)
+    rows = quantize_rows_static(x, input_scale, input_zero_point)
+    return int8_scaled_matmul(*rows, packed, weight_scale, bias, activation, x.dtype)
+
+
+def _with_padding(q: Tensor, row: int) -> Tensor:
+    """q [M, K] with the bytes between its rows, [M, row], as `row_quantize` stores it; a copy where there are none."""
+    m = q.shape[0]
+    room = q.untyped_storage().nbytes() - q.storage_offset()
+    if q.stride(1) == 1 and (m == 1 or q.stride(0) == row) and room >= m * row:
+        return q.as_strided((m, row), (row, 1))
+    return functional.pad(q, (0, row - q.shape[1]))
+
+
 def tune(
     m: int, n: int, k: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> dict[tuning.Config, float]:
     """Measures the configurations for one shape on random data and keeps the fastest; see tuning.tune."""
-    q = torch.randint(-128, 128, (m, k), dtype=torch.int8, device=device)
-    packed = int8_pack(torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device))
-    ones, weight_scale = torch.ones(m, device=device), torch.ones(n, device=device)
-    zero_point = torch.zeros(m, dtype=torch.int32, device=device)
-    row = packed.shape[1]
-    q = functional.pad(q, (0, row - k))[:, :k]
-    return tuning.tune(
-        "int8_matmul", device, m, n, row,
-        lambda config: int8_scaled_matmul(q, ones, zero_point, packed, weight_scale, None, "none", dtype, config),
-    )  # fmt: skip
+    weight_scale = torch.ones(n, device=device)
+
+    def problem() -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+        return *quantize_rows(torch.randn(m, k, device=device), False), int8_pack(weight)
+
+    def run(config: tuning.Config, rows: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> Tensor:
+        return int8_scaled_matmul(*rows, weight_scale, None, "none", dtype, config)
+
+    return tuning.tune("int8_matmul", device, m, n, -(-k // 16) * 16, problem, run, n * k)

@@ -415,9 +415,12 @@ def tune(
     m: int, n: int, k: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> dict[tuning.Config, float]:
     """Measures the configurations for one shape, M up to 64, on random data and keeps the fastest; see tuning.tune."""
-    x = torch.randn(m, k, dtype=dtype, device=device)
-    weight = (*quantize_4bit(torch.randn(n, k, dtype=dtype, device=device), "nf4", 64), None, None, None)
-    return tuning.tune(
-        "nf4_gemv" if m <= 4 else "nf4_dot", device, m, n, k,
-        lambda config: linear_4bit(x, *weight, None, "nf4", 64, n, "auto", config),
-    )  # fmt: skip
+
+    def problem() -> tuple[Tensor, Tensor, Tensor]:
+        weight = torch.randn(n, k, dtype=dtype, device=device)
+        return torch.randn(m, k, dtype=dtype, device=device), *quantize_4bit(weight, "nf4", 64)
+
+    def run(config: tuning.Config, tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return linear_4bit(*tensors, None, None, None, None, "nf4", 64, n, "auto", config)
+
+    return tuning.tune("nf4_gemv" if m <= 4 else "nf4_dot", device, m, n, k, problem, run, n * k // 2)

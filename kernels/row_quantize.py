@@ -59,7 +59,7 @@ def _load(x_ptr, row, column, M, K, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def quantize_rows_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_point_ptr,
+    x_ptr, given_scale_ptr, given_zero_point_ptr, q_ptr, scale_ptr, zero_point_ptr,
     M, K, stride_q,
     ACTIVATION: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -73,7 +73,11 @@ def quantize_rows_kernel(
             x = _load(x_ptr, row, k + column, M, K, ACTIVATION)
             more_lo, more_hi, more_finite = _row_range(x)
             lo, hi, finite = tl.minimum(lo, more_lo), tl.maximum(hi, more_hi), tl.minimum(finite, more_finite)
-    scale, zero_point = row_qparams(tl.minimum(lo, 0.0), tl.maximum(hi, 0.0), finite != 0, SYMMETRIC)
+    if given_scale_ptr is None:
+        scale, zero_point = row_qparams(tl.minimum(lo, 0.0), tl.maximum(hi, 0.0), finite != 0, SYMMETRIC)
+    else:
+        scale = tl.where(finite != 0, tl.load(given_scale_ptr), float("nan"))
+        zero_point = tl.zeros_like(scale) + tl.load(given_zero_point_ptr).to(tl.float32)
     _store_qparams(scale, zero_point, scale_ptr, zero_point_ptr, row, M)
     if ONE_BLOCK:
         _store_codes(x, scale, zero_point, q_ptr, row, column, M, stride_q)
@@ -130,14 +134,16 @@ def _blocks(m: int, k: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": min(16, max(1, block_m * block_k // 1024))}
 
 
-def _quantize_rows(x: Tensor, activation: str, symmetric: bool) -> Rows:
-    device = check_device(x=x)
+def _quantize_rows(
+    x: Tensor, activation: str, symmetric: bool, given: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> Rows:
+    device = check_device(x=x, input_scale=given[0], input_zero_point=given[1])
     (m, k), rows = x.shape, _empty_rows(x, symmetric)
     q, scale, zero_point = rows
     blocks = _blocks(m, k)
     launch(
         quantize_rows_kernel, triton.cdiv(m, blocks["BLOCK_M"]), device,
-        x, q, scale, zero_point, m, k, q.stride(0),
+        x, *given, q, scale, zero_point, m, k, q.stride(0),
         ACTIVATION=activation, SYMMETRIC=symmetric, ONE_BLOCK=k <= blocks["BLOCK_K"], **blocks,
     )  # fmt: skip
     return rows
@@ -149,6 +155,14 @@ def quantize_rows(x: Tensor, symmetric: bool) -> Rows:
     x is about scale[m] * (q[m, k] - zero_point[m]). q's rows are ceil16(K) apart.
     """
     return _quantize_rows(x, "none", symmetric)
+
+
+def quantize_rows_static(x: Tensor, input_scale: Tensor, input_zero_point: Tensor) -> Rows:
+    """quantize_rows with one given scale fp32 [] and zero point int32 [] of uint8 codes, in [0, 255].
+
+    A row with NaN or an infinity has scale NaN here too.
+    """
+    return _quantize_rows(x, "none", False, (input_scale, input_zero_point))
 
 
 def gelu_quantize_rows(x: Tensor, symmetric: bool, approximate: str = "none") -> Rows:

@@ -5,12 +5,14 @@
 """
 
 import functools
+import itertools
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
@@ -41,6 +43,8 @@ class Config:
 Table = dict[int, tuple[Config, ...]]  # the largest M of a bucket -> its configurations, the largest tile first
 
 LARGE = 1 << 62
+
+Problem = TypeVar("Problem")  # the tensors that a kernel is timed on
 
 # Up to M = 16 tensor cores take M as 16 rows, and reading the weight is all that counts: K is split until every
 # multiprocessor has loads in flight. From 64 rows on, wgmma wants block_m a multiple of 64.
@@ -142,30 +146,41 @@ def choose(kernel: str, device: torch.device, m: int, n: int, k: int) -> Config:
 
 
 def tune(
-    kernel: str, device: torch.device, m: int, n: int, k: int, run: Callable[[Config], object]
+    kernel: str,
+    device: torch.device,
+    m: int,
+    n: int,
+    k: int,
+    problem: Callable[[], Problem],
+    run: Callable[[Config, Problem], object],
+    size: int,
 ) -> dict[Config, float]:
-    """Times run(config) for each candidate on the GPU, keeps the fastest in the file, returns the milliseconds of each.
+    """Times run(config, problem()) for each candidate, keeps the fastest in the file, returns the milliseconds of each.
 
-    Configurations that do not fit the device are left out. Raises RuntimeError inside a CUDA graph capture.
+    size: the bytes of a problem; the runs go round so many that none finds its own in the L2 cache. Configurations that
+    do not fit the device are left out. Raises RuntimeError inside a CUDA graph capture.
     """
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "tune() times kernels and cannot run inside a CUDA graph capture; call it before the capture"
-        )
+        raise RuntimeError("tune() times kernels and cannot run inside a CUDA graph capture; call it before that")
     processors = devices.processors(device)
+    problems = itertools.cycle([problem() for _ in range(max(1, min(100, devices.l2_bytes(device) * 3 // (2 * size))))])
     times: dict[Config, float] = {}
     for base in candidates(kernel, devices.capability(device), m):
         auto = split(base, processors, m, n, k)
         splits = {1, auto.split_k, 2 * auto.split_k} if base.split_k == 0 else {auto.split_k}
         for config in (replace(auto, split_k=split_k) for split_k in sorted(splits)):
             try:
-                times[config] = _time(functools.partial(run, config))
+                times[config] = _time(functools.partial(_run_next, run, config, problems))
             except OutOfResources:
                 continue
     if times:
         _write(devices.name(device), _key(kernel, m, n, k), min(times, key=lambda config: times[config]))
         choose.cache_clear()
     return times
+
+
+def _run_next(run: Callable[[Config, Problem], object], config: Config, problems: Iterator[Problem]) -> object:
+    return run(config, next(problems))
 
 
 def _time(run: Callable[[], object]) -> float:

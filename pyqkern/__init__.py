@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 import torch  # noqa: F401  before _C, which runs on torch's OpenMP pool
 
+import pyqkern.ops_rows  # noqa: F401  registers its operators
 from pyqkern._C import isa, isas
 from pyqkern.affine import choose_qparams_affine, dequantize_affine, pack_int4, quantize_affine, unpack_int4
 from pyqkern.calibrate import Ranges, calibrate

@@ -36,6 +36,24 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     tuning.choose.cache_clear()
 
 
+# ---- the tests of the numbers, without a GPU
+
+
+def test_under_the_interpreter(tmp_path: Path) -> None:
+    """Every kernel runs there; one that no test runs is a failure."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    ran = tmp_path / "ran.json"
+    environment |= {"TRITON_INTERPRET": "1", "PYQKERN_RAN": str(ran), "CUDA_VISIBLE_DEVICES": "", "PYQKERN_REQUIRE": ""}
+    files = [str(Path(__file__).with_name(name)) for name in ("test_triton_numerics.py", "test_triton_nf4.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    kernels = {
+        name for module in (affine, int8, nf4, row_quantize) for name in vars(module) if name.endswith("_kernel")
+    }
+    assert set(json.loads(ran.read_text())) == kernels
+
+
 # ---- what is refused
 
 
@@ -127,13 +145,14 @@ def test_tuning_keeps_the_fastest(h100: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(tuning, "_time", lambda run: run())
 
-    def run(config: Config) -> float:
+    def run(config: Config, problem: str) -> float:
+        assert problem == "data"
         if config.block_k == 256:
             raise tuning.OutOfResources(1 << 20, 1 << 18, "shared memory")
         return times[config.block_m, config.block_n, config.block_k] + config.split_k / 100
 
     before = tuning.choose("int8_matmul", CPU, 9, 512, 4096)
-    measured = tuning.tune("int8_matmul", CPU, 9, 512, 4096, run)
+    measured = tuning.tune("int8_matmul", CPU, 9, 512, 4096, lambda: "data", run, 1000)
     assert {config.block_k for config in measured} == {512, 128}
     tuned = tuning.choose("int8_matmul", CPU, 9, 512, 4096)
     assert (tuned.block_k, tuned.split_k) == (512, 1) != (before.block_k, before.split_k)
@@ -143,10 +162,27 @@ def test_tuning_keeps_the_fastest(h100: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [path.name for path in h100.parent.iterdir()] == ["tuned.json"]
 
 
+@pytest.mark.parametrize("m", [1, 20])
+def test_the_kernels_are_tuned(h100: Path, monkeypatch: pytest.MonkeyPatch, m: int) -> None:
+    """Each candidate is launched, on data that fits."""
+    launched = []
+    monkeypatch.setattr(device, "INTERPRETED", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "_time", lambda run: run() is None)
+    for module in (int8, nf4, row_quantize):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **constants: launched.append(kernel.__name__))
+    for module, kernel, name in ((int8, "int8_matmul_kernel", "int8_matmul"), (nf4, None, None)):
+        name = name or ("nf4_gemv" if m <= 4 else "nf4_dot")
+        kernel = kernel or ("gemv_4bit_kernel" if m <= 4 else "dot_4bit_kernel")
+        times = module.tune(m, 96, 128, CPU)
+        assert launched.count(kernel) == len(times) >= len(tuning.candidates(name, 90, m))
+    assert len(json.loads(h100.read_text())[device.name(CPU)]) == 2
+
+
 def test_nothing_is_tuned_in_a_capture(h100: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="cannot run inside a CUDA graph capture; call it before"):
-        tuning.tune("nf4_gemv", CPU, 1, 64, 64, lambda config: None)
+    with pytest.raises(RuntimeError, match="cannot run inside a CUDA graph capture; call it before that"):
+        tuning.tune("nf4_gemv", CPU, 1, 64, 64, lambda: None, lambda config, problem: None, 1000)
     assert not h100.exists()
 
 
