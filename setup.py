@@ -39,7 +39,10 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "pyqkern._C",
-            [f"csrc/{name}.cpp" for name in ("affine", "bindings", "dispatch", "int8", "nf4", "parallel", "tensors")],
+            [
+                f"csrc/{name}.cpp"
+                for name in ("affine", "bindings", "dispatch", "encoder", "int8", "nf4", "parallel", "tensors")
+            ],
             extra_compile_args=COMMON,
             libraries=["dl", "pthread"],
         )

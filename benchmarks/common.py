@@ -302,15 +302,14 @@ def isolated(arguments: argparse.Namespace, threads: int) -> bool:
 def contenders(arguments: argparse.Namespace, kind: str) -> tuple[list[str], dict[str, str]]:
     """Names to measure, pyqkern first (once for each ISA asked for), and the peers that are not installed."""
     groups = {"all": tuple(peers.BY_NAME), "torch": peers.TORCH}
-    wanted = ["pyqkern", *(groups.get(",".join(arguments.peers), arguments.peers))]
+    own = ("pyqkern.optimize", "pyqkern")
+    wanted = [*own, *(groups.get(",".join(arguments.peers), arguments.peers))]
     unknown = sorted(set(wanted) - set(peers.BY_NAME))
     if unknown:
         raise SystemExit(f"--peers must be among {', '.join(peers.BY_NAME)}; got {', '.join(unknown)}")
     found, missing = peers.choose(wanted, kind)
-    chosen = [peer.name for peer in found]
-    if "pyqkern" in chosen:
-        chosen[:1] = [f"pyqkern {isa}" for isa in _isas(arguments.isa)]
-    return chosen, missing
+    ours = [f"{peer.name} {isa}" for peer in found if peer.name in own for isa in _isas(arguments.isa)]
+    return [*ours, *(peer.name for peer in found if peer.name not in own)], missing
 
 
 def _isas(wanted: list[str]) -> list[str]:
@@ -336,9 +335,9 @@ def title(contender: str) -> str:
 
 
 def use_isa(contender: str) -> Callable[[], object] | None:
-    """For "pyqkern ISA": a call that switches to that ISA."""
+    """For "pyqkern ISA" and "pyqkern.optimize ISA": a call that switches to that ISA."""
     name, _, isa = contender.partition(" ")
-    if name != "pyqkern":
+    if not name.startswith("pyqkern"):
         return None
     from pyqkern import _C
 

@@ -120,6 +120,13 @@ def _pyqkern(model: nn.Module) -> nn.Module:
     return quantized
 
 
+def _pyqkern_optimize(model: nn.Module) -> nn.Module:
+    import pyqkern
+
+    optimized: nn.Module = pyqkern.optimize(model)
+    return optimized
+
+
 def _torchao(model: nn.Module) -> nn.Module:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -330,6 +337,9 @@ def _onnxruntime_affine(p: Affine, threads: int) -> Callable[[], Any]:
 # ---- the list -------------------------------------------------------------------------------------------------------
 
 PEERS = (
+    Peer(
+        "pyqkern.optimize", "pyqkern.optimize", ("pyqkern",), None, functools.partial(_torch_model, _pyqkern_optimize)
+    ),
     _torch_peer("pyqkern", "pyqkern", _pyqkern, "pyqkern", affine=_pyqkern_affine),
     Peer("torch", "torch", (), None, None, _torch_affine),
     _torch_peer("fp32", "torch fp32", _fp32),

@@ -23,6 +23,40 @@ void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
                  const int32_t* x_zero);
 
+// One linear of an encoder layer: packed weight [N, K] with one scale per row, bias [N] of bias_dtype or nullptr.
+struct EncoderLinear {
+  const int8_t* packed;
+  const float* scale;
+  const void* bias;
+  int bias_dtype;
+  size_t N, K;
+};
+
+// A post-LayerNorm encoder layer: h = norm(x + output(attention)), y = norm(h + down(activation(up(h)))).
+struct EncoderLayer {
+  EncoderLinear query, key, value, output, up, down;
+  const void* norm[4];  // weight and bias [hidden size] behind the attention, and behind the feed-forward
+  int norm_dtype;
+  float eps[2];
+  size_t heads, head_size;
+  float scaling;        // of the scores
+  int activation;
+  bool symmetric;       // how activations are quantized
+};
+
+// An attention mask [batch, heads, length, length]: true where a key is seen, or what is added to the scores. Strides in
+// elements, 0 where a dimension is broadcast; keys are contiguous. data = nullptr: everyone sees everyone.
+constexpr int kMaskBool = 3;  // beside the Dtypes
+struct Mask {
+  const void* data;
+  int type;
+  size_t heads, batch_stride, head_stride, query_stride;
+};
+
+// y [batch, length, hidden size] of x, both of `dtype`; NaN in the mask throws std::invalid_argument. Tokens that are
+// padding, which no query sees, cost nothing, and are zeros in y.
+void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const EncoderLayer& layer, void* y);
+
 // Scales of blocks: fp32, or, with `nested`, codes of an 8-bit map in blocks of kNestedBlock of their own:
 // map[absmax[b]] * nested[b / kNestedBlock] + offset, b counted along the flat weight.
 constexpr size_t kNestedBlock = 256;

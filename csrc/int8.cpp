@@ -101,7 +101,7 @@ void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, 
   }
   int8_t* packed = static_cast<int8_t*>(scratch(kPacked, panels(N) * panel_bytes(K)));
   int8_pack(w, N, K, packed);
-  product(M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N},
+  product(M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N, N},
           [&](size_t m, size_t rows, const QRows& q) { k.int8_load_rows(a + m * K, is_unsigned, rows, K, q); });
 }
 
@@ -109,11 +109,11 @@ void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
                  const int32_t* x_zero) {
   const Kernels& k = kernels();
-  product(M, N, K, packed, Tail{w_scale, widen(bias, bias_dtype, N), activation, dtype, y, N},
+  product(M, N, K, packed, Tail{w_scale, widen(bias, bias_dtype, N), activation, dtype, y, N, N},
           [&](size_t m, size_t rows, const QRows& q) {
             const char* from = static_cast<const char*>(x) + m * K * dtype_size(dtype);
             if (x_scale) k.int8_quantize_rows_static(from, dtype, rows, K, *x_scale, *x_zero, q);
-            else k.int8_quantize_rows(from, dtype, rows, K, symmetric, q);
+            else k.int8_quantize_rows(from, dtype, K, rows, K, symmetric, q);
           });
 }
 

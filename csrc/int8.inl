@@ -67,12 +67,12 @@ template <class T> INLINE void quantize_row(const T* x, size_t K, RowScale s, RO
   }
 }
 
-template <class T> static void quantize_rows_of(const T* x, size_t rows, size_t K, bool symmetric, const QRows& out) {
+template <class T> static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows& out) {
   float least, greatest;
   range_of(x, K, &least, &greatest);
-  for (size_t m = 0; m < rows; ++m, x += K) {
+  for (size_t m = 0; m < rows; ++m, x += ldx) {
     const RowScale s = row_scale(least, greatest, symmetric);
-    if (m + 1 < rows) range_of(x + K, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
+    if (m + 1 < rows) range_of(x + ldx, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
     ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
     if (s.scale == s.scale) quantize_row(x, K, s, q);
     else memset(q, 0, 4 * quads(K) * sizeof(ROW_T));  // any codes: NaN times their sum is NaN
@@ -81,10 +81,10 @@ template <class T> static void quantize_rows_of(const T* x, size_t rows, size_t 
   }
 }
 
-static void int8_quantize_rows(const void* x, int dtype, size_t rows, size_t K, bool symmetric, const QRows& out) {
-  if (dtype == kFloat32) quantize_rows_of((const float*)x, rows, K, symmetric, out);
-  else if (dtype == kBFloat16) quantize_rows_of((const bf16*)x, rows, K, symmetric, out);
-  else quantize_rows_of((const fp16*)x, rows, K, symmetric, out);
+static void int8_quantize_rows(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows& out) {
+  if (dtype == kFloat32) quantize_rows_of((const float*)x, ldx, rows, K, symmetric, out);
+  else if (dtype == kBFloat16) quantize_rows_of((const bf16*)x, ldx, rows, K, symmetric, out);
+  else quantize_rows_of((const fp16*)x, ldx, rows, K, symmetric, out);
 }
 
 // Codes of one row under a given scale: values beyond its range saturate before they are rounded, since they may be too
@@ -194,9 +194,9 @@ INLINE void apply_tail(SumAt sum_at, size_t rows, size_t part, const int8_t* col
     const f32 w = whole ? load(t.w_scale + n) : load_part(t.w_scale + n, part);
     const f32 b = !t.bias ? f32{} : whole ? load(t.bias + n) : load_part(t.bias + n, part);
     const i32 k = load((const int32_t*)(column_sums + v * LANES / kPanel * stride) + v * LANES % kPanel);
-    T* y = (T*)t.y + m * t.N + n;
+    T* y = (T*)t.y + m * t.ld + n;
 #pragma GCC unroll 8
-    for (size_t r = 0; r < rows; ++r, y += t.N) {
+    for (size_t r = 0; r < rows; ++r, y += t.ld) {
       i32 s = sum_at(r, v);
       if (!CENTERED) s -= set1(a.zero[m + r]) * k;
       const f32 value = activate<ACTIVATION>((set1(a.scale[m + r]) * w) * to_float(s) + b);
@@ -218,14 +218,14 @@ static void tail_tile(const int32_t* sum, size_t ld_sum, const int8_t* column_su
 // The same for exact sums: nothing but the zero point.
 static void tail_sums(const int32_t* sum, size_t ld_sum, const int8_t* column_sums, size_t stride, const QRows& a, size_t m,
                       size_t rows, size_t n0, size_t n, const Tail& t) {
-  int32_t* y = (int32_t*)t.y + m * t.N + n0;
+  int32_t* y = (int32_t*)t.y + m * t.ld + n0;
   for (size_t j = 0; j < n; j += LANES) {
     const size_t part = n - j < LANES ? n - j : LANES;
     const i32 k = load((const int32_t*)(column_sums + j / kPanel * stride) + j % kPanel);
     for (size_t r = 0; r < rows; ++r) {
       i32 s = load(sum + r * ld_sum + j);
       if (!CENTERED) s -= set1(a.zero[m + r]) * k;
-      if (part == LANES) store(y + r * t.N + j, s); else store_part(y + r * t.N + j, s, part);
+      if (part == LANES) store(y + r * t.ld + j, s); else store_part(y + r * t.ld + j, s, part);
     }
   }
 }
@@ -251,13 +251,13 @@ INLINE const int8_t* vector_at(const int8_t* packed, size_t K, size_t v) {
   return packed + v / VECTORS * panel_bytes(K) + v % VECTORS * COLS * 4;
 }
 
-// c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. With AHEAD it
-// asks on the way for one panel of the weight, a line in each step: a model's weights come from memory, not from the cache.
-template <int R, int V, bool AHEAD, class B>
+// c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. On the way it
+// asks for AHEAD panels of the weight, a line of each in each step: a model's weights come from memory, not from the cache.
+template <int R, int V, int AHEAD, class B>
 INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const B* __restrict b, size_t stride, size_t step,
                  size_t Q, const int8_t* ahead) {
   for (size_t q = 0; q < Q; ++q, a += 4, b += step, ahead += kLine) {
-    if (AHEAD) __builtin_prefetch(ahead, 0, 1);
+    for (int p = 0; p < AHEAD; ++p) __builtin_prefetch(ahead + p * stride, 0, 1);
     b_t bv[V];
     for (int v = 0; v < V; ++v) bv[v] = load_b(b + v * stride);
     for (int r = 0; r < R; ++r) {
@@ -294,24 +294,33 @@ struct Strip {
   TailFunction tail;
 };
 
+// Panels of the next strip, to be asked for by one tile.
+struct Ahead { const int8_t* from; size_t panels; };
+constexpr size_t STRIP_PANELS = NV > VECTORS ? NV / VECTORS : 1;
+static_assert(STRIP_PANELS <= 3, "tile_and_tail asks for three at most");
+
 template <int R, int V>
-static void tile_and_tail(const Strip& s, size_t m, const int8_t* ahead) {
+static void tile_and_tail(const Strip& s, size_t m, Ahead ahead) {
   const size_t Q = quads(s.K), panel = panel_bytes(s.K), stride = VECTORS == 1 ? panel : COLS * 4;
   const ROW_T* a = (const ROW_T*)s.a.q + m * 4 * Q;
   acc_t c[R][V] = {};
   if constexpr (WIDEN) {
-    if (s.wide) tile<R, V, false>(c, a, 4 * Q, s.wide, 4 * COLS, V * 4 * COLS, Q, nullptr);
-    else tile<R, V, false>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
-  } else if (ahead) {
-    tile<R, V, true>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead);
+    if (s.wide) tile<R, V, 0>(c, a, 4 * Q, s.wide, 4 * COLS, V * 4 * COLS, Q, nullptr);
+    else tile<R, V, 0>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
+  } else if (ahead.panels == 1) {
+    tile<R, V, 1>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
+  } else if (STRIP_PANELS > 1 && ahead.panels == 2) {
+    tile<R, V, 2>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
+  } else if (STRIP_PANELS > 2 && ahead.panels == 3) {
+    tile<R, V, 3>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
   } else {
-    tile<R, V, false>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
+    tile<R, V, 0>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
   }
   finish<R, V>(c, s.b + Q * kLine, panel, s.a, m, s.n0, s.t, s.tail);  // behind its last quad, a panel has its column sums
 }
 
 template <int V, int R = MR>
-static void tile_rows(size_t rows, const Strip& s, size_t m, const int8_t* ahead) {
+static void tile_rows(size_t rows, const Strip& s, size_t m, Ahead ahead) {
   if constexpr (R > 1)
     if (rows < R) return tile_rows<V, R - 1>(rows, s, m, ahead);
   tile_and_tail<R, V>(s, m, ahead);
@@ -328,6 +337,7 @@ static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const in
   const size_t stop = end * kPanel < t.N ? end * kPanel : t.N;
   const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
   const size_t tiles = (rows + MR - 1) / MR;
+  const size_t per_tile = (STRIP_PANELS + tiles - 1) / tiles;  // the next strip is asked for by this one's first tiles
   const bool widen = WIDEN && tiles > 2 && quads(K) <= WIDE_QUADS;
   alignas(64) int16_t wide[WIDEN ? WIDE_QUADS * NV * 4 * COLS : 1];
   for (size_t v = 0; v < vectors; v += NV) {
@@ -336,8 +346,8 @@ static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const in
     if (widen) widen_strip(strip.b, quads(K), wide);
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
       height = rows / tiles + (i < rows % tiles);  // differing by one at most: a tile of one row wastes the machine
-      const size_t next = v + NV + i * VECTORS;    // the next strip's panels are asked for by this one's first tiles
-      const int8_t* ahead = i * VECTORS < NV && next < vectors ? vector_at(packed, K, next) : nullptr;
+      const size_t next = v + NV + i * per_tile * VECTORS;
+      const Ahead ahead{vector_at(packed, K, next), i * per_tile < STRIP_PANELS && next < vectors ? per_tile : 0};
       if (VECTORS > 1 || width == NV) tile_rows<NV>(height, strip, m, ahead);
       else if (NV > 2 && width == 2) tile_rows<2>(height, strip, m, ahead);
       else tile_rows<1>(height, strip, m, ahead);

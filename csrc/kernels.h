@@ -19,6 +19,8 @@ enum Qtype : int { kInt8 = 0, kUInt8 = 1, kInt4 = 2, kUInt4 = 3 };
 // Activations that the linear's tail can apply.
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
+enum Elementwise : int { kExp = 0, kErf = 1, kProbabilityCode = 2 };
+
 inline size_t dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 inline int qmin(int qtype) { return qtype == kInt8 ? -128 : qtype == kInt4 ? -8 : 0; }
 inline int qmax(int qtype) { return qtype == kInt8 ? 127 : qtype == kUInt8 ? 255 : qtype == kInt4 ? 7 : 15; }
@@ -48,8 +50,8 @@ struct Tail {
   const float* bias;     // [N] or nullptr
   int activation;        // Activation
   int dtype;             // Dtype of y
-  void* y;               // [M, N]
-  size_t N;
+  void* y;               // [M, N], rows `ld` apart
+  size_t N, ld;
 };
 
 // Rows of activations, quantized: what int8_quantize_rows fills and int8_gemm reads.
@@ -102,8 +104,8 @@ struct Kernels {
   // Packs rows [16*panel, 16*panel + 16) of w [N, K]. Every value, -128 included.
   void (*int8_pack)(const int8_t* w, size_t N, size_t K, size_t panel, int8_t* packed_panel);
 
-  // Quantizes `rows` rows of x [rows, K], each with its own scale and zero point (see int8.inl).
-  void (*int8_quantize_rows)(const void* x, int dtype, size_t rows, size_t K, bool symmetric, const QRows&);
+  // Quantizes `rows` rows of x, K elements each, `ldx` apart, each with its own scale and zero point (see int8.inl).
+  void (*int8_quantize_rows)(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows&);
 
   // The same with one given scale and zero point for all rows.
   void (*int8_quantize_rows_static)(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero, const QRows&);
@@ -123,6 +125,23 @@ struct Kernels {
   // y[m][n] = sum_k q[m][k] * w[n][k] - zero[m] * sum_k w[n][k] for all rows and n in [begin, end), begin a multiple of
   // four; w [N, K] as it is, y [rows, N].
   void (*int8_dot)(const QRows&, size_t rows, size_t K, const int8_t* w, size_t N, size_t begin, size_t end, int32_t* y);
+
+  // The codes of symmetric quantized rows, as int8 [rows, K].
+  void (*int8_rows_to_int8)(const QRows&, size_t rows, size_t K, int8_t* out);
+
+  // Attention, see encoder.inl. Rows of scores [rows, n], `ld` >= n rounded up to 64 apart and in units of log 2, to codes in
+  // [0, 255] and 1 / (their sum). Writes up to 64 codes past the last row, and over the scores.
+  void (*softmax_codes)(float* scores, size_t ld, size_t rows, size_t n, const QRows&);
+
+  // Values [tokens, d], `ld` apart, quantized per channel and packed as the weight [d, tokens] of the product.
+  void (*int8_pack_values)(const float* v, size_t ld, size_t tokens, size_t d, float* scale, int8_t* packed);
+
+  // y[i] = f(x[i]): the functions that the other kernels are made of, so that they can be tested on their own.
+  void (*elementwise)(int function, const float* x, size_t n, float* y);
+
+  // y = LayerNorm(a + residual), rows of n behind each other, y of `dtype`; a is overwritten by the sum.
+  void (*add_layer_norm)(float* a, const float* residual, size_t rows, size_t n, const float* weight, const float* bias,
+                         float eps, void* y, int dtype);
 
   // Quantizes blocks [begin, end) of the flat x [n]: absmax[b], and codes packed two to a byte, high four bits first.
   // v = x * (1/absmax), clamped to [-1, 1]; a short last block divides instead, as bitsandbytes does, and stores an absmax of

@@ -163,7 +163,7 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
     parallel_for((M + 15) / 16, count, [&](size_t i) {
       const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
       const QRows part{static_cast<char*>(q.q) + m * K * k.row_element_bytes, q.scale + m, q.zero + m};
-      k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, rows, K, true, part);
+      k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, K, rows, K, true, part);
       for (size_t r = 0; r < rows; ++r) q.scale[m + r] *= 1.0f / w.book->levels;
     });
     in.q = &q;

@@ -44,7 +44,7 @@ template <class Work> void parallel_for(size_t n, int count, const Work& work) {
 
 // A buffer of this thread that lives on between calls: allocating 100 KB and more each time costs page faults.
 // Slots keep the buffers of one call apart.
-enum Slot { kRows, kRowScales, kBias, kPacked, kScales, kStep, kTotals, kSlots };
+enum Slot { kRows, kRowScales, kBias, kPacked, kScales, kStep, kTotals, kEncoderGroup, kEncoderBlock, kSlots };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace pyqkern

@@ -8,6 +8,7 @@ import pyqkern.ops_rows  # noqa: F401  registers its operators
 from pyqkern._C import isa, isas
 from pyqkern.affine import choose_qparams_affine, dequantize_affine, pack_int4, quantize_affine, unpack_int4
 from pyqkern.calibrate import Ranges, calibrate
+from pyqkern.encoder import QEncoderLayer, optimize
 from pyqkern.nf4 import Quantized4bit, dequantize_4bit, quantize_4bit
 from pyqkern.ops import int8_matmul
 from pyqkern.qlinear import QLinear
@@ -19,6 +20,7 @@ from pyqkern.smooth import smooth
 __version__ = version("pyqkern")
 
 __all__ = [
+    "QEncoderLayer",
     "QLinear",
     "Quantized4bit",
     "Ranges",
@@ -29,6 +31,7 @@ __all__ = [
     "int8_matmul",
     "isa",
     "isas",
+    "optimize",
     "pack_int4",
     "quantize_4bit",
     "quantize_affine",

@@ -16,6 +16,9 @@ Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool]
 # Where replace_linear leaves the reason on an nn.Linear that it kept.
 _REASON = "_pyqkern_kept"
 
+# Where optimize leaves the reason on an encoder layer that it did not fuse.
+UNFUSED = "_pyqkern_unfused"
+
 # What hooks on a module are made of. The quantized layer takes over the very dicts, so that handles stay valid.
 _HOOKS = (
     "_forward_hooks",
@@ -213,8 +216,16 @@ class LinearRecord:
 
 
 @dataclass(frozen=True)
+class LayerRecord:
+    """One encoder layer that `optimize` has seen: None as reason where it is one operator, else why it is not."""
+
+    name: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Summary:
-    """The linears of a model, one record each, and the totals; prints as a table.
+    """The linears of a model, one record each, and the totals; prints as a table. `layers`: what `optimize` fused.
 
     Bytes are counted from the tensors themselves, each once. `bytes_before` is what the same layers take as nn.Linear
     in the model's dtype. `other_bytes` is everything that is no linear: embeddings, norms, buffers.
@@ -222,6 +233,7 @@ class Summary:
 
     records: list[LinearRecord]
     other_bytes: int
+    layers: list[LayerRecord] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -237,6 +249,7 @@ class Summary:
         """Plain data, for JSON or a data frame."""
         return {
             "records": [asdict(record) for record in self.records],
+            "layers": [asdict(record) for record in self.layers],
             "other_bytes": self.other_bytes,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -269,7 +282,14 @@ class Summary:
             for row in rows
         ]
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-3], rule, *lines[-3:]])
+        return "\n".join([lines[0], rule, *lines[1:-3], rule, *lines[-3:], *self._layer_lines()])
+
+    def _layer_lines(self) -> list[str]:
+        if not self.layers:
+            return []
+        fused = sum(record.reason is None for record in self.layers)
+        kept = [f"{record.name} not fused: {record.reason}" for record in self.layers if record.reason is not None]
+        return [f"{fused} of {len(self.layers)} encoder layers are one operator each", *kept]
 
 
 def _bytes(count: int) -> str:
@@ -283,7 +303,13 @@ def summary(model: nn.Module) -> Summary:
     owners = _weight_owners(model)
     counted: set[tuple[int, int]] = set()
     records = [_record(linear, owners, counted) for linear in _find_linears(model)]
-    return Summary(records, sum(_count(module, counted) for module in model.modules()))
+    other_bytes = sum(_count(module, counted) for module in model.modules())
+    layers = [
+        LayerRecord(name, vars(module).get(UNFUSED))
+        for name, module in model.named_modules()
+        if UNFUSED in vars(module) or getattr(module, "is_fused", False)
+    ]
+    return Summary(records, other_bytes, layers)
 
 
 def _record(linear: _Linear, owners: dict[int, tuple[str, nn.Module]], counted: set[tuple[int, int]]) -> LinearRecord:

@@ -1,0 +1,306 @@
+"""optimize, which turns the encoder layers of a model into one operator each, and QEncoderLayer, what they become."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyqkern import ops, ops_encoder
+from pyqkern.affine import FLOATS
+from pyqkern.qlinear import Int8Linear
+from pyqkern.reference import ACTIVATIONS
+from pyqkern.replace import UNFUSED, Pattern, replace_linear
+from pyqkern.schemes import Scheme
+
+_Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a family of models keeps the parts of an encoder layer."""
+
+    attention: _Path
+    linears: tuple[_Path, ...]  # in the order of ops_encoder.LINEARS
+    norms: tuple[_Path, ...]
+    activation: _Path
+    heads: str  # attribute of the attention
+
+
+def _paths(*names: str) -> tuple[_Path, ...]:
+    return tuple(tuple(name.split(".")) for name in names)
+
+
+_BERT = _Layout(
+    ("attention", "self"),
+    _paths(
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    _paths("attention.output.LayerNorm", "output.LayerNorm"),
+    ("intermediate", "intermediate_act_fn"),
+    "num_attention_heads",
+)
+_DISTILBERT = _Layout(
+    ("attention",),
+    _paths("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"),
+    _paths("sa_layer_norm", "output_layer_norm"),
+    ("ffn", "activation"),
+    "n_heads",
+)
+
+# By the name of the class, so that transformers need not be imported.
+_LAYOUTS = {
+    "BertLayer": _BERT,
+    "RobertaLayer": _BERT,
+    "XLMRobertaLayer": _BERT,
+    "CamembertLayer": _BERT,
+    "ElectraLayer": _BERT,
+    "TransformerBlock": _DISTILBERT,
+}
+
+# transformers' names and torch's, for what the kernels call gelu, gelu_tanh and relu.
+_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+# What a model may pass to its layers that changes nothing of the result.
+_IGNORED = frozenset(
+    {"position_ids", "cache_position", "output_hidden_states", "return_dict", "use_cache", "past_key_value"}
+)
+
+
+def optimize(
+    model: nn.Module, scheme: str | Scheme = "int8", *, include: Pattern | None = None, exclude: Pattern = ()
+) -> nn.Module:
+    """Quantizes the linears of `model` as `replace_linear` does, and makes every encoder layer it knows one operator.
+
+    In place; returns the model. Known are the layers of BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA and DistilBERT in
+    transformers; they become `QEncoderLayer`s. `summary` names them, and says why a layer was left as it was. What the
+    model takes and returns stays, and so do the keys of its state_dict: they are those that replace_linear alone gives.
+
+    scheme, include, exclude, errors: as for `replace_linear`. A layer is fused where all six linears are INT8 with
+    activations quantized per token: the scheme "int8".
+    """
+    model = replace_linear(model, scheme, include=include, exclude=exclude)
+    for module in list(model.modules()):
+        layout = _LAYOUTS.get(type(module).__name__)
+        if layout is None or isinstance(module, QEncoderLayer):
+            continue
+        reason = _reason(module, layout)
+        vars(module).pop(UNFUSED, None)
+        if reason is None:
+            module.__class__ = _fused_class(type(module))
+        else:
+            setattr(module, UNFUSED, reason)
+    return model
+
+
+def _part(module: nn.Module, path: _Path) -> Any:
+    for name in path:
+        module = getattr(module, name)
+    return module
+
+
+def _reason(layer: nn.Module, layout: _Layout) -> str | None:
+    """Why this layer cannot become one operator."""
+    try:
+        attention = _part(layer, layout.attention)
+        linears = [_part(layer, path) for path in layout.linears]
+        norms = [_part(layer, path) for path in layout.norms]
+        heads = getattr(attention, layout.heads)
+        activation = _part(layer, layout.activation)
+    except AttributeError as error:
+        return f"not the {type(layer).__name__} that is known: {error}"
+    if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
+        return "a decoder layer"
+    if getattr(attention, "position_embedding_type", "absolute") not in ("absolute", None):
+        return f"its scores have a term of their own: {attention.position_embedding_type}"
+    if "forward" in vars(layer):
+        return "patched: its forward was replaced"
+    for path, linear in zip(layout.linears, linears, strict=True):
+        if type(linear) is not Int8Linear:
+            kind = linear.scheme.name if hasattr(linear, "scheme") else type(linear).__name__
+            return f"{'.'.join(path)} is no INT8 linear with dynamic activations: {kind}"
+    if len({linear.scheme.symmetric for linear in linears}) > 1:
+        return "its linears quantize their activations in different ways"
+    hidden, width = linears[0].in_features, linears[0].out_features
+    if any(type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None for norm in norms):
+        return "its norms are no LayerNorms with weight and bias"
+    if heads < 1 or width % heads:
+        return f"{heads} heads do not divide {width} features"
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    wide = linears[4].out_features
+    if shapes != [(width, hidden)] * 3 + [(hidden, width), (wide, hidden), (hidden, wide)]:
+        return f"its linears do not fit together: {shapes}"
+    if _activation(activation) is None:
+        return f"no kernel for the activation {getattr(activation, '__name__', type(activation).__name__)}"
+    return None
+
+
+def _activation(function: Any) -> str | None:
+    if type(function) is nn.GELU:
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    if function is nn.functional.gelu:
+        return "gelu"
+    return _ACTIVATIONS.get(type(function).__name__)
+
+
+class QEncoderLayer(nn.Module):
+    """An encoder layer whose forward is one operator, `torch.ops.pyqkern.encoder_layer`, where that gives all it must.
+
+    `optimize` makes one out of a layer of transformers by giving it a class that derives from both: the parts, their
+    names and the state_dict stay. The layer goes its old way, through its QLinears, in training, where a gradient is
+    asked for, under autocast, where attention weights are asked for, off the CPU, with a cache or a head mask, and
+    while a hook listens to one of its linears or norms.
+
+    Where the mask tells padding from tokens, the padding's outputs are zeros.
+    """
+
+    is_fused = True
+
+    _base: ClassVar[type[nn.Module]]
+    _layout: ClassVar[_Layout]
+    _returns_tuple: ClassVar[bool]
+    _parts: "_Parts | None" = None
+    _checked: tuple[list[int], ops_encoder.Prepared] | None = None
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        parts = self._fusable(hidden_states, args, kwargs)
+        if parts is None:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        linears, norms, heads, activation = parts.linears, parts.norms, parts.heads, parts.activation
+        weights = [linear._buffers["packed"] for linear in linears]  # read directly: see Int8Linear._linear
+        scales = [linear._buffers["weight_scale"] for linear in linears]
+        biases = [linear._parameters["bias"] for linear in linears]
+        vectors = [norm._parameters[name] for norm in norms for name in ("weight", "bias")]
+        rest = (heads, parts.scaling, [norm.eps for norm in norms], activation, linears[0].scheme.symmetric)
+        if ops.direct(hidden_states):
+            # What was checked stays so while nothing moves: a tensor that changes its dtype changes its address.
+            addresses = [0 if t is None else t.data_ptr() for t in (*weights, *scales, *biases, *vectors)]
+            checked = self._checked
+            if checked is None or checked[0] != addresses:
+                prepared = ops_encoder.prepare(weights, scales, biases, vectors, heads, activation)
+                self._checked = checked = (addresses, prepared)
+            y = ops_encoder.run(hidden_states, attention_mask, checked[1], *rest)
+        else:
+            y = torch.ops.pyqkern.encoder_layer.default(
+                hidden_states, attention_mask, weights, scales, biases, vectors, *rest
+            )
+        return (y,) if self._returns_tuple else y
+
+    def _fusable(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Parts | None":
+        """The parts for the operator, or None where the layer has to go its old way."""
+        if self.training or not x.is_cpu or x.dim() != 3 or x.dtype not in FLOATS or torch.is_autocast_enabled("cpu"):
+            return None
+        for value in args:
+            if value is not None and value is not False:
+                return None
+        for name, value in kwargs.items():
+            if value is not None and value is not False and name not in _IGNORED:
+                return None
+        parts = self._parts
+        if torch.compiler.is_compiling():
+            parts = _find_parts(self)
+        elif parts is None or not parts.are_in(self):
+            self._parts = parts = _find_parts(self)
+        for linear in parts.linears:
+            if type(linear) is not Int8Linear or not linear._buffers["packed"].is_cpu:  # type: ignore[union-attr]
+                return None
+        if parts.activation not in ACTIVATIONS:
+            return None
+        for part in (*parts.linears, *parts.norms):
+            if part._forward_hooks or part._forward_pre_hooks:
+                return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return None
+        if _setting(parts.config, "output_attentions"):
+            return None
+        return parts if _setting(parts.config, "_attn_implementation") in (None, "eager", "sdpa") else None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle and deepcopy: the class is made, not imported, and so is made again."""
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_parts", "_checked")}
+        return _rebuild, (self._base,), state
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the operator needs of a layer, found once; `places` tells when a part was exchanged for another since."""
+
+    linears: list[Any]
+    norms: list[Any]
+    activation: str  # or what no kernel is there for
+    heads: int
+    scaling: float
+    config: Any
+    places: list[tuple[dict[str, nn.Module | None], str, nn.Module]]
+
+    def are_in(self, layer: QEncoderLayer) -> bool:
+        return all(modules[name] is module for modules, name, module in self.places)
+
+
+def _find_parts(layer: QEncoderLayer) -> _Parts:
+    layout = layer._layout
+    places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+
+    def walk(path: _Path) -> Any:
+        module: nn.Module = layer
+        for name in path:
+            modules, child = module._modules, module._modules[name]
+            assert child is not None
+            if not any(modules is seen and name == other for seen, other, _ in places):
+                places.append((modules, name, child))
+            module = child
+        return module
+
+    attention, linears = walk(layout.attention), [walk(path) for path in layout.linears]
+    heads, activation = getattr(attention, layout.heads), _activation(_part(layer, layout.activation)) or "unknown"
+    scaling = (linears[0].out_features // heads) ** -0.5
+    norms = [walk(path) for path in layout.norms]
+    return _Parts(linears, norms, activation, heads, scaling, getattr(attention, "config", None), places)
+
+
+def _setting(config: Any, name: str) -> Any:
+    """An attribute of a config, past transformers' own __getattribute__, which costs 2 us; None without one."""
+    if torch.compiler.is_compiling():
+        return getattr(config, name, None)
+    try:
+        return object.__getattribute__(config, name)
+    except AttributeError:
+        return None
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class that derives from QEncoderLayer and `base`, made once."""
+    if base not in _classes:
+        package = sys.modules.get(base.__module__.split(".")[0])
+        major = getattr(package, "__version__", "5").split(".")[0]
+        members = {
+            "__module__": __name__,
+            "__doc__": QEncoderLayer.__doc__,
+            "_base": base,
+            "_layout": _LAYOUTS[base.__name__],
+            "_returns_tuple": int(major) < 5,  # so transformers' layers did
+        }
+        _classes[base] = type(f"Q{base.__name__}", (QEncoderLayer, base), members)
+    return _classes[base]
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = _fused_class(base)
+    return cls.__new__(cls)

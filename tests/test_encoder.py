@@ -1,0 +1,369 @@
+"""The encoder layer as one operator, against its plain-torch specification; and the functions it is made of."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import FLOATS, generator, seeds
+from torch import Tensor
+
+from pyqkern import _C, choose_qparams_affine, isas, ops_encoder, quantize_affine
+from pyqkern.reference_encoder import encoder_layer as reference_layer
+from pyqkern.reference_encoder import seen_keys
+
+encoder_layer = torch.ops.pyqkern.encoder_layer
+
+
+class Layer:
+    """Random parts of a layer, packed for the operator and plain for the reference."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        hidden: int = 48,
+        heads: int = 3,
+        head_size: int = 16,
+        wide: int = 80,
+        dtype: torch.dtype = torch.float32,
+        activation: str = "gelu",
+        symmetric: bool = False,
+        bias: bool = True,
+    ) -> None:
+        g, width = generator(seed), heads * head_size
+        self.hidden, self.dtype, self.heads = hidden, dtype, heads
+        self.codes, self.packed, self.scales = [], [], []
+        self.biases: list[Tensor | None] = []
+        sizes = [(width, hidden)] * 3 + [(hidden, width), (wide, hidden), (hidden, wide)]
+        for n, k in sizes:
+            weight = torch.randn(n, k, generator=g) * k**-0.5 * 2
+            scale, _ = choose_qparams_affine(weight, axis=0, symmetric=True)
+            codes = quantize_affine(weight, scale, axis=0)
+            self.codes.append(codes)
+            self.packed.append(torch.ops.pyqkern.int8_pack(codes))
+            self.scales.append(scale)
+            self.biases.append((torch.randn(n, generator=g) * 0.1).to(dtype) if bias else None)
+        norms = [1 + 0.1 * torch.randn(hidden, generator=g), 0.1 * torch.randn(hidden, generator=g)]
+        self.norms = [norm.to(dtype) for norm in (norms * 2)]
+        self.rest = (heads, head_size**-0.5, [1e-12, 1e-5], activation, symmetric)
+
+    def input(self, batch: int, length: int, seed: int = 1) -> Tensor:
+        return torch.randn(batch, length, self.hidden, generator=generator(seed)).to(self.dtype)
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return encoder_layer(x, mask, self.packed, self.scales, self.biases, self.norms, *self.rest)
+
+    def reference(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return reference_layer(x, mask, self.codes, self.scales, self.biases, self.norms, *self.rest)
+
+
+def assert_close(y: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Equal but for codes that a rounding of 2**-22 (softmax, GELU, the sums of LayerNorm) has moved by one.
+
+    A code moves where its value lies within about 2**-14 of a step from a tie, one in ten thousand, and then by a step,
+    1/255 of a row's range, about 3 % of its standard deviation; of few codes, as many as 16 may move. Two of the
+    quantizations follow one another in the worst way: 2 * 0.03 * sqrt(1e-4 + 16 / codes) of the norm.
+    bf16 and fp16 results are rounded by 2**-9 and 2**-12 more at the end.
+    """
+    tolerance = (
+        0.06 * (1e-4 + 16 / max(1, y.numel())) ** 0.5
+        + {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    )
+    error = (y.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    assert y.dtype == dtype and y.shape == expected.shape and error <= tolerance, float(error)
+
+
+def padding(lengths: list[int], length: int, left: bool = False, dtype: torch.dtype = torch.bool) -> Tensor:
+    """The 4-d mask of transformers for sentences of these lengths."""
+    places = torch.arange(length)
+    seen = torch.stack([places >= length - n if left else places < n for n in lengths])
+    mask = seen[:, None, None, :].expand(-1, 1, length, -1)
+    return mask.clone() if dtype is torch.bool else torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+# ---- against the specification
+
+
+@settings(max_examples=40)
+@given(
+    seed=seeds,
+    batch=st.integers(1, 4),
+    length=st.integers(1, 70),
+    heads=st.integers(1, 4),
+    head_size=st.sampled_from([1, 3, 8, 16, 20, 33, 64]),
+    hidden=st.integers(1, 70),
+    wide=st.integers(1, 140),
+    dtype=st.sampled_from(FLOATS),
+    activation=st.sampled_from(["none", "relu", "gelu", "gelu_tanh"]),
+    symmetric=st.booleans(),
+    bias=st.booleans(),
+    data=st.data(),
+)
+def test_any_shape(
+    isa: str, seed: int, batch: int, length: int, heads: int, head_size: int, hidden: int, wide: int,
+    dtype: torch.dtype, activation: str, symmetric: bool, bias: bool, data: Any,
+) -> None:  # fmt: skip
+    layer = Layer(seed, hidden, heads, head_size, wide, dtype, activation, symmetric, bias)
+    x = layer.input(batch, length, seed)
+    lengths = data.draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch))
+    kind = data.draw(st.sampled_from(["none", "right", "left", "added", "causal"]))
+    mask = {
+        "none": None,
+        "right": padding(lengths, length),
+        "left": padding(lengths, length, left=True),
+        "added": padding(lengths, length, dtype=dtype),
+        "causal": torch.ones(length, length, dtype=torch.bool).tril()[None, None],
+    }[kind]
+    y = layer(x, mask)
+    expected = layer.reference(x, mask)
+    # A LayerNorm of few elements, or of a row that is nearly constant, blows one moved code up; 1 gives its bias.
+    if hidden >= 16:
+        assert_close(y, expected, dtype)
+    if kind in ("right", "left", "added"):
+        seen = seen_keys(mask, batch, length)
+        assert seen is not None and (y[~seen] == 0).all()
+    assert y.isfinite().all()
+
+
+def test_bits_are_equal_on_every_isa_and_number_of_threads(two_threads: None) -> None:
+    layer = Layer(3, hidden=100, heads=5, head_size=20, wide=260)
+    x = layer.input(6, 90)
+    mask = padding([90, 1, 17, 64, 80, 33], 90)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for isa in isas():
+            previous = _C.set_isa(isa)
+            results.append(layer(x, mask))
+            _C.set_isa(previous)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@settings(max_examples=20)
+@given(seed=seeds, lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5), left=st.booleans())
+def test_a_sentence_does_not_depend_on_its_neighbours(isa: str, seed: int, lengths: list[int], left: bool) -> None:
+    layer, length = Layer(seed), max(lengths)
+    x = layer.input(len(lengths), length, seed)
+    together = layer(x, padding(lengths, length, left))
+    for i, n in enumerate(lengths):
+        own = slice(length - n, length) if left else slice(0, n)
+        assert torch.equal(together[i, own], layer(x[i : i + 1, own])[0])
+
+
+def test_masks_that_say_the_same_give_the_same_bits(isa: str) -> None:
+    layer = Layer()
+    x, lengths = layer.input(3, 40), [40, 7, 23]
+    expected = layer(x, padding(lengths, 40))
+    for dtype in FLOATS:
+        assert torch.equal(layer(x, padding(lengths, 40, dtype=dtype)), expected)
+    infinite = padding(lengths, 40, dtype=torch.float32).masked_fill(~padding(lengths, 40), float("-inf"))
+    assert torch.equal(layer(x, infinite), expected)
+    assert torch.equal(layer(x, padding(lengths, 40)[:, :, :1]), expected)
+    assert torch.equal(layer(x, padding(lengths, 40).expand(-1, 3, -1, -1)), expected)
+    strided = padding(lengths, 40)[..., None].expand(-1, -1, -1, -1, 2).contiguous()[..., 0]
+    assert strided.stride(3) == 2 and torch.equal(layer(x, strided), expected)
+    assert torch.equal(layer(x, torch.ones(1, 1, 40, 40, dtype=torch.bool)), layer(x))
+
+
+def test_a_mask_with_holes_leaves_those_tokens_out(isa: str) -> None:
+    layer = Layer()
+    x = layer.input(1, 50)
+    seen = torch.rand(50, generator=generator(5)) < 0.6
+    y = layer(x, seen[None, None, None])
+    assert torch.equal(y[:, seen], layer(x[:, seen])) and (y[:, ~seen] == 0).all()
+
+
+def test_a_mask_of_each_head_and_query(isa: str) -> None:
+    layer = Layer(wide=200)
+    x = layer.input(2, 33)
+    bias = torch.randn(2, 3, 33, 33, generator=generator(9)) * 3
+    assert_close(layer(x, bias), layer.reference(x, bias))
+    seen = torch.rand(2, 1, 33, 33, generator=generator(10)) < 0.5
+    seen[0, 0, 4] = False  # a query without any key takes the mean of all
+    assert_close(layer(x, seen), layer.reference(x, seen))
+    causal = torch.ones(1, 1, 33, 33, dtype=torch.bool).tril()
+    # What a token sees stays when later ones change (values are quantized over the sentence: to that accuracy).
+    changed = torch.cat([x[:, :20], layer.input(2, 13, seed=77)], 1)
+    near = (layer(x, causal) - layer(changed, causal))[:, :20]
+    assert near.norm() / layer(x, causal)[:, :20].norm() < 0.02
+
+
+def test_all_padding(isa: str) -> None:
+    layer = Layer()
+    x = layer.input(3, 12)
+    y = layer(x, padding([0, 12, 5], 12))
+    assert (y[0] == 0).all() and torch.equal(y[1], layer(x[1:2])[0])
+    assert (layer(x, padding([0, 0, 0], 12)) == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_in_its_sentence(isa: str, value: float) -> None:
+    layer = Layer()
+    x = layer.input(3, 40)
+    expected = layer(x, padding([40, 30, 20], 40))
+    x[1, 3, 5] = value
+    y = layer(x, padding([40, 30, 20], 40))
+    assert torch.equal(y[0], expected[0]) and torch.equal(y[2], expected[2])
+    assert y[1, :30].isnan().all() and (y[1, 30:] == 0).all()
+    x[1, 35] = value  # padding is not looked at
+    assert torch.equal(layer(x, padding([40, 30, 20], 40))[[0, 2]], expected[[0, 2]])
+
+
+def test_constant_rows_and_zeros(isa: str) -> None:
+    layer = Layer()
+    for x in (torch.zeros(1, 9, 48), torch.full((1, 9, 48), 1e10), torch.full((2, 3, 48), 1e-40)):
+        assert_close(layer(x), layer.reference(x))
+
+
+def test_strides_of_x(isa: str) -> None:
+    layer = Layer()
+    x = layer.input(3, 20)
+    assert torch.equal(layer(x.transpose(0, 1).contiguous().transpose(0, 1)), layer(x))
+
+
+def test_nothing() -> None:
+    layer = Layer()
+    assert layer(torch.zeros(0, 5, 48)).shape == (0, 5, 48) and layer(torch.zeros(2, 0, 48)).shape == (2, 0, 48)
+
+
+# ---- exp, erf, and what the softmax takes for 2**t
+
+
+def elementwise(function: int, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    _C.elementwise(function, x.data_ptr(), x.numel(), y.data_ptr())
+    return y
+
+
+def ulps(y: Tensor, exact: Tensor) -> Tensor:
+    nearest = exact.float()
+    ulp = torch.nextafter(nearest.abs(), torch.tensor(torch.inf)).double() - nearest.abs().double()
+    return (y.double() - exact).abs() / ulp
+
+
+def all_floats(least: float, greatest: float, step: int) -> list[Tensor]:
+    """Every step-th fp32 number of [least, greatest], both > 0, in pieces."""
+    first, last = (torch.tensor(v).view(torch.int32).item() for v in (least, greatest))
+    piece = step << 22
+    return [
+        torch.arange(start, min(start + piece, int(last) + 1), step, dtype=torch.int32).view(torch.float32)
+        for start in range(int(first), int(last) + 1, piece)
+    ]
+
+
+@pytest.mark.parametrize("name, function, greatest", [("exp", 0, 87.33654), ("erf", 1, 4.5)])
+def test_functions_err_by_two_ulp_at_most(name: str, function: int, greatest: float) -> None:
+    """All fp32 from 2**-6 on, and every 61st below, on the best ISA; the others have the same bits."""
+    for x in (*all_floats(2.0**-100, 2.0**-6, 61), *all_floats(2.0**-6, greatest, 1)):
+        for signed in (x, -x):
+            exact = getattr(torch, name)(signed.double())
+            y = elementwise(function, signed)
+            assert (ulps(y, exact) <= 2).all()
+            assert name == "exp" or (y.abs() <= 1).all()
+
+
+def test_functions_have_the_same_bits_everywhere(isa: str) -> None:
+    x = torch.cat(all_floats(2.0**-126, 3e38, 9973))
+    x = torch.cat([x, -x, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45])])
+    for function in (0, 1):
+        y = elementwise(function, x)
+        previous = _C.set_isa("scalar")
+        assert torch.equal(y.view(torch.int32), elementwise(function, x).view(torch.int32))
+        _C.set_isa(previous)
+        assert y[-2].isnan() and (y[:-2].isfinite()).all()
+    assert (elementwise(1, torch.tensor([torch.inf, -torch.inf, 5.0])) == torch.tensor([1.0, -1.0, 1.0])).all()
+
+
+def test_probability_codes(isa: str) -> None:
+    """rint(255 * 2**t): off only where 255 * 2**t is within 255 * 2.6e-6 + 2**-16 of a tie, and then by one."""
+    t = -torch.cat([torch.zeros(1), *all_floats(2.0**-30, 100.0, 997)])
+    exact = 255 * torch.exp2(t.double())
+    codes = elementwise(2, t).double()
+    assert ((codes - exact).abs() <= 0.5 + 255 * 2.6e-6 + 2.0**-16).all() and codes[0] == 255
+    assert elementwise(2, torch.tensor([float("nan"), float("-inf")])).tolist() == [0, 0]
+
+
+# ---- size
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    """Scores of 8192 tokens are 268 MB a head: the layer must do with far less."""
+    code = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_encoder import Layer
+layer = Layer(hidden=32, heads=2, head_size=16, wide=32)
+x = layer.input(1, 8192)
+layer(x[:, :64])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+y = layer(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, bool(y.isfinite().all()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, os.path.dirname(__file__)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    kilobytes, finite = done.stdout.split()
+    assert int(kilobytes) < 40_000 and finite == "True"
+
+
+# ---- bad input
+
+
+def test_bad_masks() -> None:
+    layer = Layer()
+    x = layer.input(2, 8)
+    nan = torch.zeros(2, 1, 8, 8)
+    nan[1, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match="attention_mask must not hold NaN"):
+        layer(x, nan)
+    for shape in ((2, 8), (2, 1, 8, 7), (3, 1, 8, 8), (2, 2, 8, 8), (2, 1, 2, 8)):
+        with pytest.raises(ValueError, match=r"attention_mask must be \[2 or 1, 3 or 1, 8 or 1, 8\], got"):
+            layer(x, torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(TypeError, match="attention_mask must be bool or a float"):
+        layer(x, torch.ones(2, 1, 8, 8, dtype=torch.int64))
+
+
+def test_bad_parts() -> None:
+    def call(x: Tensor | None = None, **changed: Any) -> Tensor:
+        layer = Layer()
+        for name, value in changed.items():
+            setattr(layer, name, value(getattr(layer, name)))
+        return layer(layer.input(2, 8) if x is None else x)
+
+    for message, x, changed in (
+        (r"x must be fp32, bf16 or fp16 \[batch, length, 48\]", torch.zeros(2, 8, 47), {}),
+        (r"x must be fp32, bf16 or fp16", torch.zeros(2, 48), {}),
+        (r"x must be fp32, bf16 or fp16", torch.zeros(2, 8, 48, dtype=torch.float64), {}),
+        ("weights must be 6, got 5", None, {"packed": lambda p: p[:5]}),
+        ("norms must be 4, got 3", None, {"norms": lambda p: p[:3]}),
+        ("the weight of query must be what int8_pack makes of", None, {"packed": lambda p: [p[4], *p[1:]]}),
+        ("the scale of key must be float32", None, {"scales": lambda p: [p[0], p[1].double(), *p[2:]]}),
+        ("the bias of up must be floats", None, {"biases": lambda p: [*p[:4], p[4][1:], p[5]]}),
+        ("norms must be floats", None, {"norms": lambda p: [p[0].double(), *p[1:]]}),
+        ("heads must divide the 48 rows", None, {"rest": lambda r: (5, *r[1:])}),
+        ("heads must divide the 48 rows", None, {"rest": lambda r: (0, *r[1:])}),
+        ("eps must be two numbers", None, {"rest": lambda r: (*r[:2], [1e-5], *r[3:])}),
+        ("activation must be one of none, relu", None, {"rest": lambda r: (*r[:3], "silu", r[4])}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(x, **changed)
+
+
+def test_the_operator_passes_opcheck() -> None:
+    layer = Layer()
+    arguments = (
+        layer.input(2, 6),
+        padding([6, 3], 6),
+        layer.packed,
+        layer.scales,
+        layer.biases,
+        layer.norms,
+        *layer.rest,
+    )
+    torch.library.opcheck(encoder_layer.default, arguments)
+    assert ops_encoder.LINEARS[0] == "query"
