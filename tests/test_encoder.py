@@ -213,6 +213,14 @@ def test_what_is_not_finite_stays_in_its_sentence(isa: str, value: float) -> Non
     assert torch.equal(layer(x, padding([40, 30, 20], 40))[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_product_that_overflows_is_nan(isa: str, part: int) -> None:
+    """Queries, keys or values alone beyond fp32's range: no row has an answer."""
+    layer = Layer()
+    layer.scales[part] = torch.full_like(layer.scales[part], 3e38)
+    assert layer(layer.input(1, 20)).isnan().all()
+
+
 def test_constant_rows_and_zeros(isa: str) -> None:
     layer = Layer()
     for x in (torch.zeros(1, 9, 48), torch.full((1, 9, 48), 1e10), torch.full((2, 3, 48), 1e-40)):
