@@ -13,9 +13,6 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 MIN_CAPABILITY = 80
 
-# For kernels with tensor-core tiles: all that a thread can have. Left alone, ptxas spills registers for more occupancy.
-ALL_REGISTERS = 255
-
 
 def check_device(**tensors: Tensor | None) -> torch.device:
     """The CUDA device on which all the tensors are; None is skipped.
@@ -74,7 +71,9 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **optio
     """Runs `programs` programs of a kernel on the device's current stream.
 
     Products and sums are never fused behind a kernel's back: where one rounding is meant, the kernel says tl.fma.
+    maxnreg is all that a thread can have, unless given: left alone, ptxas spills registers for more occupancy.
     The number of rows is no reason to compile again: the kernels name M in do_not_specialize.
     """
+    options = {"maxnreg": min(255, 2048 // options.get("num_warps", 4))} | options
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](*args, **options, enable_fp_fusion=False)

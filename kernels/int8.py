@@ -19,7 +19,7 @@ from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .device import ALL_REGISTERS, check_device, launch, processors
+from .device import check_device, launch, processors
 from .numerics import activate
 from .row_quantize import quantize_rows, quantize_rows_static
 
@@ -173,7 +173,7 @@ def matmul(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT_K=config.split_k,
         TMA=config.tma, PERSISTENT=config.persistent > 0,
         PARTS=max(1, config.block_m * config.block_n // (1024 * config.num_warps)),  # 32 results to a thread
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=ALL_REGISTERS,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits:
         block_n = min(512, triton.next_power_of_2(n))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import tuning
-from .device import ALL_REGISTERS, check_device, launch
+from .device import check_device, launch
 
 # The tensors of a weight: codes, absmax and, doubly quantized, what absmax stands for.
 WEIGHT = ("packed", "absmax", "nested_absmax", "nested_map", "offset")
@@ -387,7 +387,7 @@ def _gemv(
     (m, k), n = x.shape, y.shape[1]
     launch(
         gemv_4bit_kernel, triton.cdiv(n, config.block_n), x.device, x, *weight, bias, y, m, n, k // 32,
-        NUM_STAGES=config.num_stages, **constants,
+        NUM_STAGES=config.num_stages, maxnreg=None, **constants,  # waits for memory: occupancy counts
     )  # fmt: skip
 
 
@@ -399,7 +399,7 @@ def _dot(
     launch(
         dot_4bit_kernel, triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * splits, x.device,
         x, *weight, out_bias, out, m, n, k // 32,
-        SPLIT_K=splits, num_stages=config.num_stages, maxnreg=ALL_REGISTERS, **constants,
+        SPLIT_K=splits, num_stages=config.num_stages, **constants,
     )  # fmt: skip
     if splits > 1:
         launch(sum_split_k_kernel, triton.cdiv(m * n, 512), x.device, out, bias, y, m, n, BLOCK=512, SPLIT_K=splits)

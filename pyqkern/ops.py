@@ -6,7 +6,6 @@ Sizes of zero are answered here and reach no kernel. `Library.impl` is used beca
 ways that torch.compile, torch.export and autocast understand.
 """
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,76 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqkern import cpu, reference
+from pyqkern import cpu, cuda, reference
 from pyqkern.affine import FLOATS, check_float, check_qtype, cut, from_channels, to_channels
 from pyqkern.reference import ACTIVATIONS, INT8_LINEAR_MAX_K, INT8_MATMUL_MAX_K, QRANGE, qrange
 
 _lib = torch.library.Library("pyqkern", "DEF")
 
 
-class _Triton:
-    """The Triton kernels behind the functions of `pyqkern.reference`; imported when the first CUDA tensor comes."""
-
-    @staticmethod
-    def _kernels(name: str) -> Any:
-        try:
-            return importlib.import_module(f"pyqkern.kernels.{name}")
-        except ModuleNotFoundError as error:
-            if error.name is None or not error.name.startswith("triton"):
-                raise
-            raise RuntimeError(
-                'CUDA tensors need triton, which is not installed: pip install "pyqkern[cuda]"'
-            ) from error
-
-    @classmethod
-    def min_max(cls, x: Tensor, sizes: reference.Sizes) -> tuple[Tensor, Tensor]:
-        return cls._kernels("affine").min_max(x.view(sizes))
-
-    @classmethod
-    def quantize(
-        cls,
-        x: Tensor,
-        sizes: reference.Sizes,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        dtype: torch.dtype,
-        fused: bool,
-    ) -> Tensor:
-        return cls._kernels("affine").quantize(x.view(sizes), scale, zero_point, dtype, fused).view(x.shape)
-
-    @classmethod
-    def dequantize(
-        cls, q: Tensor, sizes: reference.Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        return cls._kernels("affine").dequantize(q.view(sizes), scale, zero_point, dtype).view(q.shape)
-
-    @classmethod
-    def int8_matmul(cls, a: Tensor, w: Tensor) -> Tensor:
-        return cls._kernels("int8").int8_matmul(a, w)
-
-    @classmethod
-    def int8_linear(
-        cls, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
-    ) -> Tensor:
-        y = cls._kernels("int8").int8_linear(x.view(-1, x.shape[-1]), weight, weight_scale, bias, activation, symmetric)
-        return y.view(*x.shape[:-1], weight_scale.shape[0])
-
-    @classmethod
-    def int8_pack(cls, weight: Tensor) -> Tensor:
-        return cls._kernels("int8").int8_pack(weight)
-
-    @classmethod
-    def int8_unpack(cls, packed: Tensor, n: int, k: int) -> Tensor:
-        return cls._kernels("int8").int8_unpack(packed, n, k)
-
-    @staticmethod
-    def packed_shape(n: int, k: int) -> tuple[int, ...]:
-        """Rows of K rounded up to 16, and behind them rows that hold the N column sums as int32."""
-        row = max(16, -(-k // 16) * 16)
-        return (n - (-4 * n // row), row)
-
-
-_KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": _Triton}
+_KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
 
 
 def _kernels_of(device: torch.device) -> Any:
@@ -99,7 +36,7 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         name = schema.split("(")[0]
         _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _lib.impl(name, partial(function, cpu), "CPU")
-        _lib.impl(name, partial(function, _Triton), "CUDA")
+        _lib.impl(name, partial(function, cuda), "CUDA")
         for key in ("XPU", "MPS", "PrivateUse1"):
             _lib.impl(name, partial(function, reference), key)
         torch.library.register_fake(f"pyqkern::{name}", fake, lib=_lib)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqkern import cpu, cpu_4bit, reference_4bit
+from pyqkern import cpu, cpu_4bit, cuda, reference_4bit
 from pyqkern.affine import FLOATS, check_float
-from pyqkern.ops import _kernels_of, _lib, _operator, _Triton, direct
+from pyqkern.ops import _kernels_of, _lib, _operator, direct
 from pyqkern.reference_4bit import CODEBOOKS, NESTED_BLOCKSIZE, QUANT_TYPES
 from pyqkern.schemes import BLOCKSIZES, COMPUTE
 
@@ -26,10 +26,10 @@ class _Triton4bit:
     packed_sizes = staticmethod(reference_4bit.packed_sizes)  # needs no triton
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_Triton._kernels("nf4"), name)
+        return getattr(cuda.kernels("nf4"), name)
 
 
-_KERNELS_4BIT: dict[Any, Any] = {cpu: cpu_4bit, _Triton: _Triton4bit()}
+_KERNELS_4BIT: dict[Any, Any] = {cpu: cpu_4bit, cuda: _Triton4bit()}
 
 
 def kernels_of(device: torch.device) -> Any:
@@ -52,13 +52,13 @@ def check_format(quant_type: str, blocksize: int, quant_types: Sequence[str] = t
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}; move the module with .to()")
     if tensor.dtype is not dtype or tensor.numel() != numel:
         raise ValueError(
             f"{name} must be {dtype} of {numel} elements for this shape and blocksize, "
             f"got {tensor.dtype} {tuple(tensor.shape)}"
         )
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}; move the module with .to()")
 
 
 def check_scales(

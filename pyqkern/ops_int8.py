@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern import cpu, ops, reference
+from pyqkern import cpu, ops
 from pyqkern.affine import FLOATS
 from pyqkern.ops import _check_linear, _kernels_of, _lib, _linear_fits, _linear_of_nothing, _operator
 
@@ -62,12 +62,7 @@ def _static(
         return _linear_of_nothing(x, weight_scale, bias, activation)
     x, weight, weight_scale = x.contiguous(), weight.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if kernels is cpu:
-        return cpu.int8_linear_static(x, weight, weight_scale, bias, activation, input_scale, input_zero_point)
-    # No kernel of its own elsewhere: the same integers from the device's quantization and product, the tail in torch.
-    n, k = weight_scale.shape[0], x.shape[-1]
-    codes = kernels.int8_unpack(weight, n, k)  # type: ignore[attr-defined]
-    return reference.int8_linear_static(x, codes, weight_scale, bias, activation, input_scale, input_zero_point)
+    return kernels.int8_linear_static(x, weight, weight_scale, bias, activation, input_scale, input_zero_point)  # type: ignore[attr-defined]
 
 
 def int8_linear_static(

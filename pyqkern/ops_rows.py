@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern import reference
+from pyqkern import cuda, reference
 from pyqkern.affine import check_float
-from pyqkern.ops import _check_packed, _kernels_of, _operator, _Triton
+from pyqkern.ops import _check_packed, _kernels_of, _operator
 from pyqkern.reference import ACTIVATIONS, INT8_LINEAR_MAX_K
 
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -44,7 +44,7 @@ def _empty_rows(x: Tensor) -> Rows:
 
 
 def _quantized(kernels: Any, function: str, x: Tensor, symmetric: bool, *arguments: object) -> Rows:
-    q, scale, zero_point = getattr(kernels._kernels("row_quantize"), function)(x.contiguous(), symmetric, *arguments)
+    q, scale, zero_point = getattr(kernels.kernels("row_quantize"), function)(x.contiguous(), symmetric, *arguments)
     return q, scale, torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
 
 
@@ -63,7 +63,7 @@ def _quantize_rows(kernels: Any, x: Tensor, symmetric: bool) -> Rows:
     _check_rows(x)
     if x.numel() == 0:
         return _plain_of_nothing(x)
-    return _quantized(kernels, "quantize_rows", x, symmetric) if kernels is _Triton else _plain(x, symmetric)
+    return _quantized(kernels, "quantize_rows", x, symmetric) if kernels is cuda else _plain(x, symmetric)
 
 
 def _plain_of_nothing(x: Tensor) -> Rows:
@@ -88,7 +88,7 @@ def _gelu(kernels: Any, x: Tensor, approximate: str, symmetric: bool) -> Rows:
     _check_approximate(approximate)
     if x.numel() == 0:
         return _plain_of_nothing(x)
-    if kernels is _Triton:
+    if kernels is cuda:
         return _quantized(kernels, "gelu_quantize_rows", x, symmetric, approximate)
     return _plain(functional.gelu(x, approximate=approximate), symmetric)
 
@@ -133,8 +133,8 @@ def _layer_norm(
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     bias = None if bias is None else bias.contiguous()
-    if kernels is _Triton:
-        function = kernels._kernels("row_quantize").layer_norm_quantize_rows
+    if kernels is cuda:
+        function = kernels.kernels("row_quantize").layer_norm_quantize_rows
         y, q, scale, zero_point = function(x, weight, bias, eps, symmetric, residual)
         return y, q, scale, torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
     total = x if residual is None else x + residual
@@ -157,6 +157,10 @@ def _check_linear(
     check_float("dtype", dtype)
     if q.dtype is not torch.int8 or q.dim() != 2:
         raise ValueError(f"q must be int8 [M, K], got {q.dtype} {tuple(q.shape)}")
+    there = {"scale": scale, "zero_point": zero_point, "weight": weight, "weight_scale": weight_scale, "bias": bias}
+    for name, one in there.items():
+        if one is not None and one.device != q.device:
+            raise ValueError(f"{name} must be on {q.device}, where q is, got {one.device}")
     n = weight_scale.numel()
     expected = {"scale": (scale, torch.float32, q.shape[0]), "zero_point": (zero_point, torch.int32, q.shape[0])}
     for name, (tensor, wanted, size) in (expected | {"weight_scale": (weight_scale, torch.float32, n)}).items():
@@ -169,10 +173,6 @@ def _check_linear(
             raise ValueError(f"bias must have shape ({n},), got {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    there = {"scale": scale, "zero_point": zero_point, "weight": weight, "weight_scale": weight_scale, "bias": bias}
-    for name, one in there.items():
-        if one is not None and one.device != q.device:
-            raise ValueError(f"{name} must be on {q.device}, where q is, got {one.device}")
 
 
 def _linear_fake(
@@ -209,11 +209,11 @@ def _linear(
     """The linear for rows that are quantized already; weight from int8_pack."""
     _check_linear(kernels, q, scale, zero_point, weight, weight_scale, bias, activation, dtype)
     (m, k), n = q.shape, weight_scale.shape[0]
-    if m * n and k and kernels is _Triton:
+    if m * n and k and kernels is cuda:
         scale, zero_point = scale.contiguous(), zero_point.contiguous()
         weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
         bias = None if bias is None else bias.contiguous()
-        function = kernels._kernels("int8").int8_scaled_matmul
+        function = kernels.kernels("int8").int8_scaled_matmul
         return function(q, scale, zero_point, weight, weight_scale, bias, activation, dtype)
     codes = kernels.int8_unpack(weight.contiguous(), n, k) if k * n else q.new_zeros((n, k))
     product = (q.double() - zero_point.unsqueeze(1)) @ codes.double().T

@@ -420,6 +420,26 @@ def test_analyze_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
+def test_analyze_suspects_labels_that_the_float_model_never_gives(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require("matplotlib", "the report draws with it")
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([100.0, -100.0]))  # always "no"
+    model.save_pretrained(tmp_path / "model")
+    for file in classifier.glob("*tokenizer*"):
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    for answer, said in (("yes", True), ("no", False)):
+        (tmp_path / "data.csv").write_text(f"text,category\na b,{answer}\n")
+        arguments = ["analyze", str(tmp_path / "model"), "--data", str(tmp_path / "data.csv")]
+        assert main([*arguments, "--label-column", "category", "--output", str(tmp_path / "out.html")]) == 0
+        warning = "The float model is right on 0.0% of the texts, no more than guessing one of 2 labels"
+        assert (warning in capsys.readouterr().out) == said == (warning in (tmp_path / "out.html").read_text())
+
+
 @pytest.mark.parametrize(
     "labels, names, expected",
     [

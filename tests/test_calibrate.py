@@ -1,4 +1,6 @@
-"""calibrate: each observer against its definition in plain torch, and against torch.ao's where they define the same."""
+"""calibrate: each observer against its definition in plain torch, and against torch.ao's and ONNX Runtime's where they
+define the same. "entropy" and "mse" are not the same elsewhere: ONNX Runtime's entropy bins either sign by itself, and
+torch.ao's HistogramObserver searches other candidates."""
 
 import copy
 import json
@@ -9,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import require
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import floats, generator, seeds
 from torch import Tensor, nn
@@ -83,6 +86,74 @@ def test_minmax_is_that_of_torch(sizes: list[int], seed: int, per_channel: bool)
     for x in values:
         theirs(x)
     assert torch.equal(lo, theirs.min_val) and torch.equal(hi, theirs.max_val)
+
+
+def onnxruntime_ranges(values: list[Tensor], folder: Path, **options: Any) -> tuple[Tensor, Tensor]:
+    """lo and hi from ONNX Runtime's MinMaxCalibrater, which watches the input of a model that passes it on."""
+    import onnx
+    from onnxruntime import quantization
+
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, values[0].shape[1]]) for name in "xy"
+    ]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "pass", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / "model.onnx")
+    calibrator = quantization.create_calibrator(
+        folder / "model.onnx", augmented_model_path=str(folder / "augmented.onnx"), extra_options=options
+    )
+    inputs = [{"x": x.numpy()} for x in values]
+    for part in [[one] for one in inputs] if options["moving_average"] else [inputs]:  # it averages between calls
+        calibrator.collect_data(reader_of(part))
+    lo, hi = calibrator.compute_data().data["x"].range_value
+    return torch.as_tensor(lo), torch.as_tensor(hi)
+
+
+def reader_of(inputs: list[dict[str, Any]]) -> Any:
+    """What ONNX Runtime calls a CalibrationDataReader."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            return inputs.pop(0) if inputs else None
+
+    return Reader()
+
+
+@pytest.mark.parametrize("name, per_channel", [("minmax", False), ("minmax", True), ("moving_average", False)])
+@settings(max_examples=10)
+@given(sizes=batch_sizes, seed=seeds)
+def test_ranges_are_those_of_onnxruntime(
+    tmp_path_factory: pytest.TempPathFactory, name: str, per_channel: bool, sizes: list[int], seed: int
+) -> None:
+    require("onnxruntime", "ranges are not compared with its calibrators'")
+    require("onnx", "onnxruntime's calibrators need it")
+    values = batches(sizes, seed)
+    lo, hi = observed(OBSERVERS[name](per_channel), values).range()
+    folder = tmp_path_factory.mktemp("onnx")
+    moving = name == "moving_average"
+    theirs = onnxruntime_ranges(values, folder, per_channel=per_channel, moving_average=moving)
+    assert torch.equal(lo.flatten(), theirs[0].flatten()) and torch.equal(hi.flatten(), theirs[1].flatten())
+
+
+@settings(max_examples=30)
+@given(sizes=st.lists(st.integers(20, 200), min_size=1, max_size=3), seed=seeds)
+def test_percentiles_are_those_of_onnxruntime_within_a_bin_of_each(sizes: list[int], seed: int) -> None:
+    require("onnxruntime", "percentiles are not compared with its calibrator's")
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    x = torch.cat(batches(sizes, seed))
+    assume(x.numel() % 1000)  # else the rank is a whole number, which its sum of floats can miss
+    observer = Percentile()
+    lo, hi = observed(observer, [x]).range()
+    percentile = Percentile.upper - Percentile.lower  # so much in the middle, the rest halved
+    collector = HistogramCollector("percentile", False, 2048, 128, percentile, None)
+    collector.collect({"x": x.numpy()})
+    theirs = [float(end) for end in collector.compute_collection_result()["x"][:2]]
+    # Both take an edge of the bin that holds the percentile: we the outer one, they the left one.
+    slack = float(observer.width[0]) + 2 * float(x.abs().max()) / 2048
+    slack += 2.0**-22 * float(x.abs().max())  # their edges are rounded to fp32
+    assert abs(float(lo) - theirs[0]) <= slack and abs(float(hi) - theirs[1]) <= slack
 
 
 @given(sizes=batch_sizes, seed=seeds, per_channel=st.booleans())

@@ -4,11 +4,13 @@ import copy
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from strategies import FLOATS, floats, integers
+from test_ops_rows import samples
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -160,6 +162,7 @@ def test_every_kernel_module_has_every_function() -> None:
         "dequantize",
         "int8_matmul",
         "int8_linear",
+        "int8_linear_static",
         "int8_pack",
         "int8_unpack",
         "packed_shape",
@@ -264,14 +267,32 @@ def test_cuda_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("affine", "int8"):
         monkeypatch.delitem(sys.modules, f"pyqkern.kernels.{name}", raising=False)
     with pytest.raises(RuntimeError, match=r"CUDA tensors need triton.*pip install \"pyqkern\[cuda\]\""):
-        implementation._Triton.int8_matmul(Q, W)
+        implementation.cuda.int8_matmul(Q, W)
+
+
+def mixed_calls() -> Iterator[tuple[str, tuple[object, ...], int]]:
+    """Each operator's first call, and the position of one of its tensors."""
+    for name, call in ({name: calls[0] for name, calls in CALLS.items()} | samples()).items():
+        tensors = [i for i, argument in enumerate(call) if isinstance(argument, Tensor)]
+        yield from ((name, call, i) for i in tensors if len(tensors) > 1)
+
+
+@pytest.mark.parametrize("name, call, position", list(mixed_calls()))
+def test_cpu_and_cuda_tensors_mixed_are_refused(name: str, call: tuple[object, ...], position: int) -> None:
+    """One tensor after the other on CUDA, the rest on the CPU; fake tensors, which need no GPU."""
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in call]
+        one = call[position]
+        fakes[position] = torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda")
+        with pytest.raises(ValueError, match=r"must be .*on (cpu|cuda:0|one device).*, got .*(cpu|cuda:0)"):
+            getattr(ops, name)(*fakes)
 
 
 def test_the_packed_shape_on_cuda() -> None:
     """What kernels/int8.py documents: rows of K rounded up to 16, and rows for N int32 sums."""
-    assert implementation._Triton.packed_shape(40, 96) == (40 + 2, 96)
-    assert implementation._Triton.packed_shape(3, 17) == (3 + 1, 32)
-    assert implementation._Triton.packed_shape(0, 0) == (0, 16)
+    assert implementation.cuda.packed_shape(40, 96) == (40 + 2, 96)
+    assert implementation.cuda.packed_shape(3, 17) == (3 + 1, 32)
+    assert implementation.cuda.packed_shape(0, 0) == (0, 16)
 
 
 def test_operators_agree_between_devices(device: str) -> None:

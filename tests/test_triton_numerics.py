@@ -259,13 +259,13 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_operators_give_the_bits_of_the_cpu(dtype: torch.dtype, symmetric: bool) -> None:
     """torch.ops.pyqkern.*; under the interpreter the operators' own functions, told to use the Triton kernels."""
-    from pyqkern import ops
+    from pyqkern import ops, ops_int8
 
     def on_gpu(name: str, *arguments: object) -> Tensor:
         if GPU == "cuda":
             moved = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
             return getattr(torch.ops.pyqkern, name)(*moved)
-        return getattr(ops, IMPLEMENTATIONS[name])(ops._Triton, *arguments)
+        return getattr(ops_int8 if name == "int8_linear_static" else ops, IMPLEMENTATIONS[name])(ops.cuda, *arguments)
 
     x, w = floats((2, 3, 70), 11, dtype), integers((33, 70), 12, torch.int8).clamp(min=-127)
     scale, bias = torch.rand(33) + 0.1, torch.randn(33)
@@ -274,6 +274,9 @@ def test_operators_give_the_bits_of_the_cpu(dtype: torch.dtype, symmetric: bool)
     how = (scale, bias, "relu", symmetric)
     on_cpu = torch.ops.pyqkern.int8_linear(x, torch.ops.pyqkern.int8_pack(w), *how)
     same(on_gpu("int8_linear", x, packed, *how), on_cpu)
+    how = (scale, bias, "relu", torch.tensor([0.02]), torch.tensor([100], dtype=torch.int32))
+    on_cpu = torch.ops.pyqkern.int8_linear_static(x, torch.ops.pyqkern.int8_pack(w), *how)
+    same(on_gpu("int8_linear_static", x, packed, *how), on_cpu)
     same(on_gpu("int8_matmul", w, w), torch.ops.pyqkern.int8_matmul(w, w))
     for axis, group_size in ((None, None), ((0, 1), None), ((2,), None), ((2,), 35)):
         how = (axis, group_size)
@@ -301,7 +304,7 @@ def test_row_operators(symmetric: bool) -> None:
                 "int8_linear_rows": "_linear",
             }
             functions["layer_norm_quantize_rows"] = "_layer_norm"
-            result = getattr(ops_rows, functions[name])(ops._Triton, *arguments)
+            result = getattr(ops_rows, functions[name])(ops.cuda, *arguments)
         return result if isinstance(result, tuple) else (result,)
 
     x, w, scale = floats((5, 70), 13), integers((9, 70), 14, torch.int8), torch.rand(9) + 0.1
@@ -320,4 +323,5 @@ def test_row_operators(symmetric: bool) -> None:
 IMPLEMENTATIONS = {
     "int8_pack": "_pack", "int8_unpack": "_unpack", "int8_linear": "_linear", "int8_matmul": "_matmul",
     "choose_qparams_affine": "_choose_qparams", "quantize_affine": "_quantize", "dequantize_affine": "_dequantize",
+    "int8_linear_static": "_static",
 }  # fmt: skip

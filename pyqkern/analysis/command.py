@@ -126,11 +126,23 @@ def analyze(
     else:
         truth = label_ids(labels, network.config.label2id)[torch.tensor(order)]
     evaluate = Confidence(batches, truth)
+    notes = [
+        f"{len(texts)} texts of {data.name}. The score is the mean probability of the right answer; "
+        f"the target is that of the float model less {tolerance}."
+    ]
+    accuracy = evaluate.accuracy(network)
+    if accuracy <= 1 / network.config.num_labels:
+        notes.append(
+            f"The float model is right on {accuracy:.1%} of the texts, no more than guessing one of "
+            f"{network.config.num_labels} labels: they may be counted in another order than the model's. "
+            "Name them in its config.label2id, or leave out --label-column."
+        )
+        print(f"warning: {notes[-1]}")
     scheme = scheme_of(scheme_name, network, batches)
     quantized = replace_linear(copy.deepcopy(network), scheme)
     losses = sensitivity(network, evaluate, scheme, file=state)
     metric = "accuracy" if labels is not None else "agreement with the float model"
-    print(f"{metric}: float {evaluate.accuracy(network):.4f}, {scheme.name} {evaluate.accuracy(quantized):.4f}")
+    print(f"{metric}: float {accuracy:.4f}, {scheme.name} {evaluate.accuracy(quantized):.4f}")
     print(
         f"mean probability of the right answer: float {losses.float_score:.4f}, "
         f"{scheme.name} {losses.quantized_score:.4f}"
@@ -147,10 +159,7 @@ def analyze(
     advice = report(
         output,
         title=f"{Path(model).name}, {scheme.name}",
-        notes=[
-            f"{len(texts)} texts of {data.name}. The score is the mean probability of the right answer; "
-            f"the target is that of the float model less {tolerance}."
-        ],
+        notes=notes,
         sensitivity=losses,
         fallback=found,
         propagation=error_propagation(network, quantized, batches),
