@@ -134,10 +134,21 @@ struct Kernels {
   void (*nf4_dequantize)(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook&, size_t begin,
                          size_t end, void* y, int dtype, bool stream);
 
+  // The flat codes of the sixteen rows of one panel, whose lines are `stride` bytes apart: row n at flat + n * K / 2.
+  void (*nf4_unpack_panel)(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat);
+
   // total[m][n] = sum over steps of scale[step][n] * (sum over k of the step of x[m][k] * value[code[n][k]]), for up to 4 rows
   // and one strip of `panels` panels; every sum is one chain of fma, k ascending.
   void (*nf4_gemv)(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale, size_t blocksize,
                    size_t panels, const Codebook&, float* total);
+
+  // The same of rows quantized to s8, the inner sum being an exact integer; minus_sums[m][step] = -128 * sum of x[m] over it.
+  void (*nf4_gemv_int8)(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed, const float* scale,
+                        size_t blocksize, size_t panels, const Codebook&, float* total);
+
+  // total[m][j] = sum over k of x[m][k] * w[j][k] for j < 4; w [4, ldw], zero from K to the next multiple of 16. Sixteen sums,
+  // one for each k % 16, by fma from zero in the order of k, then added in halves: 8 to 8, 4 to 4, 2 to 2, 1 to 1.
+  void (*nf4_dot)(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total);
 
   // One step of one strip, [size][kStrip]: values, or integers as [size/4][kStrip][4] with the sums over k of each column.
   void (*nf4_expand)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, float* values);

@@ -65,26 +65,37 @@ static void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, c
   else quantize_blocks((const fp16*)x, n, blocksize, book, begin, end, packed, absmax);
 }
 
-// n elements of one block, from element i of the flat tensor on.
-template <class T>
-INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float absmax, const Codebook& book, T* y, bool streamed) {
-  const f32 scale = set1(absmax);
-  const table16 table = load_table(book.value);
+// Consecutive codes, from an even element on, as many as whole vectors take; returns how many they were.
+INLINE size_t dequantize_vectors(const uint8_t* packed, size_t n, const float* values, float* y, bool streamed) {
+  const table16 table = load_table(values);
   size_t j = 0;
-  auto single = [&](size_t at) {
-    const int code = at % 2 ? packed[at / 2] & 15 : packed[at / 2] >> 4;
-    store_part(y + j, set1(book.value[code]) * scale, 1);
-    ++j;
-  };
-  if (i % 2 && j < n) single(i);
   for (; j + 2 * LANES <= n; j += 2 * LANES) {
-    const i32 bytes = load_bytes(packed + (i + j) / 2);
+    const i32 bytes = load_bytes(packed + j / 2);
     f32 low, high;
-    interleave(lookup(table, bytes, 4) * scale, lookup(table, bytes, 0) * scale, low, high);
+    interleave(lookup(table, bytes, 4), lookup(table, bytes, 0), low, high);
     if (streamed) stream(y + j, low), stream(y + j + LANES, high);
     else store(y + j, low), store(y + j + LANES, high);
   }
-  while (j < n) single(i + j);
+  return j;
+}
+
+template <class T> INLINE size_t dequantize_vectors(const uint8_t* packed, size_t n, const T* values, T* y, bool streamed) {
+  const halves32 table = load_halves(&values->bits);
+  size_t j = 0;
+  if (streamed) for (; j + 32 <= n; j += 32) stream_halves(table, packed + j / 2, y + j);
+  else for (; j + 32 <= n; j += 32) store_halves(table, packed + j / 2, y + j);
+  return j;
+}
+
+// n elements of one block, from element i of the flat tensor on. A block has sixteen values: each is rounded once.
+template <class T>
+INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float absmax, const Codebook& book, T* y, bool streamed) {
+  T values[16];
+  for (int c = 0; c < 16; c += LANES) store(values + c, load(book.value + c) * set1(absmax));
+  size_t j = 0;
+  if (i % 2 && n) y[j++] = values[packed[i / 2] & 15];
+  j += dequantize_vectors(packed + (i + j) / 2, n - j, values, y + j, streamed);
+  for (; j < n; ++j) y[j] = values[(i + j) % 2 ? packed[(i + j) / 2] & 15 : packed[(i + j) / 2] >> 4];
 }
 
 template <class T>
@@ -103,6 +114,24 @@ static void nf4_dequantize(const uint8_t* packed, const float* absmax, size_t bl
   if (dtype == kFloat32) dequantize_blocks(packed, absmax, blocksize, book, begin, end, (float*)y, streamed);
   else if (dtype == kBFloat16) dequantize_blocks(packed, absmax, blocksize, book, begin, end, (bf16*)y, streamed);
   else dequantize_blocks(packed, absmax, blocksize, book, begin, end, (fp16*)y, streamed);
+}
+
+// Four lines, 32 columns of sixteen rows, at a time: first the codes of a row's eight columns in their order, then the rows.
+static void nf4_unpack_panel(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat) {
+  for (size_t k = 0; k < K; k += 32, lines += 4 * stride) {
+    uint8_t flat_lines[4][kLine];
+    const int8_t* line[4];
+    for (int i = 0; i < 4; ++i) {
+      line[i] = (const int8_t*)flat_lines[i];
+      for (size_t j = 0; j < kLine; j += 4 * LANES) {
+        const u32 codes = (u32)load((const int32_t*)(lines + i * stride + j));
+        const u32 low = codes & 0x0f0f0f0fu, high = codes >> 4 & 0x0f0f0f0fu;  // columns 0 to 3, and 4 to 7
+        const u32 a = low << 4 | low >> 8, b = high << 4 | high >> 8;            // a pair in bytes 0 and 2
+        store((int32_t*)(flat_lines[i] + j), (i32)((a & 0xffu) | (a >> 8 & 0xff00u) | (b & 0xffu) << 16 | (b << 8 & 0xff000000u)));
+      }
+    }
+    for (size_t n = 0; n < kPanel; n += 4) transpose_quads(line, 4 * n, (int8_t*)flat + (n * K + k) / 2, K / 2);
+  }
 }
 
 // ---- few rows: straight from the packed codes
@@ -168,6 +197,102 @@ static void nf4_gemv(const float* x, size_t rows, size_t K, const uint8_t* packe
   else if (rows == 2) gemv_strip<2>(x, K, packed, scale, blocksize, panels, book, total);
   else if (rows == 3) gemv_strip<3>(x, K, packed, scale, blocksize, panels, book, total);
   else gemv_strip<4>(x, K, packed, scale, blocksize, panels, book, total);
+}
+
+// The same of integers, one step after the other: V vectors of a strip. Codes of columns 0 to 3 and 4 to 7 of a line have sums
+// of their own where one row alone would wait for its additions.
+template <int R, int V>
+static void gemv_int8_step(const int8_t* x, size_t ldx, const int32_t* minus_sums, size_t steps, size_t size, const uint8_t* line,
+                           size_t stride, const nibbles_t& table, const float* scale, float* total) {
+  constexpr int H = R == 1 ? 2 : 1;
+  i32 acc[R][V][H] = {};
+  if (OFFSET)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) acc[r][v][0] = set1(minus_sums[r * steps]);
+  for (size_t k = 0; k < size; k += 8, line += stride, x += 8) {
+    w_t low[V], high[V];
+    for (int v = 0; v < V; ++v) {
+      if (v % PANEL_VECTORS == 0) __builtin_prefetch(line + PREFETCH_4BIT + v * LANES * 4);
+      lookup(table, line + v * LANES * 4, low[v], high[v]);
+    }
+    for (int r = 0; r < R; ++r) {
+      const x_t a = load_x(x + r * ldx), b = load_x(x + r * ldx + 4);
+      for (int v = 0; v < V; ++v) {
+        acc[r][v][0] = dot(acc[r][v][0], low[v], a);
+        acc[r][v][H - 1] = dot(acc[r][v][H - 1], high[v], b);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      float* t = total + r * kStrip + v * LANES;
+      const i32 sum = H == 2 ? acc[r][v][0] + acc[r][v][1] : acc[r][v][0];
+      store(t, fma(to_float(sum), load(scale + v * LANES), load(t)));
+    }
+}
+
+template <int R>
+static void gemv_int8_strip(const int8_t* x, const int32_t* minus_sums, size_t K, const uint8_t* packed, const float* scale,
+                            size_t blocksize, size_t panels, const Codebook& book, float* total) {
+  constexpr int V = LANES == 16 || R == 1 ? 4 : 2;
+  const nibbles_t table = load_nibbles(book.integer);
+  const size_t size = step_of(blocksize), vectors = panels * PANEL_VECTORS, stride = panels * kLine;
+  memset(total, 0, R * kStrip * sizeof(float));
+  for (size_t step = 0, k = 0; k < K; ++step, k += size) {
+    const float* scales = scale + k / blocksize * panels * kPanel;
+    const uint8_t* line = packed + k / 8 * stride;
+    size_t v = 0;
+    for (; v + V <= vectors; v += V)
+      gemv_int8_step<R, V>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table, scales + v * LANES, total + v * LANES);
+    for (; v < vectors; ++v)
+      gemv_int8_step<R, 1>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table, scales + v * LANES, total + v * LANES);
+  }
+}
+
+static void nf4_gemv_int8(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed, const float* scale,
+                          size_t blocksize, size_t panels, const Codebook& book, float* total) {
+  auto f = rows == 1 ? gemv_int8_strip<1> : rows == 2 ? gemv_int8_strip<2> : rows == 3 ? gemv_int8_strip<3> : gemv_int8_strip<4>;
+  f(x, minus_sums, K, packed, scale, blocksize, panels, book, total);
+}
+
+// ---- a weight in flat form: four of its rows, dequantized, times all rows of x
+
+template <int R>
+static void dot_tile(const float* x, size_t ldx, size_t K, const float* w, size_t ldw, float* total) {
+  constexpr int PARTS = 16 / LANES;
+  f32 acc[R][4][PARTS] = {};
+  auto add = [&](const float* a, size_t lda, size_t k) __attribute__((always_inline)) {
+    for (int p = 0; p < PARTS; ++p) {
+      f32 b[4];
+      for (int j = 0; j < 4; ++j) b[j] = load(w + j * ldw + k + p * LANES);
+      for (int r = 0; r < R; ++r) {
+        const f32 v = load(a + r * lda + p * LANES);
+        for (int j = 0; j < 4; ++j) acc[r][j][p] = fma(v, b[j], acc[r][j][p]);
+      }
+    }
+  };
+  size_t k = 0;
+  for (; k + 16 <= K; k += 16) add(x + k, ldx, k);
+  if (k < K) {
+    float rest[R][16] = {};
+    for (int r = 0; r < R; ++r) memcpy(rest[r], x + r * ldx + k, (K - k) * sizeof(float));
+    add(rest[0], 16, k);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < 4; ++j) {
+      float sum[16];
+      for (int p = 0; p < PARTS; ++p) store(sum + p * LANES, acc[r][j][p]);
+      for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+      total[r * kStrip + j] = sum[0];
+    }
+}
+
+static void nf4_dot(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total) {
+  constexpr int R = LANES == 16 ? 4 : 1;
+  size_t m = 0;
+  for (; m + R <= rows; m += R) dot_tile<R>(x + m * ldx, ldx, K, w, ldw, total + m * kStrip);
+  for (; m < rows; ++m) dot_tile<1>(x + m * ldx, ldx, K, w, ldw, total + m * kStrip);
 }
 
 // ---- many rows: a step of a strip is expanded once, into L1, for all of them
