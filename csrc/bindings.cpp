@@ -82,6 +82,9 @@ PYBIND11_MODULE(_C, m) {
     nf4_weight({at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize, at<Codebook>(book)},
                at<void>(y), dtype);
   }, nogil);
+  m.def("finish_bf16", [](Address product, Address bias, int bias_dtype, size_t M, size_t N, Address y, int dtype) {
+    nf4_finish_bf16(at<uint16_t>(product), at<void>(bias), bias_dtype, M, N, at<void>(y), dtype);
+  }, nogil);
   m.def("linear_4bit", [](Address x, int dtype, Address packed, Address absmax, Address nested, Address map, float offset,
                           size_t N, size_t K, size_t blocksize, Address book, Address bias, int bias_dtype, size_t M, Address y,
                           bool as_int8) {

@@ -134,8 +134,8 @@ struct Kernels {
   void (*nf4_dequantize)(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook&, size_t begin,
                          size_t end, void* y, int dtype, bool stream);
 
-  // The flat codes of the sixteen rows of one panel, whose lines are `stride` bytes apart: row n at flat + n * K / 2.
-  void (*nf4_unpack_panel)(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat);
+  // The flat codes of K columns of the sixteen rows of one panel, whose lines are `stride` bytes apart: row n at flat + n * ld.
+  void (*nf4_unpack_panel)(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat, size_t ld);
 
   // total[m][n] = sum over steps of scale[step][n] * (sum over k of the step of x[m][k] * value[code[n][k]]), for up to 4 rows
   // and one strip of `panels` panels; every sum is one chain of fma, k ascending.
@@ -164,6 +164,9 @@ struct Kernels {
   // y[m][n] = total[m][n] * row_scale[m] + bias[n] for n in [n0, n0 + columns); row_scale or bias may be nullptr.
   void (*nf4_finish)(const float* total, const float* row_scale, const float* bias, size_t rows, size_t n0, size_t columns,
                      size_t N, void* y, int dtype);
+
+  // y[m][n] = product[m][n] + bias[n] (fp32 or nullptr), product in bf16.
+  void (*nf4_finish_bf16)(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype);
 };
 
 // The tables that were built, best first.

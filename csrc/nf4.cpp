@@ -13,6 +13,7 @@ constexpr size_t kPiece = 1 << 16;        // elements of a piece, a multiple of 
 constexpr size_t kStream = 16 << 20;      // bytes written: beyond what stays in the cache, stores go past it
 constexpr size_t kSerialOps = 1 << 20;    // multiply-adds
 constexpr size_t kGemvRows = 4;           // rows that read the codes themselves, every one for itself
+constexpr size_t kColumns = 1024;         // columns of a panel that are unpacked at a time: 8 KB, which stay in L1
 constexpr size_t kBlockRows = 192;        // rows that share an expanded step: their totals are 48 KB
 
 size_t strips(size_t N) { return (N + kStrip - 1) / kStrip; }
@@ -104,6 +105,14 @@ void strip_totals(const Weight4& w, const Shared& in, size_t strip, size_t m, si
   }
 }
 
+// The bias in fp32.
+const float* widened(const void* bias, int dtype, size_t N) {
+  if (!bias || dtype == kFloat32) return static_cast<const float*>(bias);
+  float* values = static_cast<float*>(scratch(kBias, N * sizeof(float)));
+  kernels().widen(bias, dtype, N, values);
+  return values;
+}
+
 }  // namespace
 
 bool in_panels(size_t N, size_t K, size_t blocksize) { return N >= kPanel && K % blocksize == 0 && blocksize % 8 == 0; }
@@ -150,7 +159,7 @@ void nf4_unpack(const uint8_t* lines, size_t N, size_t K, uint8_t* flat) {
     const uint8_t* panel = lines + strip * (kStrip / kPanel) * (K / 8) * kLine + p % (kStrip / kPanel) * kLine;
     uint8_t* to = flat + n * K / 2;
     uint8_t* rows = n + kPanel <= N ? to : static_cast<uint8_t*>(scratch(kStep, kPanel * K / 2));
-    k.nf4_unpack_panel(panel, panels_of(N, strip) * kLine, K, rows);
+    k.nf4_unpack_panel(panel, panels_of(N, strip) * kLine, K, rows, K / 2);
     if (rows != to) std::memcpy(to, rows, bytes);
   });
 }
@@ -162,14 +171,28 @@ void nf4_weight(const Weight4& w, void* y, int dtype) {
   parallel_for(panels(w.N), w.N * K <= kSerial ? 1 : threads(), [&](size_t p) {
     const size_t n = p * kPanel, strip = n / kStrip, count = panels_of(w.N, strip), first = p % (kStrip / kPanel);
     const uint8_t* panel = w.packed + (strip * (kStrip / kPanel) * (K / 8) + first) * kLine;
-    uint8_t* flat = static_cast<uint8_t*>(scratch(kStep, kPanel * K / 2));
-    k.nf4_unpack_panel(panel, count * kLine, K, flat);
-    float* scales = static_cast<float*>(scratch(kTotals, blocks * sizeof(float)));
-    for (size_t j = 0; j < std::min(kPanel, w.N - n); ++j) {
-      const size_t stored = strip * blocks * kStrip + first * kPanel + j;
-      for (size_t b = 0; b < blocks; ++b) scales[b] = scale_at(w.scales, stored + b * count * kPanel, (n + j) * blocks + b);
-      k.nf4_dequantize(flat + j * K / 2, scales, w.blocksize, *w.book, 0, K, static_cast<char*>(y) + (n + j) * K * dtype_size(dtype), dtype, false);
+    uint8_t flat[kPanel * kColumns / 2];
+    float scales[kColumns / 32];
+    for (size_t k0 = 0; k0 < K; k0 += kColumns) {  // a power of two, so it holds whole blocks, or lies in one
+      const size_t columns = std::min(kColumns, K - k0), block = k0 / w.blocksize, some = (columns + w.blocksize - 1) / w.blocksize;
+      k.nf4_unpack_panel(panel + k0 / 8 * count * kLine, count * kLine, columns, flat, kColumns / 2);
+      for (size_t j = 0; j < std::min(kPanel, w.N - n); ++j) {
+        const size_t stored = strip * blocks * kStrip + first * kPanel + j;
+        for (size_t b = 0; b < some; ++b) scales[b] = scale_at(w.scales, stored + (block + b) * count * kPanel, (n + j) * blocks + block + b);
+        k.nf4_dequantize(flat + j * kColumns / 2, scales, w.blocksize, *w.book, 0, columns,
+                         static_cast<char*>(y) + ((n + j) * K + k0) * dtype_size(dtype), dtype, false);
+      }
     }
+  });
+}
+
+void nf4_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y, int dtype) {
+  if (M == 0 || N == 0) return;
+  const float* wide = widened(bias, bias_dtype, N);
+  const size_t rows = std::max<size_t>(1, kPiece / N);
+  parallel_for((M + rows - 1) / rows, M * N <= kSerial ? 1 : threads(), [&](size_t i) {
+    const size_t m = i * rows;
+    kernels().nf4_finish_bf16(product + m * N, wide, std::min(rows, M - m), N, static_cast<char*>(y) + m * N * dtype_size(dtype), dtype);
   });
 }
 
@@ -212,12 +235,7 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
       in.flat_scales = values;
     }
   }
-  const float* wide_bias = static_cast<const float*>(bias);
-  if (bias && bias_dtype != kFloat32) {
-    float* values = static_cast<float*>(scratch(kBias, N * sizeof(float)));
-    k.widen(bias, bias_dtype, N, values);
-    wide_bias = values;
-  }
+  const float* wide_bias = widened(bias, bias_dtype, N);
   const size_t blocks = (M + kBlockRows - 1) / kBlockRows, height = (M + blocks - 1) / blocks;
   parallel_for(blocks * strips(N), count, [&](size_t i) {
     const size_t m = i / strips(N) * height, strip = i % strips(N);

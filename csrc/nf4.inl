@@ -101,10 +101,11 @@ INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float ab
 template <class T>
 static void dequantize_blocks(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook& book, size_t begin,
                               size_t end, T* y, bool streamed) {
-  streamed = streamed && (uintptr_t)y % 64 == 0 && begin % blocksize == 0;
+  const size_t mask = blocksize - 1, shift = (size_t)__builtin_ctzll(blocksize);  // a division costs as much as half a block
+  streamed = streamed && (uintptr_t)y % 64 == 0 && (begin & mask) == 0;
   for (size_t i = begin, n; i < end; i += n, y += n) {
-    n = blocksize - i % blocksize < end - i ? blocksize - i % blocksize : end - i;
-    dequantize_block(packed, i, n, absmax[i / blocksize], book, y, streamed);
+    n = blocksize - (i & mask) < end - i ? blocksize - (i & mask) : end - i;
+    dequantize_block(packed, i, n, absmax[i >> shift], book, y, streamed);
   }
   if (streamed) stream_end();
 }
@@ -117,7 +118,7 @@ static void nf4_dequantize(const uint8_t* packed, const float* absmax, size_t bl
 }
 
 // Four lines, 32 columns of sixteen rows, at a time: first the codes of a row's eight columns in their order, then the rows.
-static void nf4_unpack_panel(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat) {
+static void nf4_unpack_panel(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat, size_t ld) {
   for (size_t k = 0; k < K; k += 32, lines += 4 * stride) {
     uint8_t flat_lines[4][kLine];
     const int8_t* line[4];
@@ -130,7 +131,7 @@ static void nf4_unpack_panel(const uint8_t* lines, size_t stride, size_t K, uint
         store((int32_t*)(flat_lines[i] + j), (i32)((a & 0xffu) | (a >> 8 & 0xff00u) | (b & 0xffu) << 16 | (b << 8 & 0xff000000u)));
       }
     }
-    for (size_t n = 0; n < kPanel; n += 4) transpose_quads(line, 4 * n, (int8_t*)flat + (n * K + k) / 2, K / 2);
+    for (size_t n = 0; n < kPanel; n += 4) transpose_quads(line, 4 * n, (int8_t*)flat + n * ld + k / 2, ld);
   }
 }
 
@@ -415,6 +416,20 @@ static void nf4_finish(const float* total, const float* row_scale, const float* 
   if (dtype == kFloat32) finish_rows(total, row_scale, bias, rows, n0, columns, N, (float*)y);
   else if (dtype == kBFloat16) finish_rows(total, row_scale, bias, rows, n0, columns, N, (bf16*)y);
   else finish_rows(total, row_scale, bias, rows, n0, columns, N, (fp16*)y);
+}
+
+template <class T> static void finish_bf16_rows(const bf16* product, const float* bias, size_t rows, size_t N, T* y) {
+  for (size_t m = 0; m < rows; ++m, product += N, y += N) {
+    size_t n = 0;
+    for (; n + LANES <= N; n += LANES) store(y + n, bias ? load(product + n) + load(bias + n) : load(product + n));
+    if (n < N) store_part(y + n, bias ? load_part(product + n, N - n) + load_part(bias + n, N - n) : load_part(product + n, N - n), N - n);
+  }
+}
+
+static void nf4_finish_bf16(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype) {
+  if (dtype == kFloat32) finish_bf16_rows((const bf16*)product, bias, rows, N, (float*)y);
+  else if (dtype == kBFloat16) finish_bf16_rows((const bf16*)product, bias, rows, N, (bf16*)y);
+  else finish_bf16_rows((const bf16*)product, bias, rows, N, (fp16*)y);
 }
 
 }  // namespace PYQKERN_ISA

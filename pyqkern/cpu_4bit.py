@@ -173,7 +173,10 @@ def _linear_bf16(
         packed.data_ptr(), absmax.data_ptr(), *_nested(nested_absmax, nested_map, offset), n, k, blocksize,
         _RECORDS[quant_type], weight.data_ptr(), DTYPE_CODES[weight.dtype],
     )  # fmt: skip
-    y = functional.linear(x.to(torch.bfloat16), weight)
-    if bias is None:
-        return y.to(x.dtype)
-    return torch.add(y, bias.float()).to(x.dtype)
+    product = functional.linear(x.to(torch.bfloat16), weight)
+    if bias is None and x.dtype is torch.bfloat16:
+        return product
+    y = x.new_empty(product.shape)
+    bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
+    _C.finish_bf16(product.data_ptr(), bias_at, bias_dtype, y.numel() // n, n, y.data_ptr(), DTYPE_CODES[x.dtype])
+    return y
