@@ -157,8 +157,9 @@ struct Kernels {
   // total[m][n] = fma(sum over k of x[m][k] * values[k][n], scale[n], total[m][n]): the same chains as nf4_gemv.
   void (*nf4_gemm)(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale, float* total);
 
-  // The same of symmetric quantized rows, from column k0 on: the inner sum is an exact integer.
-  void (*nf4_gemm_int8)(const QRows&, size_t K, size_t k0, size_t rows, size_t size, const int8_t* integers,
+  // The same of symmetric quantized rows, from column k0 on, for `steps` steps of `size` columns one after another: integers and
+  // minus_sums as nf4_expand_int8 makes them of each, scale [steps][kStrip]. The inner sum is an exact integer.
+  void (*nf4_gemm_int8)(const QRows&, size_t K, size_t k0, size_t rows, size_t size, size_t steps, const int8_t* integers,
                         const int32_t* minus_sums, const float* scale, float* total);
 
   // y[m][n] = total[m][n] * row_scale[m] + bias[n] for n in [n0, n0 + columns); row_scale or bias may be nullptr.

@@ -14,10 +14,13 @@ constexpr size_t kStream = 16 << 20;      // bytes written: beyond what stays in
 constexpr size_t kSerialOps = 1 << 20;    // multiply-adds
 constexpr size_t kGemvRows = 4;           // rows that read the codes themselves, every one for itself
 constexpr size_t kColumns = 1024;         // columns of a panel that are unpacked at a time: 8 KB, which stay in L1
+constexpr size_t kChunk = 256;            // columns of a strip that are integers at a time: 16 KB, which stay in L1
 constexpr size_t kBlockRows = 192;        // rows that share an expanded step: their totals are 48 KB
 
 size_t strips(size_t N) { return (N + kStrip - 1) / kStrip; }
 size_t panels_of(size_t N, size_t strip) { return std::min<size_t>(kStrip / kPanel, panels(N) - strip * (kStrip / kPanel)); }
+
+const uint8_t* strip_codes(const Weight4& w, size_t strip) { return w.packed + strip * (kStrip / kPanel) * (w.K / 8) * kLine; }
 
 // The scale of block `at` (of the flat weight, or in the order of panels): q and nested, or fp32 as it is.
 float scale_at(const Scales& s, size_t stored, size_t block) {
@@ -74,35 +77,54 @@ void signed_rows(const QRows& q, bool bytes, size_t rows, size_t K, size_t step,
   }
 }
 
-// Rows [m, m + rows) of one strip: fills total [rows][kStrip].
-void strip_totals(const Weight4& w, const Shared& in, size_t strip, size_t m, size_t rows, float* total) {
+// Ways to fill total [rows][kStrip] with rows [m, m + rows) of one strip.
+
+void fp32_totals(const Weight4& w, const float* x, size_t strip, const float* scales, size_t rows, float* total) {
   const Kernels& k = kernels();
-  if (in.flat_scales) return flat_totals(w, in.flat_scales, in.x + m * w.K, strip, rows, total);
-  const size_t K = w.K, count = panels_of(w.N, strip);
-  const uint8_t* packed = w.packed + strip * (kStrip / kPanel) * (K / 8) * kLine;
-  char* buffer = static_cast<char*>(scratch(kStep, (kStepMax + 2) * kStrip * sizeof(float)));
-  float* values = reinterpret_cast<float*>(buffer);
+  const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize);
+  const uint8_t* packed = strip_codes(w, strip);
+  if (rows <= kGemvRows) return k.nf4_gemv(x, rows, w.K, packed, scales, w.blocksize, count, *w.book, total);
+  float* values = static_cast<float*>(scratch(kStep, (kStepMax + 1) * kStrip * sizeof(float)));
   float* scale = values + kStepMax * kStrip;  // of this step, filled up to a whole strip
-  int32_t* minus_sums = reinterpret_cast<int32_t*>(scale + kStrip);
-  const float* scales = strip_scales(w, strip, static_cast<float*>(w.scales.nested ? scratch(kScales, K / w.blocksize * kStrip * sizeof(float)) : nullptr));
-  if (in.few) return k.nf4_gemv_int8(in.few, in.minus_sums, rows, K, packed, scales, w.blocksize, count, *w.book, total);
-  if (!in.q && rows <= kGemvRows) return k.nf4_gemv(in.x + m * K, rows, K, packed, scales, w.blocksize, count, *w.book, total);
-  const size_t size = step_of(w.blocksize);
   std::fill(scale, scale + kStrip, 0.0f);
   std::fill(total, total + rows * kStrip, 0.0f);
-  for (size_t at = 0; at < K; at += size) {
+  for (size_t at = 0; at < w.K; at += size) {
     std::copy_n(scales + at / w.blocksize * count * kPanel, count * kPanel, scale);
-    const uint8_t* step = packed + at / 8 * count * kLine;
-    if (in.q) {
-      int8_t* integers = reinterpret_cast<int8_t*>(values);
-      k.nf4_expand_int8(step, size, count, *w.book, integers, minus_sums);
-      const QRows q{static_cast<char*>(in.q->q) + m * K * k.row_element_bytes, in.q->scale + m, in.q->zero + m};
-      k.nf4_gemm_int8(q, K, at, rows, size, integers, minus_sums, scale, total);
-    } else {
-      k.nf4_expand(step, size, count, *w.book, values);
-      k.nf4_gemm(in.x + m * K + at, K, rows, size, values, scale, total);
-    }
+    k.nf4_expand(packed + at / 8 * count * kLine, size, count, *w.book, values);
+    k.nf4_gemm(x + at, w.K, rows, size, values, scale, total);
   }
+}
+
+void int8_totals(const Weight4& w, const QRows& q, size_t strip, const float* scales, size_t rows, float* total) {
+  const Kernels& k = kernels();
+  const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize), most = kChunk / size;
+  const uint8_t* packed = strip_codes(w, strip);
+  char* buffer = static_cast<char*>(scratch(kStep, kChunk * kStrip + 2 * most * kStrip * sizeof(float)));
+  int8_t* integers = reinterpret_cast<int8_t*>(buffer);
+  int32_t* minus_sums = reinterpret_cast<int32_t*>(buffer + kChunk * kStrip);
+  float* scale = reinterpret_cast<float*>(minus_sums + most * kStrip);
+  std::fill(scale, scale + most * kStrip, 0.0f);
+  std::fill(total, total + rows * kStrip, 0.0f);
+  for (size_t at = 0; at < w.K; at += kChunk) {
+    const size_t steps = std::min(kChunk, w.K - at) / size;
+    for (size_t s = 0; s < steps; ++s) {
+      const size_t from = at + s * size;
+      std::copy_n(scales + from / w.blocksize * count * kPanel, count * kPanel, scale + s * kStrip);
+      k.nf4_expand_int8(packed + from / 8 * count * kLine, size, count, *w.book, integers + s * size * kStrip, minus_sums + s * kStrip);
+    }
+    k.nf4_gemm_int8(q, w.K, at, rows, size, steps, integers, minus_sums, scale, total);
+  }
+}
+
+void strip_totals(const Weight4& w, const Shared& in, size_t strip, size_t m, size_t rows, float* total) {
+  if (in.flat_scales) return flat_totals(w, in.flat_scales, in.x + m * w.K, strip, rows, total);
+  const size_t bytes = w.K / w.blocksize * kStrip * sizeof(float);
+  const float* scales = strip_scales(w, strip, static_cast<float*>(w.scales.nested ? scratch(kScales, bytes) : nullptr));
+  if (!in.q) return fp32_totals(w, in.x + m * w.K, strip, scales, rows, total);
+  const Kernels& k = kernels();
+  if (in.few)
+    return k.nf4_gemv_int8(in.few, in.minus_sums, rows, w.K, strip_codes(w, strip), scales, w.blocksize, panels_of(w.N, strip), *w.book, total);
+  int8_totals(w, {static_cast<char*>(in.q->q) + m * w.K * k.row_element_bytes, in.q->scale + m, in.q->zero + m}, strip, scales, rows, total);
 }
 
 // The bias in fp32.

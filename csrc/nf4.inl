@@ -3,7 +3,7 @@
 //   quantize    v = clamp(x * (1/absmax), -1, 1), code of the nearest value; contracts and layouts in kernels.h
 //   linear      y = sum over steps of scale * (sum over k of a step of x * value), a step being a block or 128 columns of one.
 //               Both sums run in the order of k, by fma from zero, for few rows and for many: a row's result does not depend
-//               on its batch, nor on the ISA.
+//               on its batch, nor on the ISA. A weight whose rows are no whole blocks, or less than a panel, goes by nf4_dot.
 //   as integers the rows are quantized to s8 (symmetric), the values to integer/levels; the inner sum is exact, below
 //               2^24 (127 * 127 * 128), so that its conversion to float is exact too.
 #pragma once
@@ -369,32 +369,43 @@ static void nf4_expand_int8(const uint8_t* packed, size_t size, size_t panels, c
   }
 }
 
+// Totals stay in registers over the steps, beside the sums of one step.
+constexpr int ROWS_INT8 = LANES == 16 ? 6 : 4, VECTORS_INT8 = 2;
+
 template <int R>
-static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, const int8_t* integers, const int32_t* minus_sums,
+static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps, const int8_t* integers, const int32_t* minus_sums,
                            const float* scale, float* total) {
-  for (size_t n = 0; n < kStrip; n += TILE_VECTORS * COLS) {
-    acc_t c[R][TILE_VECTORS];
-    for (int v = 0; v < TILE_VECTORS; ++v) {
-      const acc_t start = CENTERED ? acc_t{} : (acc_t)load(minus_sums + n + v * COLS);
-      for (int r = 0; r < R; ++r) c[r][v] = start;
-    }
-    tile<R, TILE_VECTORS, false>(c, a, lda, integers + n * 4, COLS * 4, kStrip * 4, size / 4, nullptr);
+  constexpr int V = VECTORS_INT8 / SUMS;
+  for (size_t n = 0; n < kStrip; n += VECTORS_INT8 * COLS) {
+    f32 t[R][V];
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < TILE_VECTORS / SUMS; ++v) {
-        float* t = total + r * kStrip + n + v * LANES;
-        store(t, fma(to_float(sums(&c[r][v * SUMS])), load(scale + n + v * LANES), load(t)));
+      for (int v = 0; v < V; ++v) t[r][v] = load(total + r * kStrip + n + v * LANES);
+    for (size_t step = 0; step < steps; ++step) {
+      acc_t c[R][VECTORS_INT8];
+      for (int v = 0; v < VECTORS_INT8; ++v) {
+        const acc_t start = CENTERED ? acc_t{} : (acc_t)load(minus_sums + step * kStrip + n + v * COLS);
+        for (int r = 0; r < R; ++r) c[r][v] = start;
       }
+      tile<R, VECTORS_INT8, false>(c, a + step * size, lda, integers + step * size * kStrip + n * 4, COLS * 4, kStrip * 4, size / 4, nullptr);
+      for (int v = 0; v < V; ++v) {
+        const f32 s = load(scale + step * kStrip + n + v * LANES);
+        for (int r = 0; r < R; ++r) t[r][v] = fma(to_float(sums(&c[r][v * SUMS])), s, t[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) store(total + r * kStrip + n + v * LANES, t[r][v]);
   }
 }
 
-static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows, size_t size, const int8_t* integers,
+static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows, size_t size, size_t steps, const int8_t* integers,
                           const int32_t* minus_sums, const float* scale, float* total) {
   const size_t lda = 4 * quads(K);
   const ROW_T* a = (const ROW_T*)rows_of.q + k0;
+  auto tiles = [&](auto f, size_t m) { f(a + m * lda, lda, size, steps, integers, minus_sums, scale, total + m * kStrip); };
   size_t m = 0;
-  for (; m + ROWS_4BIT <= rows; m += ROWS_4BIT) gemm_int8_tile<ROWS_4BIT>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
-  for (; m + 2 <= rows; m += 2) gemm_int8_tile<2>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
-  if (m < rows) gemm_int8_tile<1>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
+  for (; m + ROWS_INT8 <= rows; m += ROWS_INT8) tiles(gemm_int8_tile<ROWS_INT8>, m);
+  for (; m + 2 <= rows; m += 2) tiles(gemm_int8_tile<2>, m);
+  if (m < rows) tiles(gemm_int8_tile<1>, m);
 }
 
 // ---- the tail
