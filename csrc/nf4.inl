@@ -138,7 +138,7 @@ static void nf4_unpack_panel(const uint8_t* lines, size_t stride, size_t K, uint
 // ---- few rows: straight from the packed codes
 
 constexpr int PANEL_VECTORS = kPanel / LANES;
-constexpr size_t PREFETCH_4BIT = 4096;  // bytes ahead
+constexpr size_t PREFETCH_4BIT = 8192;  // bytes ahead
 
 // The bit at which column k%8 of a line's lane starts.
 INLINE constexpr int shift_of(int k) { return 8 * (k % 4) + 4 * (k / 4); }
