@@ -105,6 +105,7 @@ static void dequantize_blocks(const uint8_t* packed, const float* absmax, size_t
   streamed = streamed && (uintptr_t)y % 64 == 0 && (begin & mask) == 0;
   for (size_t i = begin, n; i < end; i += n, y += n) {
     n = blocksize - (i & mask) < end - i ? blocksize - (i & mask) : end - i;
+    if (streamed) __builtin_prefetch(packed + i / 2 + AHEAD), __builtin_prefetch((const char*)(absmax + (i >> shift)) + AHEAD);
     dequantize_block(packed, i, n, absmax[i >> shift], book, y, streamed);
   }
   if (streamed) stream_end();
