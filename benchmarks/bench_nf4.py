@@ -4,7 +4,8 @@ Examples:
   python benchmarks/bench_nf4.py                     the linear, weights in cache: M = 1, 4, 16, 128, 1024
   python benchmarks/bench_nf4.py --cold              M = 1, weights from DRAM, as a share of the read bandwidth
   python benchmarks/bench_nf4.py --cold --isa avx2   the same on AVX2, against torch's fp32 linear
-  python benchmarks/bench_nf4.py --tensors           quantize_4bit and dequantize_4bit, 1 to 64 M elements
+  python benchmarks/bench_nf4.py --tensors           quantize_4bit and dequantize_4bit, 1 to 64 M elements, as a share of the
+                                                     bandwidth of a copy; bytes read and bytes written both count
   python benchmarks/bench_nf4.py --models            BERT-base (random weights), 1x128 and 8x128, "auto"
 """
 
@@ -45,6 +46,11 @@ class Case:
     def label(self) -> str:
         return f"{self.m}x{self.k}x{self.n}"
 
+    @property
+    def bytes(self) -> float:
+        """What one call reads of the weight."""
+        return self.k * self.n * BYTES_PER_WEIGHT
+
 
 @dataclass(frozen=True)
 class TensorCase:
@@ -56,6 +62,11 @@ class TensorCase:
     @property
     def label(self) -> str:
         return f"{'dequantize' if self.inverse else 'quantize'} {self.n / (1 << 20):g} M"
+
+    @property
+    def bytes(self) -> float:
+        """What one call reads and writes: fp32 and the 4-bit form."""
+        return self.n * (4 + BYTES_PER_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ def _switch(contender: str) -> Callable[[], object] | None:
 
 def _linear(contender: str, case: Case, threads: int) -> Job:
     if contender == "limit: read":
-        work = Limits.load().read(int(case.copies * case.k * case.n * BYTES_PER_WEIGHT), threads)
+        work = Limits.load().read(int(case.copies * case.bytes), threads)
         return Job([work], {"amount": work.amount})
     torch.manual_seed(0)
     linear = nn.Linear(case.k, case.n)
@@ -133,8 +144,9 @@ def _linear(contender: str, case: Case, threads: int) -> Job:
 
 
 def _tensor(contender: str, case: TensorCase, threads: int) -> Job:
-    if contender == "limit: copy":  # what is read and written, as one stream of that many bytes
-        work = Limits.load().read(int(case.n * (4 + BYTES_PER_WEIGHT)), threads)
+    if contender.startswith("limit"):  # four bytes on one side and one on the other: the nearest that there is to 4 : 0.5625
+        reads, writes = (1, 4) if case.inverse else (4, 1)
+        work = Limits.load().move(int(case.bytes), reads, writes, contender.endswith("non-temporal"), threads)
         return Job([work], {"amount": work.amount})
     w = torch.randn(case.n, generator=torch.Generator().manual_seed(0))
     call: Callable[[], object]
@@ -177,14 +189,14 @@ def show(
     rows = []
     for case in cases:
         found = {name: common.find(results, case.label, name, threads) for name in contenders}
-        seconds = {name: result.seconds for name, result in found.items() if result and result.seconds}
+        seconds = {name: _of_case(result, case) for name, result in found.items() if result and result.seconds}
         own = {name: value for name, value in seconds.items() if name.startswith("pyqkern")}
         theirs = min((value for name, value in seconds.items() if name.startswith("bitsandbytes")), default=None)
-        limit = next((value for name, value in seconds.items() if name.startswith("limit")), None)
+        limit = min((value for name, value in seconds.items() if name.startswith("limit")), default=None)
         ratios = {
             "to bitsandbytes": {name: theirs / value for name, value in own.items()} if theirs else {},
             "to torch fp32": {n: seconds["torch fp32"] / v for n, v in own.items()} if "torch fp32" in seconds else {},
-            "of the limit": {name: limit / value for name, value in own.items()} if limit else {},
+            "of the limit": {n: limit / v for n, v in own.items()} if limit else {},
         }
         records.append({"case": case.label, "threads": threads, "seconds": seconds, **ratios})
         cells = [" ".join(f"{value:.2f}" for value in ratio.values()) for ratio in ratios.values()]
@@ -194,6 +206,12 @@ def show(
     print(f"{common.threads_title(threads)}; the ratios are those of pyqkern's columns, in their order:\n")
     print(common.table(columns, rows), end="\n\n")
     return records
+
+
+def _of_case(result: Result, case: Any) -> float:
+    """Seconds of one call; of a limit, of as many bytes as one call moves."""
+    assert result.seconds is not None
+    return result.seconds * (case.bytes / result.facts["amount"] if "amount" in result.facts else 1)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -220,7 +238,8 @@ def main() -> int:
     theirs = [] if missing else [BITSANDBYTES[0]] if arguments.tensors else [*BITSANDBYTES]
     others = [] if arguments.tensors else ["torch fp32"]
     found = common.header(missing, arguments.threads)
-    limit = (["limit: read"] if arguments.cold else ["limit: copy"] if arguments.tensors else []) if found else []
+    copy = ["limit: copy", "limit: copy, non-temporal"]  # the faster one counts
+    limit = (["limit: read"] if arguments.cold else copy if arguments.tensors else []) if found else []
     chosen = [*own, *theirs, *others, *limit]
     results: list[Result] = []
     records: list[dict[str, Any]] = []

@@ -108,8 +108,8 @@ class Limits:
 
 
 def _aligned(size: int) -> tuple[torch.Tensor, int]:
-    """Memory of the kind that the contenders use (torch's), written once so that its pages exist."""
-    tensor = torch.zeros(size + LINE, dtype=torch.uint8)
+    """Memory of the kind that the contenders use (torch's), written once: zeros may all be one page that nobody wrote."""
+    tensor = torch.empty(size + LINE, dtype=torch.uint8).fill_(1)
     return tensor, (tensor.data_ptr() + LINE - 1) // LINE * LINE
 
 

@@ -85,6 +85,12 @@ void nf4_dequantize(const uint8_t* packed, const Scales& scales, size_t blocksiz
 void nf4_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* lines);
 void nf4_unpack(const uint8_t* lines, size_t N, size_t K, uint8_t* flat);
 
+// The weight [N, K] dequantized, row-major.
+void nf4_weight(const Weight4& w, void* y, int dtype);
+
+// y [M, N] = product [M, N] in bf16, plus bias [N] of bias_dtype or nullptr.
+void nf4_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y, int dtype);
+
 // y [M, N] = the 4-bit linear of x [M, K], both of `dtype`; with as_int8 the rows are quantized and the products integers,
 // if the weight is in panels.
 void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, int bias_dtype, size_t M, void* y, bool as_int8);

@@ -97,6 +97,14 @@ PYBIND11_MODULE(_C, m) {
     nf4_pack(at<uint8_t>(flat), N, K, at<uint8_t>(lines));
   }, nogil);
   m.def("unpack_4bit", [](Address lines, size_t N, size_t K, Address flat) { nf4_unpack(at<uint8_t>(lines), N, K, at<uint8_t>(flat)); }, nogil);
+  m.def("weight_4bit", [](Address packed, Address absmax, Address nested, Address map, float offset, size_t N, size_t K,
+                          size_t blocksize, Address book, Address y, int dtype) {
+    nf4_weight({at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize, at<Codebook>(book)},
+               at<void>(y), dtype);
+  }, nogil);
+  m.def("finish_bf16", [](Address product, Address bias, int bias_dtype, size_t M, size_t N, Address y, int dtype) {
+    nf4_finish_bf16(at<uint16_t>(product), at<void>(bias), bias_dtype, M, N, at<void>(y), dtype);
+  }, nogil);
   m.def("linear_4bit", [](Address x, int dtype, Address packed, Address absmax, Address nested, Address map, float offset,
                           size_t N, size_t K, size_t blocksize, Address book, Address bias, int bias_dtype, size_t M, Address y,
                           bool as_int8) {

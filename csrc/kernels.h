@@ -153,10 +153,21 @@ struct Kernels {
   void (*nf4_dequantize)(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook&, size_t begin,
                          size_t end, void* y, int dtype, bool stream);
 
+  // The flat codes of K columns of the sixteen rows of one panel, whose lines are `stride` bytes apart: row n at flat + n * ld.
+  void (*nf4_unpack_panel)(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat, size_t ld);
+
   // total[m][n] = sum over steps of scale[step][n] * (sum over k of the step of x[m][k] * value[code[n][k]]), for up to 4 rows
   // and one strip of `panels` panels; every sum is one chain of fma, k ascending.
   void (*nf4_gemv)(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale, size_t blocksize,
                    size_t panels, const Codebook&, float* total);
+
+  // The same of rows quantized to s8, the inner sum being an exact integer; minus_sums[m][step] = -128 * sum of x[m] over it.
+  void (*nf4_gemv_int8)(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed, const float* scale,
+                        size_t blocksize, size_t panels, const Codebook&, float* total);
+
+  // total[m][j] = sum over k of x[m][k] * w[j][k] for j < 4; w [4, ldw], zero from K to the next multiple of 16. Sixteen sums,
+  // one for each k % 16, by fma from zero in the order of k, then added in halves: 8 to 8, 4 to 4, 2 to 2, 1 to 1.
+  void (*nf4_dot)(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total);
 
   // One step of one strip, [size][kStrip]: values, or integers as [size/4][kStrip][4] with the sums over k of each column.
   void (*nf4_expand)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, float* values);
@@ -165,13 +176,17 @@ struct Kernels {
   // total[m][n] = fma(sum over k of x[m][k] * values[k][n], scale[n], total[m][n]): the same chains as nf4_gemv.
   void (*nf4_gemm)(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale, float* total);
 
-  // The same of symmetric quantized rows, from column k0 on: the inner sum is an exact integer.
-  void (*nf4_gemm_int8)(const QRows&, size_t K, size_t k0, size_t rows, size_t size, const int8_t* integers,
+  // The same of symmetric quantized rows, from column k0 on, for `steps` steps of `size` columns one after another: integers and
+  // minus_sums as nf4_expand_int8 makes them of each, scale [steps][kStrip]. The inner sum is an exact integer.
+  void (*nf4_gemm_int8)(const QRows&, size_t K, size_t k0, size_t rows, size_t size, size_t steps, const int8_t* integers,
                         const int32_t* minus_sums, const float* scale, float* total);
 
   // y[m][n] = total[m][n] * row_scale[m] + bias[n] for n in [n0, n0 + columns); row_scale or bias may be nullptr.
   void (*nf4_finish)(const float* total, const float* row_scale, const float* bias, size_t rows, size_t n0, size_t columns,
                      size_t N, void* y, int dtype);
+
+  // y[m][n] = product[m][n] + bias[n] (fp32 or nullptr), product in bf16.
+  void (*nf4_finish_bf16)(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype);
 };
 
 // The tables that were built, best first.

@@ -13,10 +13,14 @@ constexpr size_t kPiece = 1 << 16;        // elements of a piece, a multiple of 
 constexpr size_t kStream = 16 << 20;      // bytes written: beyond what stays in the cache, stores go past it
 constexpr size_t kSerialOps = 1 << 20;    // multiply-adds
 constexpr size_t kGemvRows = 4;           // rows that read the codes themselves, every one for itself
+constexpr size_t kColumns = 1024;         // columns of a panel that are unpacked at a time: 8 KB, which stay in L1
+constexpr size_t kChunk = 256;            // columns of a strip that are integers at a time: 16 KB, which stay in L1
 constexpr size_t kBlockRows = 192;        // rows that share an expanded step: their totals are 48 KB
 
 size_t strips(size_t N) { return (N + kStrip - 1) / kStrip; }
 size_t panels_of(size_t N, size_t strip) { return std::min<size_t>(kStrip / kPanel, panels(N) - strip * (kStrip / kPanel)); }
+
+const uint8_t* strip_codes(const Weight4& w, size_t strip) { return w.packed + strip * (kStrip / kPanel) * (w.K / 8) * kLine; }
 
 // The scale of block `at` (of the flat weight, or in the order of panels): q and nested, or fp32 as it is.
 float scale_at(const Scales& s, size_t stored, size_t block) {
@@ -37,61 +41,98 @@ const float* strip_scales(const Weight4& w, size_t strip, float* buffer) {
   return buffer;
 }
 
-// One step of a strip of a weight in flat form, dequantized and turned, [size][kStrip].
-void flat_step(const Weight4& w, const float* absmax, size_t strip, size_t k, size_t size, float* values) {
-  alignas(64) float row[kStepMax];
-  const size_t count = std::min(kStrip, w.N - strip * kStrip);
-  for (size_t j = 0; j < kStrip; ++j) {
-    const size_t at = (strip * kStrip + j) * w.K + k;
-    if (j < count) kernels().nf4_dequantize(w.packed, absmax, w.blocksize, *w.book, at, at + size, row, kFloat32, false);
-    for (size_t i = 0; i < size; ++i) values[i * kStrip + j] = j < count ? row[i] : 0.0f;
+// Rows [m, m + rows) of one strip of a weight in flat form: four of its rows are dequantized at a time.
+void flat_totals(const Weight4& w, const float* absmax, const float* x, size_t strip, size_t rows, float* total) {
+  const size_t K = w.K, wide = (K + 15) / 16 * 16, count = std::min(kStrip, w.N - strip * kStrip);
+  float* values = static_cast<float*>(scratch(kStep, 4 * wide * sizeof(float)));
+  std::fill(values, values + 4 * wide, 0.0f);
+  for (size_t j = 0; j < count; j += 4) {
+    for (size_t i = 0; i < std::min<size_t>(4, count - j); ++i) {
+      const size_t at = (strip * kStrip + j + i) * K;
+      kernels().nf4_dequantize(w.packed, absmax, w.blocksize, *w.book, at, at + K, values + i * wide, kFloat32, false);
+    }
+    kernels().nf4_dot(x, K, rows, K, values, wide, total + j);
   }
 }
 
-// What all pieces of one call share: fp32 rows, or quantized ones; fp32 scales of a flat weight.
+// What all pieces of one call share: fp32 rows, or quantized ones, a few of them as s8 with -128 times their sums over each
+// step; fp32 scales of a flat weight.
 struct Shared {
   const float* x;
   const QRows* q;
+  const int8_t* few;
+  const int32_t* minus_sums;
   const float* flat_scales;
 };
 
-// Rows [m, m + rows) of one strip: fills total [rows][kStrip].
-void strip_totals(const Weight4& w, const Shared& in, size_t strip, size_t m, size_t rows, float* total) {
-  const Kernels& k = kernels();
-  const size_t K = w.K, count = panels_of(w.N, strip), ones = kStrip;
-  const uint8_t* packed = w.packed + strip * (kStrip / kPanel) * (K / 8) * kLine;
-  char* buffer = static_cast<char*>(scratch(kStep, (kStepMax + 2) * kStrip * sizeof(float)));
-  float* values = reinterpret_cast<float*>(buffer);
-  float* scale = values + kStepMax * kStrip;  // of this step, filled up to a whole strip
-  int32_t* minus_sums = reinterpret_cast<int32_t*>(scale + kStrip);
-  if (in.flat_scales) {
-    std::fill(scale, scale + ones, 1.0f);
-    std::fill(total, total + rows * kStrip, 0.0f);
-    for (size_t at = 0; at < K; at += kStepMax) {
-      const size_t size = std::min(kStepMax, K - at);
-      flat_step(w, in.flat_scales, strip, at, size, values);
-      k.nf4_gemm(in.x + m * K + at, K, rows, size, values, scale, total);
+// Few quantized rows for nf4_gemv_int8.
+void signed_rows(const QRows& q, bool bytes, size_t rows, size_t K, size_t step, int8_t* few, int32_t* minus_sums) {
+  for (size_t i = 0; i < rows * K; i += step) {
+    int32_t sum = 0;
+    for (size_t j = i; j < i + step; ++j) {
+      few[j] = static_cast<int8_t>(bytes ? static_cast<const uint8_t*>(q.q)[j] ^ 0x80 : static_cast<const int16_t*>(q.q)[j]);
+      sum += few[j];
     }
-    return;
+    minus_sums[i / step] = -128 * sum;
   }
-  const float* scales = strip_scales(w, strip, static_cast<float*>(w.scales.nested ? scratch(kScales, K / w.blocksize * kStrip * sizeof(float)) : nullptr));
-  if (!in.q && rows <= kGemvRows) return k.nf4_gemv(in.x + m * K, rows, K, packed, scales, w.blocksize, count, *w.book, total);
-  const size_t size = step_of(w.blocksize);
+}
+
+// Ways to fill total [rows][kStrip] with rows [m, m + rows) of one strip.
+
+void fp32_totals(const Weight4& w, const float* x, size_t strip, const float* scales, size_t rows, float* total) {
+  const Kernels& k = kernels();
+  const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize);
+  const uint8_t* packed = strip_codes(w, strip);
+  if (rows <= kGemvRows) return k.nf4_gemv(x, rows, w.K, packed, scales, w.blocksize, count, *w.book, total);
+  float* values = static_cast<float*>(scratch(kStep, (kStepMax + 1) * kStrip * sizeof(float)));
+  float* scale = values + kStepMax * kStrip;  // of this step, filled up to a whole strip
   std::fill(scale, scale + kStrip, 0.0f);
   std::fill(total, total + rows * kStrip, 0.0f);
-  for (size_t at = 0; at < K; at += size) {
+  for (size_t at = 0; at < w.K; at += size) {
     std::copy_n(scales + at / w.blocksize * count * kPanel, count * kPanel, scale);
-    const uint8_t* step = packed + at / 8 * count * kLine;
-    if (in.q) {
-      int8_t* integers = reinterpret_cast<int8_t*>(values);
-      k.nf4_expand_int8(step, size, count, *w.book, integers, minus_sums);
-      const QRows q{static_cast<char*>(in.q->q) + m * K * k.row_element_bytes, in.q->scale + m, in.q->zero + m};
-      k.nf4_gemm_int8(q, K, at, rows, size, integers, minus_sums, scale, total);
-    } else {
-      k.nf4_expand(step, size, count, *w.book, values);
-      k.nf4_gemm(in.x + m * K + at, K, rows, size, values, scale, total);
-    }
+    k.nf4_expand(packed + at / 8 * count * kLine, size, count, *w.book, values);
+    k.nf4_gemm(x + at, w.K, rows, size, values, scale, total);
   }
+}
+
+void int8_totals(const Weight4& w, const QRows& q, size_t strip, const float* scales, size_t rows, float* total) {
+  const Kernels& k = kernels();
+  const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize), most = kChunk / size;
+  const uint8_t* packed = strip_codes(w, strip);
+  char* buffer = static_cast<char*>(scratch(kStep, kChunk * kStrip + 2 * most * kStrip * sizeof(float)));
+  int8_t* integers = reinterpret_cast<int8_t*>(buffer);
+  int32_t* minus_sums = reinterpret_cast<int32_t*>(buffer + kChunk * kStrip);
+  float* scale = reinterpret_cast<float*>(minus_sums + most * kStrip);
+  std::fill(scale, scale + most * kStrip, 0.0f);
+  std::fill(total, total + rows * kStrip, 0.0f);
+  for (size_t at = 0; at < w.K; at += kChunk) {
+    const size_t steps = std::min(kChunk, w.K - at) / size;
+    for (size_t s = 0; s < steps; ++s) {
+      const size_t from = at + s * size;
+      std::copy_n(scales + from / w.blocksize * count * kPanel, count * kPanel, scale + s * kStrip);
+      k.nf4_expand_int8(packed + from / 8 * count * kLine, size, count, *w.book, integers + s * size * kStrip, minus_sums + s * kStrip);
+    }
+    k.nf4_gemm_int8(q, w.K, at, rows, size, steps, integers, minus_sums, scale, total);
+  }
+}
+
+void strip_totals(const Weight4& w, const Shared& in, size_t strip, size_t m, size_t rows, float* total) {
+  if (in.flat_scales) return flat_totals(w, in.flat_scales, in.x + m * w.K, strip, rows, total);
+  const size_t bytes = w.K / w.blocksize * kStrip * sizeof(float);
+  const float* scales = strip_scales(w, strip, static_cast<float*>(w.scales.nested ? scratch(kScales, bytes) : nullptr));
+  if (!in.q) return fp32_totals(w, in.x + m * w.K, strip, scales, rows, total);
+  const Kernels& k = kernels();
+  if (in.few)
+    return k.nf4_gemv_int8(in.few, in.minus_sums, rows, w.K, strip_codes(w, strip), scales, w.blocksize, panels_of(w.N, strip), *w.book, total);
+  int8_totals(w, {static_cast<char*>(in.q->q) + m * w.K * k.row_element_bytes, in.q->scale + m, in.q->zero + m}, strip, scales, rows, total);
+}
+
+// The bias in fp32.
+const float* widened(const void* bias, int dtype, size_t N) {
+  if (!bias || dtype == kFloat32) return static_cast<const float*>(bias);
+  float* values = static_cast<float*>(scratch(kBias, N * sizeof(float)));
+  kernels().widen(bias, dtype, N, values);
+  return values;
 }
 
 }  // namespace
@@ -134,19 +175,47 @@ void nf4_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* lines) {
 }
 
 void nf4_unpack(const uint8_t* lines, size_t N, size_t K, uint8_t* flat) {
-  for (size_t s = 0; s < strips(N); ++s)
-    for (size_t k = 0; k < K; k += 8)
-      for (size_t p = 0; p < panels_of(N, s); ++p, lines += kLine) {
-        const size_t n = s * kStrip + p * kPanel;
-        uint32_t row[kPanel];
-        memcpy(row, lines, kLine);
-        for (uint32_t& codes : row) {  // each lane: columns 0 to 3 in its low halves of bytes, 4 to 7 in the high ones
-          const uint32_t low = codes & 0x0f0f0f0f, high = codes >> 4 & 0x0f0f0f0f;
-          const uint32_t a = low << 4 | low >> 8, b = high << 4 | high >> 8;  // a pair in bytes 0 and 2
-          codes = (a & 0xff) | (a >> 8 & 0xff00) | (b & 0xff) << 16 | (b << 8 & 0xff000000);
-        }
-        for (size_t j = 0; j < std::min(kPanel, N - n); ++j) memcpy(flat + ((n + j) * K + k) / 2, row + j, 4);
+  const Kernels& k = kernels();
+  parallel_for(panels(N), N * K <= kSerial ? 1 : threads(), [&](size_t p) {
+    const size_t n = p * kPanel, strip = n / kStrip, bytes = std::min(kPanel, N - n) * K / 2;
+    const uint8_t* panel = lines + strip * (kStrip / kPanel) * (K / 8) * kLine + p % (kStrip / kPanel) * kLine;
+    uint8_t* to = flat + n * K / 2;
+    uint8_t* rows = n + kPanel <= N ? to : static_cast<uint8_t*>(scratch(kStep, kPanel * K / 2));
+    k.nf4_unpack_panel(panel, panels_of(N, strip) * kLine, K, rows, K / 2);
+    if (rows != to) std::memcpy(to, rows, bytes);
+  });
+}
+
+void nf4_weight(const Weight4& w, void* y, int dtype) {
+  if (!in_panels(w.N, w.K, w.blocksize)) return nf4_dequantize(w.packed, w.scales, w.blocksize, *w.book, w.N * w.K, y, dtype);
+  const Kernels& k = kernels();
+  const size_t K = w.K, blocks = K / w.blocksize;
+  parallel_for(panels(w.N), w.N * K <= kSerial ? 1 : threads(), [&](size_t p) {
+    const size_t n = p * kPanel, strip = n / kStrip, count = panels_of(w.N, strip), first = p % (kStrip / kPanel);
+    const uint8_t* panel = w.packed + (strip * (kStrip / kPanel) * (K / 8) + first) * kLine;
+    uint8_t flat[kPanel * kColumns / 2];
+    float scales[kColumns / 32];
+    for (size_t k0 = 0; k0 < K; k0 += kColumns) {  // a power of two, so it holds whole blocks, or lies in one
+      const size_t columns = std::min(kColumns, K - k0), block = k0 / w.blocksize, some = (columns + w.blocksize - 1) / w.blocksize;
+      k.nf4_unpack_panel(panel + k0 / 8 * count * kLine, count * kLine, columns, flat, kColumns / 2);
+      for (size_t j = 0; j < std::min(kPanel, w.N - n); ++j) {
+        const size_t stored = strip * blocks * kStrip + first * kPanel + j;
+        for (size_t b = 0; b < some; ++b) scales[b] = scale_at(w.scales, stored + (block + b) * count * kPanel, (n + j) * blocks + block + b);
+        k.nf4_dequantize(flat + j * kColumns / 2, scales, w.blocksize, *w.book, 0, columns,
+                         static_cast<char*>(y) + ((n + j) * K + k0) * dtype_size(dtype), dtype, false);
       }
+    }
+  });
+}
+
+void nf4_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y, int dtype) {
+  if (M == 0 || N == 0) return;
+  const float* wide = widened(bias, bias_dtype, N);
+  const size_t rows = std::max<size_t>(1, kPiece / N);
+  parallel_for((M + rows - 1) / rows, M * N <= kSerial ? 1 : threads(), [&](size_t i) {
+    const size_t m = i * rows;
+    kernels().nf4_finish_bf16(product + m * N, wide, std::min(rows, M - m), N, static_cast<char*>(y) + m * N * dtype_size(dtype), dtype);
+  });
 }
 
 void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, int bias_dtype, size_t M, void* y, bool as_int8) {
@@ -155,7 +224,7 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
   const size_t N = w.N, K = w.K;
   const bool flat = !in_panels(N, K, w.blocksize);
   const int count = M * N * K <= kSerialOps ? 1 : threads();
-  Shared in{static_cast<const float*>(x), nullptr, nullptr};
+  Shared in{static_cast<const float*>(x), nullptr, nullptr, nullptr, nullptr};
   QRows q{};
   if (as_int8 && !flat) {
     char* scales = static_cast<char*>(scratch(kRowScales, M * 8));
@@ -167,6 +236,13 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
       for (size_t r = 0; r < rows; ++r) q.scale[m + r] *= 1.0f / w.book->levels;
     });
     in.q = &q;
+    if (M <= kGemvRows) {
+      const size_t step = step_of(w.blocksize), sums = M * K / step * sizeof(int32_t);
+      char* buffer = static_cast<char*>(scratch(kPacked, sums + M * K));
+      in.minus_sums = reinterpret_cast<int32_t*>(buffer);
+      in.few = reinterpret_cast<int8_t*>(buffer + sums);
+      signed_rows(q, k.row_element_bytes == 1, M, K, step, reinterpret_cast<int8_t*>(buffer + sums), reinterpret_cast<int32_t*>(buffer));
+    }
   } else if (dtype != kFloat32) {
     float* wide = static_cast<float*>(scratch(kRows, M * K * sizeof(float)));
     k.widen(x, dtype, M * K, wide);
@@ -181,12 +257,7 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
       in.flat_scales = values;
     }
   }
-  const float* wide_bias = static_cast<const float*>(bias);
-  if (bias && bias_dtype != kFloat32) {
-    float* values = static_cast<float*>(scratch(kBias, N * sizeof(float)));
-    k.widen(bias, bias_dtype, N, values);
-    wide_bias = values;
-  }
+  const float* wide_bias = widened(bias, bias_dtype, N);
   const size_t blocks = (M + kBlockRows - 1) / kBlockRows, height = (M + blocks - 1) / blocks;
   parallel_for(blocks * strips(N), count, [&](size_t i) {
     const size_t m = i / strips(N) * height, strip = i % strips(N);

@@ -3,7 +3,7 @@
 //   quantize    v = clamp(x * (1/absmax), -1, 1), code of the nearest value; contracts and layouts in kernels.h
 //   linear      y = sum over steps of scale * (sum over k of a step of x * value), a step being a block or 128 columns of one.
 //               Both sums run in the order of k, by fma from zero, for few rows and for many: a row's result does not depend
-//               on its batch, nor on the ISA.
+//               on its batch, nor on the ISA. A weight whose rows are no whole blocks, or less than a panel, goes by nf4_dot.
 //   as integers the rows are quantized to s8 (symmetric), the values to integer/levels; the inner sum is exact, below
 //               2^24 (127 * 127 * 128), so that its conversion to float is exact too.
 #pragma once
@@ -65,35 +65,48 @@ static void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, c
   else quantize_blocks((const fp16*)x, n, blocksize, book, begin, end, packed, absmax);
 }
 
-// n elements of one block, from element i of the flat tensor on.
-template <class T>
-INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float absmax, const Codebook& book, T* y, bool streamed) {
-  const f32 scale = set1(absmax);
-  const table16 table = load_table(book.value);
+// Consecutive codes, from an even element on, as many as whole vectors take; returns how many they were.
+INLINE size_t dequantize_vectors(const uint8_t* packed, size_t n, const float* values, float* y, bool streamed) {
+  const table16 table = load_table(values);
   size_t j = 0;
-  auto single = [&](size_t at) {
-    const int code = at % 2 ? packed[at / 2] & 15 : packed[at / 2] >> 4;
-    store_part(y + j, set1(book.value[code]) * scale, 1);
-    ++j;
-  };
-  if (i % 2 && j < n) single(i);
   for (; j + 2 * LANES <= n; j += 2 * LANES) {
-    const i32 bytes = load_bytes(packed + (i + j) / 2);
+    const i32 bytes = load_bytes(packed + j / 2);
     f32 low, high;
-    interleave(lookup(table, bytes, 4) * scale, lookup(table, bytes, 0) * scale, low, high);
+    interleave(lookup(table, bytes, 4), lookup(table, bytes, 0), low, high);
     if (streamed) stream(y + j, low), stream(y + j + LANES, high);
     else store(y + j, low), store(y + j + LANES, high);
   }
-  while (j < n) single(i + j);
+  return j;
+}
+
+template <class T> INLINE size_t dequantize_vectors(const uint8_t* packed, size_t n, const T* values, T* y, bool streamed) {
+  const halves32 table = load_halves(&values->bits);
+  size_t j = 0;
+  if (streamed) for (; j + 32 <= n; j += 32) stream_halves(table, packed + j / 2, y + j);
+  else for (; j + 32 <= n; j += 32) store_halves(table, packed + j / 2, y + j);
+  return j;
+}
+
+// n elements of one block, from element i of the flat tensor on. A block has sixteen values: each is rounded once.
+template <class T>
+INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float absmax, const Codebook& book, T* y, bool streamed) {
+  T values[16];
+  for (int c = 0; c < 16; c += LANES) store(values + c, load(book.value + c) * set1(absmax));
+  size_t j = 0;
+  if (i % 2 && n) y[j++] = values[packed[i / 2] & 15];
+  j += dequantize_vectors(packed + (i + j) / 2, n - j, values, y + j, streamed);
+  for (; j < n; ++j) y[j] = values[(i + j) % 2 ? packed[(i + j) / 2] & 15 : packed[(i + j) / 2] >> 4];
 }
 
 template <class T>
 static void dequantize_blocks(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook& book, size_t begin,
                               size_t end, T* y, bool streamed) {
-  streamed = streamed && (uintptr_t)y % 64 == 0 && begin % blocksize == 0;
+  const size_t mask = blocksize - 1, shift = (size_t)__builtin_ctzll(blocksize);  // a division costs as much as half a block
+  streamed = streamed && (uintptr_t)y % 64 == 0 && (begin & mask) == 0;
   for (size_t i = begin, n; i < end; i += n, y += n) {
-    n = blocksize - i % blocksize < end - i ? blocksize - i % blocksize : end - i;
-    dequantize_block(packed, i, n, absmax[i / blocksize], book, y, streamed);
+    n = blocksize - (i & mask) < end - i ? blocksize - (i & mask) : end - i;
+    if (streamed) __builtin_prefetch(packed + i / 2 + AHEAD), __builtin_prefetch((const char*)(absmax + (i >> shift)) + AHEAD);
+    dequantize_block(packed, i, n, absmax[i >> shift], book, y, streamed);
   }
   if (streamed) stream_end();
 }
@@ -105,10 +118,28 @@ static void nf4_dequantize(const uint8_t* packed, const float* absmax, size_t bl
   else dequantize_blocks(packed, absmax, blocksize, book, begin, end, (fp16*)y, streamed);
 }
 
+// Four lines, 32 columns of sixteen rows, at a time: first the codes of a row's eight columns in their order, then the rows.
+static void nf4_unpack_panel(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat, size_t ld) {
+  for (size_t k = 0; k < K; k += 32, lines += 4 * stride) {
+    uint8_t flat_lines[4][kLine];
+    const int8_t* line[4];
+    for (int i = 0; i < 4; ++i) {
+      line[i] = (const int8_t*)flat_lines[i];
+      for (size_t j = 0; j < kLine; j += 4 * LANES) {
+        const u32 codes = (u32)load((const int32_t*)(lines + i * stride + j));
+        const u32 low = codes & 0x0f0f0f0fu, high = codes >> 4 & 0x0f0f0f0fu;  // columns 0 to 3, and 4 to 7
+        const u32 a = low << 4 | low >> 8, b = high << 4 | high >> 8;            // a pair in bytes 0 and 2
+        store((int32_t*)(flat_lines[i] + j), (i32)((a & 0xffu) | (a >> 8 & 0xff00u) | (b & 0xffu) << 16 | (b << 8 & 0xff000000u)));
+      }
+    }
+    for (size_t n = 0; n < kPanel; n += 4) transpose_quads(line, 4 * n, (int8_t*)flat + n * ld + k / 2, ld);
+  }
+}
+
 // ---- few rows: straight from the packed codes
 
 constexpr int PANEL_VECTORS = kPanel / LANES;
-constexpr size_t PREFETCH_4BIT = 4096;  // bytes ahead
+constexpr size_t PREFETCH_4BIT = 8192;  // bytes ahead
 
 // The bit at which column k%8 of a line's lane starts.
 INLINE constexpr int shift_of(int k) { return 8 * (k % 4) + 4 * (k / 4); }
@@ -168,6 +199,102 @@ static void nf4_gemv(const float* x, size_t rows, size_t K, const uint8_t* packe
   else if (rows == 2) gemv_strip<2>(x, K, packed, scale, blocksize, panels, book, total);
   else if (rows == 3) gemv_strip<3>(x, K, packed, scale, blocksize, panels, book, total);
   else gemv_strip<4>(x, K, packed, scale, blocksize, panels, book, total);
+}
+
+// The same of integers, one step after the other: V vectors of a strip. Codes of columns 0 to 3 and 4 to 7 of a line have sums
+// of their own where one row alone would wait for its additions.
+template <int R, int V>
+static void gemv_int8_step(const int8_t* x, size_t ldx, const int32_t* minus_sums, size_t steps, size_t size, const uint8_t* line,
+                           size_t stride, const nibbles_t& table, const float* scale, float* total) {
+  constexpr int H = R == 1 ? 2 : 1;
+  i32 acc[R][V][H] = {};
+  if (OFFSET)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) acc[r][v][0] = set1(minus_sums[r * steps]);
+  for (size_t k = 0; k < size; k += 8, line += stride, x += 8) {
+    w_t low[V], high[V];
+    for (int v = 0; v < V; ++v) {
+      if (v % PANEL_VECTORS == 0) __builtin_prefetch(line + PREFETCH_4BIT + v * LANES * 4);
+      lookup(table, line + v * LANES * 4, low[v], high[v]);
+    }
+    for (int r = 0; r < R; ++r) {
+      const x_t a = load_x(x + r * ldx), b = load_x(x + r * ldx + 4);
+      for (int v = 0; v < V; ++v) {
+        acc[r][v][0] = dot(acc[r][v][0], low[v], a);
+        acc[r][v][H - 1] = dot(acc[r][v][H - 1], high[v], b);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      float* t = total + r * kStrip + v * LANES;
+      const i32 sum = H == 2 ? acc[r][v][0] + acc[r][v][1] : acc[r][v][0];
+      store(t, fma(to_float(sum), load(scale + v * LANES), load(t)));
+    }
+}
+
+template <int R>
+static void gemv_int8_strip(const int8_t* x, const int32_t* minus_sums, size_t K, const uint8_t* packed, const float* scale,
+                            size_t blocksize, size_t panels, const Codebook& book, float* total) {
+  constexpr int V = LANES == 16 || R == 1 ? 4 : 2;
+  const nibbles_t table = load_nibbles(book.integer);
+  const size_t size = step_of(blocksize), vectors = panels * PANEL_VECTORS, stride = panels * kLine;
+  memset(total, 0, R * kStrip * sizeof(float));
+  for (size_t step = 0, k = 0; k < K; ++step, k += size) {
+    const float* scales = scale + k / blocksize * panels * kPanel;
+    const uint8_t* line = packed + k / 8 * stride;
+    size_t v = 0;
+    for (; v + V <= vectors; v += V)
+      gemv_int8_step<R, V>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table, scales + v * LANES, total + v * LANES);
+    for (; v < vectors; ++v)
+      gemv_int8_step<R, 1>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table, scales + v * LANES, total + v * LANES);
+  }
+}
+
+static void nf4_gemv_int8(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed, const float* scale,
+                          size_t blocksize, size_t panels, const Codebook& book, float* total) {
+  auto f = rows == 1 ? gemv_int8_strip<1> : rows == 2 ? gemv_int8_strip<2> : rows == 3 ? gemv_int8_strip<3> : gemv_int8_strip<4>;
+  f(x, minus_sums, K, packed, scale, blocksize, panels, book, total);
+}
+
+// ---- a weight in flat form: four of its rows, dequantized, times all rows of x
+
+template <int R>
+static void dot_tile(const float* x, size_t ldx, size_t K, const float* w, size_t ldw, float* total) {
+  constexpr int PARTS = 16 / LANES;
+  f32 acc[R][4][PARTS] = {};
+  auto add = [&](const float* a, size_t lda, size_t k) __attribute__((always_inline)) {
+    for (int p = 0; p < PARTS; ++p) {
+      f32 b[4];
+      for (int j = 0; j < 4; ++j) b[j] = load(w + j * ldw + k + p * LANES);
+      for (int r = 0; r < R; ++r) {
+        const f32 v = load(a + r * lda + p * LANES);
+        for (int j = 0; j < 4; ++j) acc[r][j][p] = fma(v, b[j], acc[r][j][p]);
+      }
+    }
+  };
+  size_t k = 0;
+  for (; k + 16 <= K; k += 16) add(x + k, ldx, k);
+  if (k < K) {
+    float rest[R][16] = {};
+    for (int r = 0; r < R; ++r) memcpy(rest[r], x + r * ldx + k, (K - k) * sizeof(float));
+    add(rest[0], 16, k);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < 4; ++j) {
+      float sum[16];
+      for (int p = 0; p < PARTS; ++p) store(sum + p * LANES, acc[r][j][p]);
+      for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+      total[r * kStrip + j] = sum[0];
+    }
+}
+
+static void nf4_dot(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total) {
+  constexpr int R = LANES == 16 ? 4 : 1;
+  size_t m = 0;
+  for (; m + R <= rows; m += R) dot_tile<R>(x + m * ldx, ldx, K, w, ldw, total + m * kStrip);
+  for (; m < rows; ++m) dot_tile<1>(x + m * ldx, ldx, K, w, ldw, total + m * kStrip);
 }
 
 // ---- many rows: a step of a strip is expanded once, into L1, for all of them
@@ -243,32 +370,43 @@ static void nf4_expand_int8(const uint8_t* packed, size_t size, size_t panels, c
   }
 }
 
+// Totals stay in registers over the steps, beside the sums of one step.
+constexpr int ROWS_INT8 = LANES == 16 ? 6 : 4, VECTORS_INT8 = 2;
+
 template <int R>
-static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, const int8_t* integers, const int32_t* minus_sums,
+static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps, const int8_t* integers, const int32_t* minus_sums,
                            const float* scale, float* total) {
-  for (size_t n = 0; n < kStrip; n += TILE_VECTORS * COLS) {
-    acc_t c[R][TILE_VECTORS];
-    for (int v = 0; v < TILE_VECTORS; ++v) {
-      const acc_t start = CENTERED ? acc_t{} : (acc_t)load(minus_sums + n + v * COLS);
-      for (int r = 0; r < R; ++r) c[r][v] = start;
-    }
-    tile<R, TILE_VECTORS, false>(c, a, lda, integers + n * 4, COLS * 4, kStrip * 4, size / 4, nullptr);
+  constexpr int V = VECTORS_INT8 / SUMS;
+  for (size_t n = 0; n < kStrip; n += VECTORS_INT8 * COLS) {
+    f32 t[R][V];
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < TILE_VECTORS / SUMS; ++v) {
-        float* t = total + r * kStrip + n + v * LANES;
-        store(t, fma(to_float(sums(&c[r][v * SUMS])), load(scale + n + v * LANES), load(t)));
+      for (int v = 0; v < V; ++v) t[r][v] = load(total + r * kStrip + n + v * LANES);
+    for (size_t step = 0; step < steps; ++step) {
+      acc_t c[R][VECTORS_INT8];
+      for (int v = 0; v < VECTORS_INT8; ++v) {
+        const acc_t start = CENTERED ? acc_t{} : (acc_t)load(minus_sums + step * kStrip + n + v * COLS);
+        for (int r = 0; r < R; ++r) c[r][v] = start;
       }
+      tile<R, VECTORS_INT8, false>(c, a + step * size, lda, integers + step * size * kStrip + n * 4, COLS * 4, kStrip * 4, size / 4, nullptr);
+      for (int v = 0; v < V; ++v) {
+        const f32 s = load(scale + step * kStrip + n + v * LANES);
+        for (int r = 0; r < R; ++r) t[r][v] = fma(to_float(sums(&c[r][v * SUMS])), s, t[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) store(total + r * kStrip + n + v * LANES, t[r][v]);
   }
 }
 
-static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows, size_t size, const int8_t* integers,
+static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows, size_t size, size_t steps, const int8_t* integers,
                           const int32_t* minus_sums, const float* scale, float* total) {
   const size_t lda = 4 * quads(K);
   const ROW_T* a = (const ROW_T*)rows_of.q + k0;
+  auto tiles = [&](auto f, size_t m) { f(a + m * lda, lda, size, steps, integers, minus_sums, scale, total + m * kStrip); };
   size_t m = 0;
-  for (; m + ROWS_4BIT <= rows; m += ROWS_4BIT) gemm_int8_tile<ROWS_4BIT>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
-  for (; m + 2 <= rows; m += 2) gemm_int8_tile<2>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
-  if (m < rows) gemm_int8_tile<1>(a + m * lda, lda, size, integers, minus_sums, scale, total + m * kStrip);
+  for (; m + ROWS_INT8 <= rows; m += ROWS_INT8) tiles(gemm_int8_tile<ROWS_INT8>, m);
+  for (; m + 2 <= rows; m += 2) tiles(gemm_int8_tile<2>, m);
+  if (m < rows) tiles(gemm_int8_tile<1>, m);
 }
 
 // ---- the tail
@@ -290,6 +428,20 @@ static void nf4_finish(const float* total, const float* row_scale, const float* 
   if (dtype == kFloat32) finish_rows(total, row_scale, bias, rows, n0, columns, N, (float*)y);
   else if (dtype == kBFloat16) finish_rows(total, row_scale, bias, rows, n0, columns, N, (bf16*)y);
   else finish_rows(total, row_scale, bias, rows, n0, columns, N, (fp16*)y);
+}
+
+template <class T> static void finish_bf16_rows(const bf16* product, const float* bias, size_t rows, size_t N, T* y) {
+  for (size_t m = 0; m < rows; ++m, product += N, y += N) {
+    size_t n = 0;
+    for (; n + LANES <= N; n += LANES) store(y + n, bias ? load(product + n) + load(bias + n) : load(product + n));
+    if (n < N) store_part(y + n, bias ? load_part(product + n, N - n) + load_part(bias + n, N - n) : load_part(product + n, N - n), N - n);
+  }
+}
+
+static void nf4_finish_bf16(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype) {
+  if (dtype == kFloat32) finish_bf16_rows((const bf16*)product, bias, rows, N, (float*)y);
+  else if (dtype == kBFloat16) finish_bf16_rows((const bf16*)product, bias, rows, N, (bf16*)y);
+  else finish_bf16_rows((const bf16*)product, bias, rows, N, (fp16*)y);
 }
 
 }  // namespace PYQKERN_ISA

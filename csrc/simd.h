@@ -5,6 +5,7 @@
 // What has no such operator stands below, as functions of the same names on every ISA:
 //   set1 load store min max fma round to_float reduce_min narrow stream lookup interleave ...
 // lookup_bytes turns a line of 64 bytes into the table's entries of their low and of their high four bits.
+// store_halves does so with 32 consecutive codes and a table of sixteen 16-bit floats.
 // and the INT8 product: acc, a (four codes of one row, broadcast), b (four k of COLS columns), dot.
 //
 // No std containers or algorithms here: at -O0 they would leave weak symbols, compiled for this ISA, to the whole program.
@@ -102,6 +103,14 @@ INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, 
   _mm512_storeu_si512(low, _mm512_shuffle_epi8(t, _mm512_and_si512(v, mask)));
   _mm512_storeu_si512(high, _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)));
 }
+struct halves32 { __m512i twice; };  // 16 halves, looked up 32 codes at a time; bit 4 of an index chooses the copy
+INLINE halves32 load_halves(const uint16_t* p) { return {_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p))}; }
+INLINE __m512i lookup_halves(const halves32& t, const uint8_t* packed) {  // 32 codes, high four bits of a byte first
+  const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
+  return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(v, 4), _mm512_slli_epi32(v, 16)), t.twice);
+}
+INLINE void store_halves(const halves32& t, const uint8_t* packed, void* y) { _mm512_storeu_si512(y, lookup_halves(t, packed)); }
+INLINE void stream_halves(const halves32& t, const uint8_t* packed, void* y) { _mm512_stream_si512((__m512i*)y, lookup_halves(t, packed)); }
 INLINE void stream_end() { _mm_sfence(); }
 #elif defined(__AVX2__)
 // ---- AVX2 with FMA and F16C
@@ -168,6 +177,32 @@ INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, 
     _mm256_storeu_si256((__m256i*)(low + i), _mm256_shuffle_epi8(t, _mm256_and_si256(v, mask)));
     _mm256_storeu_si256((__m256i*)(high + i), _mm256_shuffle_epi8(t, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask)));
   }
+}
+struct halves32 { __m256i low, high; };  // 16 halves as their low and their high bytes
+INLINE halves32 load_halves(const uint16_t* p) {
+  const __m128i a = _mm_loadu_si128((const __m128i*)p), b = _mm_loadu_si128((const __m128i*)(p + 8)), mask = _mm_set1_epi16(255);
+  return {_mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(a, mask), _mm_and_si128(b, mask))),
+          _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)))};
+}
+INLINE void lookup_halves(const halves32& t, const uint8_t* packed, __m256i& a, __m256i& b) {  // 32 codes, high four bits of a byte first
+  const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)packed));
+  const __m256i codes = _mm256_and_si256(_mm256_or_si256(_mm256_srli_epi16(v, 4), _mm256_slli_epi16(v, 8)), _mm256_set1_epi8(15));
+  const __m256i low = _mm256_shuffle_epi8(t.low, codes), high = _mm256_shuffle_epi8(t.high, codes);
+  const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
+  a = _mm256_permute2x128_si256(even, odd, 0x20);
+  b = _mm256_permute2x128_si256(even, odd, 0x31);
+}
+INLINE void store_halves(const halves32& t, const uint8_t* packed, void* y) {
+  __m256i a, b;
+  lookup_halves(t, packed, a, b);
+  _mm256_storeu_si256((__m256i*)y, a);
+  _mm256_storeu_si256((__m256i*)y + 1, b);
+}
+INLINE void stream_halves(const halves32& t, const uint8_t* packed, void* y) {
+  __m256i a, b;
+  lookup_halves(t, packed, a, b);
+  _mm256_stream_si256((__m256i*)y, a);
+  _mm256_stream_si256((__m256i*)y + 1, b);
 }
 INLINE void stream_end() { _mm_sfence(); }
 #else
@@ -257,6 +292,14 @@ INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
 INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, int8_t* high) {
   for (int i = 0; i < 64; ++i) low[i] = table[line[i] & 15], high[i] = table[line[i] >> 4];
 }
+struct halves32 { uint16_t values[16]; };
+INLINE halves32 load_halves(const uint16_t* p) { halves32 t; memcpy(t.values, p, sizeof t.values); return t; }
+INLINE void store_halves(const halves32& t, const uint8_t* packed, void* y) {  // 32 codes, high four bits of a byte first
+  uint16_t v[32];
+  for (int i = 0; i < 16; ++i) v[2 * i] = t.values[packed[i] >> 4], v[2 * i + 1] = t.values[packed[i] & 15];
+  memcpy(y, v, sizeof v);
+}
+INLINE void stream_halves(const halves32& t, const uint8_t* packed, void* y) { store_halves(t, packed, y); }
 INLINE void stream_end() {}
 #endif
 
@@ -325,6 +368,67 @@ INLINE acc_t dot(acc_t c, a_t a, b_t b) {  // byte k of each lane, sign-extended
   return c;
 }
 INLINE i32 sums(const acc_t* c) { return c[0]; }
+#endif
+
+// ---- the 4-bit product of integers: acc[lane] += sum over four k of x[k] * w[lane][k]
+// w_t holds looked-up integers, x_t four s8 of one row, broadcast; all within [-127, 127]. OFFSET: the table, and with it every
+// w, has 128 too much, because vpdpbusd takes them as unsigned.
+#if defined(__AVX512VNNI__)
+constexpr int OFFSET = 128;
+typedef __m512i w_t, x_t, nibbles_t;
+INLINE nibbles_t load_nibbles(const int8_t* p) { return _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)), _mm512_set1_epi8(-128)); }
+INLINE x_t load_x(const int8_t* p) { int32_t quad; memcpy(&quad, p, 4); return _mm512_set1_epi32(quad); }
+INLINE void lookup(nibbles_t t, const uint8_t* line, w_t& low, w_t& high) {
+  const __m512i v = _mm512_loadu_si512(line), mask = _mm512_set1_epi8(15);
+  low = _mm512_shuffle_epi8(t, _mm512_and_si512(v, mask));
+  high = _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask));
+}
+INLINE i32 dot(i32 acc, w_t w, x_t x) { return (i32)_mm512_dpbusd_epi32((__m512i)acc, w, x); }
+#elif defined(__AVX2__)
+typedef __m256i w_t, nibbles_t;
+INLINE void lookup(nibbles_t t, const uint8_t* line, w_t& low, w_t& high) {
+  const __m256i v = _mm256_loadu_si256((const __m256i*)line), mask = _mm256_set1_epi8(15);
+  low = _mm256_shuffle_epi8(t, _mm256_and_si256(v, mask));
+  high = _mm256_shuffle_epi8(t, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+}
+#if defined(__AVXVNNI__)
+constexpr int OFFSET = 128;
+typedef __m256i x_t;
+INLINE nibbles_t load_nibbles(const int8_t* p) { return _mm256_xor_si256(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)), _mm256_set1_epi8(-128)); }
+INLINE x_t load_x(const int8_t* p) { int32_t quad; memcpy(&quad, p, 4); return _mm256_set1_epi32(quad); }
+INLINE i32 dot(i32 acc, w_t w, x_t x) { return (i32)_mm256_dpbusd_avx_epi32((__m256i)acc, w, x); }
+#else
+// vpmaddubsw of |x| and w with x's sign: at most 2 * 127 * 127 = 32258, which an int16 holds.
+constexpr int OFFSET = 0;
+struct x_t { __m256i value, magnitude; };
+INLINE nibbles_t load_nibbles(const int8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
+INLINE x_t load_x(const int8_t* p) {
+  int32_t quad;
+  memcpy(&quad, p, 4);
+  const __m256i v = _mm256_set1_epi32(quad);
+  return {v, _mm256_abs_epi8(v)};
+}
+INLINE i32 dot(i32 acc, w_t w, x_t x) {
+  const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8(w, x.value));
+  return acc + (i32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#endif
+#else
+constexpr int OFFSET = 0;
+struct w_t { int8_t k[LANES][4]; };
+struct x_t { int8_t k[4]; };
+struct nibbles_t { int8_t values[16]; };
+INLINE nibbles_t load_nibbles(const int8_t* p) { nibbles_t t; memcpy(t.values, p, 16); return t; }
+INLINE x_t load_x(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+INLINE void lookup(const nibbles_t& t, const uint8_t* line, w_t& low, w_t& high) {
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < 4; ++j) low.k[i][j] = t.values[line[4 * i + j] & 15], high.k[i][j] = t.values[line[4 * i + j] >> 4];
+}
+INLINE i32 dot(i32 acc, const w_t& w, x_t x) {
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < 4; ++j) acc[i] += x.k[j] * w.k[i][j];
+  return acc;
+}
 #endif
 
 // Four rows of four quads each, to four lines of a panel: quad q of the rows r goes to out + q * line, behind each other.

@@ -23,7 +23,7 @@ struct DLTensor {
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
-enum { kDLCPU = 1, kDLInt = 0, kDLFloat = 2, kDLBfloat = 4 };
+enum { kDLCPU = 1, kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4 };
 
 struct ExchangeApi {
   struct { uint32_t major, minor; void* previous; } header;
@@ -102,6 +102,50 @@ PyObject* int8_linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count
   Py_RETURN_TRUE;
 }
 
+// linear_4bit(x, packed, absmax, nested_absmax, nested_map, offset (or None, all three), bias or None, y, codebook, blocksize,
+// as_int8) -> whether y was written. `codebook` is the address of a Codebook.
+PyObject* linear_4bit_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  View x, packed, absmax, nested, map, offset, bias, y;
+  if (!api || count != 11 || !x.read(args[0]) || !packed.read(args[1]) || !absmax.read(args[2]) || !y.read(args[7])) Py_RETURN_FALSE;
+  if (x.ndim < 1 || y.ndim < 1 || x.dtype() < 0 || y.dtype() != x.dtype()) Py_RETURN_FALSE;
+  const size_t K = static_cast<size_t>(x.shape[x.ndim - 1]), N = static_cast<size_t>(y.shape[y.ndim - 1]), M = x.elements() / K;
+  const size_t blocksize = PyLong_AsSize_t(args[9]);
+  const void* book = PyLong_AsVoidPtr(args[8]);
+  if (PyErr_Occurred() || !book || blocksize < 32 || blocksize > 4096 || blocksize & (blocksize - 1)) {
+    PyErr_Clear();
+    Py_RETURN_FALSE;
+  }
+  if (y.elements() != M * N) Py_RETURN_FALSE;
+  const size_t blocks = (N * K + blocksize - 1) / blocksize, rows = panels(N) * kPanel;
+  const bool lines = in_panels(N, K, blocksize), is_nested = args[3] != Py_None;
+  if (packed.code != kDLUInt || packed.bits != 8 || packed.elements() != (lines ? rows * K / 2 : (N * K + 1) / 2) ||
+      absmax.elements() != (lines ? rows * K / blocksize : blocks))
+    Py_RETURN_FALSE;
+  if (!is_nested ? absmax.dtype() != kFloat32 || args[4] != Py_None || args[5] != Py_None
+                 : absmax.code != kDLUInt || absmax.bits != 8 || !nested.read(args[3]) || nested.dtype() != kFloat32 ||
+                       nested.elements() != (blocks + kNestedBlock - 1) / kNestedBlock || !map.read(args[4]) ||
+                       map.dtype() != kFloat32 || map.elements() != 256 || !offset.read(args[5]) ||
+                       offset.dtype() != kFloat32 || offset.elements() != 1)
+    Py_RETURN_FALSE;
+  const bool has_bias = args[6] != Py_None, as_int8 = PyObject_IsTrue(args[10]) == 1;
+  if (has_bias && (!bias.read(args[6]) || bias.dtype() < 0 || bias.ndim != 1 || bias.elements() != N)) Py_RETURN_FALSE;
+  Scales scales{absmax.data, nullptr, nullptr, 0};
+  if (is_nested)
+    scales = {absmax.data, static_cast<const float*>(nested.data), static_cast<const float*>(map.data), *static_cast<const float*>(offset.data)};
+  const Weight4 w{static_cast<const uint8_t*>(packed.data), scales, N, K, blocksize, static_cast<const Codebook*>(book)};
+
+  bool out_of_memory = false;
+  Py_BEGIN_ALLOW_THREADS
+  try {
+    nf4_linear(x.data, x.dtype(), w, has_bias ? bias.data : nullptr, has_bias ? bias.dtype() : 0, M, y.data, as_int8);
+  } catch (const std::bad_alloc&) {
+    out_of_memory = true;
+  }
+  Py_END_ALLOW_THREADS
+  if (out_of_memory) return PyErr_NoMemory();
+  Py_RETURN_TRUE;
+}
+
 // use_exchange(capsule): torch.Tensor.__dlpack_c_exchange_api__. Another major version is another ABI.
 PyObject* use_exchange(PyObject*, PyObject* capsule) {
   const auto* given = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
@@ -113,6 +157,8 @@ PyObject* use_exchange(PyObject*, PyObject* capsule) {
 PyMethodDef methods[] = {
     {"int8_linear_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(int8_linear_tensors)), METH_FASTCALL,
      "(x, packed, weight_scale, bias or None, y, activation, symmetric[, x_scale, x_zero]) -> whether y was written; False: take the other way."},
+    {"linear_4bit_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_4bit_tensors)), METH_FASTCALL,
+     "(x, packed, absmax, nested_absmax, nested_map, offset, bias or None, y, codebook, blocksize, as_int8) -> whether y was written."},
     {"use_exchange", use_exchange, METH_O, "Takes torch.Tensor.__dlpack_c_exchange_api__; returns whether it can be used."},
     {nullptr, nullptr, 0, nullptr},
 };

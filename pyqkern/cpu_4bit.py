@@ -10,14 +10,18 @@ from torch.nn import functional
 from pyqkern import _C
 from pyqkern.cpu import DTYPE_CODES
 from pyqkern.reference_4bit import CODEBOOKS
+from pyqkern.schemes import COMPUTE
 
 PANEL, STRIP = 16, 64
 
-# "auto": up to this many rows multiply in fp32 straight from the codes, more of them as integers. Measured: with
-# AVX-512 one row costs the same either way; without, the bytewise lookup is twice as fast at any number of rows.
-FP32_ROWS = {"avx512vnni": 1}
+# "auto" multiplies integers: measured, that is the fastest way for every number of rows on every ISA.
+AS_INT8 = ("int8", "auto")
+
+# compute="bf16": up to this many rows keep the weights in fp32, more of them go through torch's bf16 product.
+BF16_FROM = 4
 
 in_panels = _C.in_panels
+_RECORDS = {name: book.record.data_ptr() for name, book in CODEBOOKS.items()}
 
 
 def packed_sizes(n: int, k: int, blocksize: int) -> tuple[int, int]:
@@ -65,8 +69,9 @@ def quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, T
     numel = x.numel()
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32)
-    book = CODEBOOKS[quant_type].record.data_ptr()
-    _C.quantize_4bit(x.data_ptr(), DTYPE_CODES[x.dtype], numel, blocksize, book, packed.data_ptr(), absmax.data_ptr())
+    _C.quantize_4bit(
+        x.data_ptr(), DTYPE_CODES[x.dtype], numel, blocksize, _RECORDS[quant_type], packed.data_ptr(), absmax.data_ptr()
+    )
     return packed, absmax
 
 
@@ -90,9 +95,35 @@ def dequantize_4bit(
     y = torch.empty(tuple(shape), dtype=dtype)
     _C.dequantize_4bit(
         packed.data_ptr(), absmax.data_ptr(), *_nested(nested_absmax, nested_map, offset), blocksize,
-        CODEBOOKS[quant_type].record.data_ptr(), math.prod(shape), y.data_ptr(), DTYPE_CODES[dtype],
+        _RECORDS[quant_type], math.prod(shape), y.data_ptr(), DTYPE_CODES[dtype],
     )  # fmt: skip
     return y
+
+
+def linear_4bit_tensors(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    n: int,
+    compute: str,
+) -> Tensor | None:
+    """linear_4bit of plain CPU tensors that C++ itself checks; None where it found something that does not fit."""
+    shape = x.shape
+    rows = x.numel() // (shape[-1] or 1)
+    if (compute == "bf16" and rows > BF16_FROM) or compute not in COMPUTE or quant_type not in CODEBOOKS or n <= 0:
+        return None
+    y = x.new_empty((*shape[:-1], n))
+    written = _C.linear_4bit_tensors(
+        x, packed, absmax, nested_absmax, nested_map, offset, bias, y, _RECORDS[quant_type], blocksize,
+        compute in AS_INT8,
+    )  # fmt: skip
+    return y if written else None
 
 
 def linear_4bit(
@@ -111,15 +142,14 @@ def linear_4bit(
     shape = x.shape
     k = shape[-1]
     rows = x.numel() // k
-    if compute == "bf16" and rows > 4:
+    if compute == "bf16" and rows > BF16_FROM:
         return _linear_bf16(x, packed, absmax, nested_absmax, nested_map, offset, bias, quant_type, blocksize, n)
-    as_int8 = compute == "int8" or (compute == "auto" and rows > FP32_ROWS.get(_C.isa(), 0))
     y = x.new_empty((*shape[:-1], n))
     bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
     _C.linear_4bit(
         x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), absmax.data_ptr(),
-        *_nested(nested_absmax, nested_map, offset), n, k, blocksize, CODEBOOKS[quant_type].record.data_ptr(),
-        bias_at, bias_dtype, rows, y.data_ptr(), as_int8,
+        *_nested(nested_absmax, nested_map, offset), n, k, blocksize, _RECORDS[quant_type],
+        bias_at, bias_dtype, rows, y.data_ptr(), compute in AS_INT8,
     )  # fmt: skip
     return y
 
@@ -138,10 +168,15 @@ def _linear_bf16(
 ) -> Tensor:
     """torch's bf16 product with a dequantized copy of the weight, which lives as long as the call."""
     k = x.shape[-1]
-    flat = unpack_4bit(packed, n, k, blocksize)
-    scales = unpack_scales(absmax, n, k, blocksize)
-    weight = dequantize_4bit(
-        flat, scales, nested_absmax, nested_map, offset, quant_type, blocksize, (n, k), torch.bfloat16
-    )
-    y = functional.linear(x.to(torch.bfloat16), weight).float()
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    weight = torch.empty((n, k), dtype=torch.bfloat16)
+    _C.weight_4bit(
+        packed.data_ptr(), absmax.data_ptr(), *_nested(nested_absmax, nested_map, offset), n, k, blocksize,
+        _RECORDS[quant_type], weight.data_ptr(), DTYPE_CODES[weight.dtype],
+    )  # fmt: skip
+    product = functional.linear(x.to(torch.bfloat16), weight)
+    if bias is None and x.dtype is torch.bfloat16:
+        return product
+    y = x.new_empty(product.shape)
+    bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
+    _C.finish_bf16(product.data_ptr(), bias_at, bias_dtype, y.numel() // n, n, y.data_ptr(), DTYPE_CODES[x.dtype])
+    return y

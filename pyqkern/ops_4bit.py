@@ -307,6 +307,10 @@ def _fits(
 def linear_4bit(x: Tensor, *arguments: Any) -> Tensor:
     """torch.ops.pyqkern.linear_4bit, by the shortest way."""
     if direct(x):
+        if cpu.HAS_EXCHANGE and x.dim():
+            y = cpu_4bit.linear_4bit_tensors(x, *arguments)
+            if y is not None:
+                return y
         return _linear(cpu, x, *arguments)
     return torch.ops.pyqkern.linear_4bit.default(x, *arguments)
 
