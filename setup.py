@@ -31,6 +31,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512vnni": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     }
 
+SOURCES = ("affine", "bindings", "dispatch", "embedding", "int8", "nf4", "parallel", "tensors")
+
 setup(
     libraries=[
         (f"pyqkern_{isa}", {"sources": [f"csrc/isa_{isa}.cpp"], "cflags": [*KERNELS, *flags]})
@@ -39,7 +41,10 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "pyqkern._C",
-            [f"csrc/{name}.cpp" for name in ("affine", "bindings", "dispatch", "int8", "nf4", "parallel", "tensors")],
+            [
+                f"csrc/{name}.cpp"
+                for name in ("affine", "bindings", "dispatch", "embedding", "int8", "nf4", "parallel", "tensors")
+            ],
             extra_compile_args=COMMON,
             libraries=["dl", "pthread"],
         )

@@ -4,21 +4,23 @@ from importlib.metadata import version
 
 import torch  # noqa: F401  before _C, which runs on torch's OpenMP pool
 
+import pyqkern.ops_embedding
 import pyqkern.ops_rows  # noqa: F401  registers its operators
 from pyqkern._C import isa, isas
 from pyqkern.affine import choose_qparams_affine, dequantize_affine, pack_int4, quantize_affine, unpack_int4
 from pyqkern.calibrate import Ranges, calibrate
 from pyqkern.nf4 import Quantized4bit, dequantize_4bit, quantize_4bit
 from pyqkern.ops import int8_matmul
+from pyqkern.qembedding import QEmbedding
 from pyqkern.qlinear import QLinear
 from pyqkern.qlinear_4bit import FP4Linear, Int4Linear, NF4Linear  # noqa: F401  registers them
 from pyqkern.qlinear_int8 import Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear  # noqa: F401  registers them
-from pyqkern.replace import replace_linear, summary
+from pyqkern.replace import replace_embedding, replace_linear, summary
 from pyqkern.smooth import smooth
 
 __version__ = version("pyqkern")
-
 __all__ = [
+    "QEmbedding",
     "QLinear",
     "Quantized4bit",
     "Ranges",
@@ -32,6 +34,7 @@ __all__ = [
     "pack_int4",
     "quantize_4bit",
     "quantize_affine",
+    "replace_embedding",
     "replace_linear",
     "smooth",
     "summary",

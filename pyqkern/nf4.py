@@ -103,7 +103,7 @@ def dynamic_map() -> Tensor:
 
     For each decade 10^-6 ... 10^0 the interval [0.1, 1] is cut into 2^i equal parts, whose middles are the fractions.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
         ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         decade = 10.0 ** (i - 6) * ((ends[:-1] + ends[1:]) / 2.0)
