@@ -1,6 +1,7 @@
 """Quantization kernels for PyTorch: `pyqkern.replace_linear(model)` turns a model's linears into INT8 ones in place."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  before _C, which runs on torch's OpenMP pool
 
@@ -15,11 +16,30 @@ from pyqkern.qembedding import QEmbedding
 from pyqkern.qlinear import QLinear
 from pyqkern.qlinear_4bit import FP4Linear, Int4Linear, NF4Linear  # noqa: F401  registers them
 from pyqkern.qlinear_int8 import Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear  # noqa: F401  registers them
+from pyqkern.register import register
 from pyqkern.replace import replace_embedding, replace_linear, summary
 from pyqkern.smooth import smooth
 
 __version__ = version("pyqkern")
+
+register()
+
+
+if TYPE_CHECKING:
+    from pyqkern.hf import PyqkernConfig, hf_config
+else:
+
+    def __getattr__(name: str) -> Any:
+        """What needs transformers, which takes seconds to import, is imported when it is asked for."""
+        if name in ("PyqkernConfig", "hf_config"):
+            from pyqkern import hf
+
+            return getattr(hf, name)
+        raise AttributeError(f"module 'pyqkern' has no attribute {name!r}")
+
+
 __all__ = [
+    "PyqkernConfig",
     "QEmbedding",
     "QLinear",
     "Quantized4bit",
@@ -28,6 +48,7 @@ __all__ = [
     "choose_qparams_affine",
     "dequantize_4bit",
     "dequantize_affine",
+    "hf_config",
     "int8_matmul",
     "isa",
     "isas",

@@ -24,7 +24,6 @@ def qrange(dtype: torch.dtype, bits: int = 8) -> tuple[int, int]:
     return (qmin, qmax) if bits == 8 else (qmin // 16, qmax // 16)
 
 
-
 # The activations that the linear's tail can apply; the position is the code that C++ takes.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
