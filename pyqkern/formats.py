@@ -278,7 +278,7 @@ def read_layers(
             found.setdefault(scheme or _w8a8_scheme(config), []).append(key.removesuffix(".weight_scale"))
     if not found:
         raise ValueError(f"the files hold no layer in {format}'s format, whatever config.json says")
-    return [{"scheme": one, "linears": names, "embeddings": {}} for one, names in found.items()]
+    return [{"scheme": one, "linears": names, "embeddings": {}, "heads": {}} for one, names in found.items()]
 
 
 def _4bit_scheme(key: str, quant_type: str, stored: Tensor) -> Scheme:

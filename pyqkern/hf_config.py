@@ -110,44 +110,58 @@ def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | No
 
 
 def describe(model: nn.Module) -> list[dict[str, Any]]:
-    """One entry per scheme: the names of its linears and embeddings; and the linears that are not quantized."""
+    """One entry per scheme: its linears, its embeddings and the linears tied to them, each with the name of its table.
+
+    The last entry, without a scheme, names the linears that are not quantized.
+    """
     entries: dict[str, dict[str, Any]] = {}
 
     def entry(scheme: Scheme) -> dict[str, Any]:
         said = scheme_to_dict(scheme)
-        return entries.setdefault(repr(said), {"scheme": said, "linears": [], "embeddings": {}})
+        return entries.setdefault(repr(said), {"scheme": said, "linears": [], "embeddings": {}, "heads": {}})
 
-    heads: dict[int, str] = {}
+    tables: dict[int, str] = {}
+    for layer in find_layers(model, (QEmbedding,)):
+        table, name = layer.module.table, layer.names[0]
+        entry(table.scheme)["embeddings"][name] = tables.setdefault(id(table), f"{name}.table")
     kept = []
     for layer in find_layers(model, linear_types()):
-        if isinstance(layer.module, QLinear):
-            entry(layer.module.scheme)["linears"].append(layer.names[0])
-            heads[id(layer.module)] = layer.names[0]
+        name, module = layer.names[0], layer.module
+        if id(module) in tables:
+            entry(module.scheme)["heads"][name] = tables[id(module)]
+        elif isinstance(module, QLinear):
+            entry(module.scheme)["linears"].append(name)
         else:
-            kept.append(layer.names[0])
-    for layer in find_layers(model, (QEmbedding,)):
-        table = layer.module.table
-        entry(table.scheme)["embeddings"][layer.names[0]] = heads.setdefault(id(table), layer.names[0] + ".table")
-    return [*entries.values(), {"scheme": None, "linears": kept, "embeddings": {}}]
+            kept.append(name)
+    return [*entries.values(), {"scheme": None, "linears": kept, "embeddings": {}, "heads": {}}]
 
 
 def state_dict(model: nn.Module, format: str) -> dict[str, Tensor]:
-    """The model's state_dict with the quantized layers in a format; what a tied embedding and its head share, once."""
+    """The model's state_dict with the quantized layers in a format; what an embedding and its head share, once."""
     tensors = dict(model.state_dict())
-    heads = {id(layer.module) for layer in find_layers(model, (QLinear,))}
+
+    def drop(prefix: str, *but: str) -> None:
+        for key in [key for key in tensors if key.startswith(prefix) and key.removeprefix(prefix) not in but]:
+            del tensors[key]
+
+    tables: set[int] = set()
     for layer in find_layers(model, (QEmbedding,)):
-        for name in layer.names if id(layer.module.table) in heads else layer.names[1:]:
-            for key in [key for key in tensors if key.startswith(f"{name}.table.")]:
-                del tensors[key]
-        heads.add(id(layer.module.table))
-    if format == "pyqkern":
-        return tensors
-    if find_layers(model, (QEmbedding,)):
-        raise ValueError(f"{format} has no quantized embeddings; save with format='pyqkern'")
+        if format != "pyqkern":
+            raise ValueError(f"{format} has no quantized embeddings, as {layer.names[0]} is; use format='pyqkern'")
+        first = layer.names[0]
+        for name in layer.names:
+            if name != first or id(layer.module.table) in tables:
+                drop(f"{name}.table.")
+        tensors.pop(f"{first}.table.bias", None)
+        tables.add(id(layer.module.table))
     for layer in find_layers(model, (QLinear,)):
         for name in layer.names:
-            own = {key: tensors.pop(key) for key in list(tensors) if key.rpartition(".")[0] == name}
-            own = {key.removeprefix(f"{name}."): value for key, value in own.items()}
-            encoded = formats.encode(format, name, layer.module, own)
-            tensors |= {f"{name}.{key}": value for key, value in encoded.items()}
+            if id(layer.module) in tables:
+                drop(f"{name}.", "bias")
+            elif format != "pyqkern":
+                prefix = f"{name}."
+                own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                drop(prefix)
+                encoded = formats.encode(format, name, layer.module, own)
+                tensors |= {prefix + key: value for key, value in encoded.items()}
     return tensors

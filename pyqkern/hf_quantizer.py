@@ -63,14 +63,36 @@ class _Slot(nn.Module):
         (layer,) = self.layer
         if missing := self.missing():
             raise ValueError(f"{name}.{missing[0]} is missing from the checkpoint")
-        tensors = self.tensors()
-        bias = self._parameters["bias"]
-        if bias is not None and bias.dim() == 1 and bias.numel() > layer.out_features:
-            # transformers fills a tied bias up to the rows of `weight`, which here are rows of packed codes.
-            bias.data = bias.data[: layer.out_features].clone()
-        state = formats.decode(self.format, name, layer, tensors)
+        state = formats.decode(self.format, name, layer, self.tensors())
         layer.load_state_dict(state, assign=True)
         return layer.train(self.training)
+
+
+class _EmbeddingSlot(nn.Module):
+    """Where a QEmbedding will be. Its table's slot is in it as `table`, unless that has another name already."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, slot: _Slot, own: _Slot | None, padding_idx: int | None) -> None:
+        super().__init__()
+        self.table = own
+        self.slot = [slot]
+        self.padding_idx = padding_idx
+        # For models that initialize the weight of an embedding that they hold.
+        self.weight = torch.empty(0, device="meta", dtype=torch.float32)
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+class _HeadSlot(nn.Module):
+    """Where a linear will be that is tied to a quantized embedding: its bias, if it has one."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, slot: _Slot, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_parameter("bias", linear.bias)
+        self.slot = [slot]
+        self.weight = torch.empty(linear.out_features, 0, device="meta")  # transformers asks for the number of rows
 
 
 class _QuantizeOnLoad:
@@ -105,7 +127,6 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._chosen: dict[str, Any] = {}  # weight's name -> the float linear that waits for it
         self._quantized: dict[str, QLinear] = {}  # weight's name -> what became of it
-        self._tied: dict[int, _Slot] = {}  # id of what stands for an embedding's table -> the head's slot
         self._asked = self._reading = False  # how far transformers 4 is
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -150,7 +171,6 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
             """None for what only the model with a head has, where the base model is loaded, or the other way round."""
             return next((by_name[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in by_name), None)
 
-        placed = False
         for entry in entries:
             if entry["scheme"] is None:
                 continue
@@ -162,25 +182,22 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     empty = _empty(linear, linear.bias is not None, scheme)
                     slots[name] = _Slot(empty, config.format, linear.bias)
                     put(layer, slots[name], model)
-                    placed = True
-        for entry in entries:
-            for name, table in entry["embeddings"].items():
+            # The embedding that a table is called after comes first.
+            for name, table in sorted(entry["embeddings"].items(), key=lambda item: item[1] != f"{item[0]}.table"):
                 layer = find(name)
                 if layer is None or not isinstance(layer.module, nn.Embedding):
                     continue
-                if table in slots:
-                    holder = nn.Module()  # a slot has one name while it is loaded
-                    self._tied[id(holder)] = slots[table]
-                else:
-                    scheme = scheme_from_dict(entry["scheme"])
+                own = None
+                if table == f"{name}.table":
                     linear = nn.Linear(layer.module.embedding_dim, layer.module.num_embeddings, device="meta")
                     linear.weight = layer.module.weight
-                    holder = slots[table] = _Slot(_empty(linear, False, scheme), config.format)
-                embedding = QEmbedding(holder, layer.module.padding_idx)  # type: ignore[arg-type]
-                embedding._is_hf_initialized = True  # type: ignore[assignment]
-                put(layer, embedding, model)
-                placed = True
-        if not placed:
+                    own = slots[table] = _Slot(_empty(linear, False, scheme), config.format)
+                put(layer, _EmbeddingSlot(slots[table], own, layer.module.padding_idx), model)
+            for name, table in entry["heads"].items():
+                layer = find(name)
+                if layer is not None and table in slots:
+                    put(layer, _HeadSlot(slots[table], layer.module), model)
+        if not slots:
             raise ValueError("quantization_config must name layers of this model, but none of its names is one's")
         untie(model)
         if _V4:
@@ -259,12 +276,16 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return expected_keys
 
     def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
-        if self.pre_quantized:
-            for name in missing_keys:
-                path, _, last = name.rpartition(".")
-                if isinstance(model.get_submodule(path), _Slot):
-                    raise ValueError(f"{path}.{formats.file_name(last)} is missing from the checkpoint")
-        return missing_keys
+        if not self.pre_quantized:
+            return missing_keys
+        missing = set(missing_keys)
+        for layer in find_layers(model, (_Slot,)):
+            for key in layer.module.tensors():
+                names = [f"{name}.{key}" for name in layer.names]
+                if missing.issuperset(names):
+                    raise ValueError(f"{layer.names[0]}.{formats.file_name(key)} is missing from the checkpoint")
+                missing.difference_update(names)
+        return sorted(missing)
 
     # ---- after they are read
 
@@ -298,11 +319,15 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in find_layers(model, (_Slot,)):
             filled[id(layer.module)] = layer.module.fill(layer.names[0])
             put(layer, _with_accelerate_hook(layer.module, filled[id(layer.module)]), model)
-        for layer in find_layers(model, (QEmbedding,)):
-            slot = self._tied.pop(id(layer.module.table), layer.module.table)
+        for layer in find_layers(model, (_EmbeddingSlot,)):
+            (slot,), padding_idx = layer.module.slot, layer.module.padding_idx
             if id(slot) not in filled:
                 filled[id(slot)] = slot.fill(f"{layer.names[0]}.table")
-            layer.module.table = filled[id(slot)]
+            put(layer, QEmbedding(filled[id(slot)], padding_idx).train(model.training), model)
+        for layer in find_layers(model, (_HeadSlot,)):
+            (slot,) = layer.module.slot
+            filled[id(slot)].bias = layer.module.bias
+            put(layer, filled[id(slot)], model)
 
     # ---- saving and the rest
 
@@ -369,7 +394,7 @@ def untie(model: Any) -> None:
     def quantized(name: str) -> bool:
         path = name.rpartition(".")[0]
         try:
-            return isinstance(model.get_submodule(path), QLinear | QEmbedding | _Slot)
+            return isinstance(model.get_submodule(path), QLinear | QEmbedding | _Slot | _EmbeddingSlot | _HeadSlot)
         except AttributeError:
             return False
 
@@ -381,7 +406,7 @@ def untie(model: Any) -> None:
             }
             if len(left) < len(tied):
                 setattr(model, attribute, left)
-    if _V4 and any(isinstance(layer.module, QEmbedding) for layer in find_layers(model, (QEmbedding,))):
+    if _V4 and find_layers(model, (QEmbedding, _EmbeddingSlot)):
         model._tie_or_clone_weights = _tie_nothing
 
 
