@@ -26,12 +26,12 @@ register()
 
 
 if TYPE_CHECKING:
-    from pyqkern.hf import PyqkernConfig, hf_config
+    from pyqkern.hf import PyqkernConfig, checkpoint_config
 else:
 
     def __getattr__(name: str) -> Any:
         """What needs transformers, which takes seconds to import, is imported when it is asked for."""
-        if name in ("PyqkernConfig", "hf_config"):
+        if name in ("PyqkernConfig", "checkpoint_config"):
             from pyqkern import hf
 
             return getattr(hf, name)
@@ -45,10 +45,10 @@ __all__ = [
     "Quantized4bit",
     "Ranges",
     "calibrate",
+    "checkpoint_config",
     "choose_qparams_affine",
     "dequantize_4bit",
     "dequantize_affine",
-    "hf_config",
     "int8_matmul",
     "isa",
     "isas",

@@ -21,7 +21,7 @@ from pyqkern.hf_config import PyqkernConfig, scheme_to_dict
 from pyqkern.hf_quantizer import PyqkernHfQuantizer, untie
 from pyqkern.schemes import Scheme, get_scheme
 
-__all__ = ["PyqkernConfig", "PyqkernHfQuantizer", "attach", "hf_config"]
+__all__ = ["PyqkernConfig", "PyqkernHfQuantizer", "attach", "checkpoint_config"]
 
 
 def attach(model: nn.Module) -> None:
@@ -33,10 +33,10 @@ def attach(model: nn.Module) -> None:
                 module.hf_quantizer = PyqkernHfQuantizer(PyqkernConfig())
 
 
-def hf_config(folder: str | Path, scheme: str | Scheme | None = None, **kwargs: Any) -> Any:
+def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **kwargs: Any) -> Any:
     """The config of a folder that bitsandbytes or compressed-tensors has quantized, so that pyqkern reads it.
 
-        model = AutoModel.from_pretrained(folder, config=pyqkern.hf_config(folder))
+        model = AutoModel.from_pretrained(folder, config=pyqkern.checkpoint_config(folder))
 
     Without it, transformers hands such a folder to bitsandbytes. save_pretrained writes the format that was read.
     scheme: what INT8 weights are computed with, say "int8"; by default what the format means, "int8-outlier" for

@@ -7,6 +7,7 @@ transformers 4 and 5 ask for this in different ways; the parts that only one of 
 
 import copy
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,6 +146,7 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         if self.pre_quantized:
+            _refuse_pickle(kwargs.get("checkpoint_files"), model.config)
             if config.layers is None:
                 raise ValueError("quantization_config of the folder must name the quantized layers; it has none")
             self._put_slots(model)
@@ -353,6 +355,16 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in find_layers(model, (QLinear, QEmbedding)):
             put(layer, _dequantized(layer.module), model)
         return model
+
+
+def _refuse_pickle(files: list[str] | None, config: Any) -> None:
+    """files: None with transformers 4, which does not say them."""
+    folder = Path(getattr(config, "_name_or_path", "") or "")
+    if files is None and folder.is_dir():
+        files = [] if any(folder.glob("*.safetensors")) else [str(folder)]
+    for file in files or []:
+        if not file.endswith(".safetensors"):
+            raise OSError(f"a quantized model must be in safetensors files, got {file}; pickled weights are not read")
 
 
 def _dequantized(module: QLinear | QEmbedding) -> nn.Module:

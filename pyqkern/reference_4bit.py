@@ -55,7 +55,7 @@ class Codebook:
             self.bounds,
             self.order.float(),
             self.integers,
-            torch.tensor([self.levels], dtype=torch.float32),
+            torch.tensor([self.levels], dtype=torch.float32, device="cpu"),
         )
         return torch.cat([part.view(torch.uint8) for part in parts])
 
