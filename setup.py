@@ -31,6 +31,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512vnni": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     }
 
+SOURCES = ("affine", "bindings", "dispatch", "embedding", "int8", "nf4", "parallel", "tensors")
+
 setup(
     libraries=[
         (f"pyqkern_{isa}", {"sources": [f"csrc/isa_{isa}.cpp"], "cflags": [*KERNELS, *flags]})
@@ -41,7 +43,9 @@ setup(
             "pyqkern._C",
             [
                 f"csrc/{name}.cpp"
-                for name in ("affine", "bindings", "dispatch", "encoder", "int8", "nf4", "parallel", "tensors")
+                for name in (
+                    "affine", "bindings", "dispatch", "embedding", "encoder", "int8", "nf4", "parallel", "tensors",
+                )
             ],
             extra_compile_args=COMMON,
             libraries=["dl", "pthread"],

@@ -95,4 +95,12 @@ void nf4_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, 
 // if the weight is in panels.
 void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, int bias_dtype, size_t M, void* y, bool as_int8);
 
+// Rows of a packed weight: out[m] = W[rows[m]], every rows[m] < N. K > 0. int8 [M, K]; 4-bit, for weights in panels, flat
+// codes [M, K / 2] and scales [M, K / blocksize] of scale_bytes each; nf4_dequantize_rows, for flat ones, y [M, K].
+void int8_gather(const int8_t* packed, size_t K, const int64_t* rows, size_t M, int8_t* out);
+void nf4_gather(const uint8_t* lines, const uint8_t* scales, size_t scale_bytes, size_t N, size_t K, size_t blocksize,
+                const int64_t* rows, size_t M, uint8_t* codes, uint8_t* row_scales);
+void nf4_dequantize_rows(const uint8_t* packed, const float* absmax, size_t K, size_t blocksize, const Codebook& book,
+                         const int64_t* rows, size_t M, void* y, int dtype);
+
 }  // namespace pyqkern

@@ -111,4 +111,18 @@ PYBIND11_MODULE(_C, m) {
     const Weight4 w{at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize, at<Codebook>(book)};
     nf4_linear(at<void>(x), dtype, w, at<void>(bias), bias_dtype, M, at<void>(y), as_int8);
   }, nogil);
+
+  m.def("int8_gather", [](Address packed, size_t K, Address rows, size_t M, Address out) {
+    int8_gather(at<int8_t>(packed), K, at<int64_t>(rows), M, at<int8_t>(out));
+  }, nogil);
+  m.def("gather_4bit", [](Address lines, Address scales, size_t scale_bytes, size_t N, size_t K, size_t blocksize, Address rows,
+                          size_t M, Address codes, Address row_scales) {
+    nf4_gather(at<uint8_t>(lines), at<uint8_t>(scales), scale_bytes, N, K, blocksize, at<int64_t>(rows), M, at<uint8_t>(codes),
+               at<uint8_t>(row_scales));
+  }, nogil);
+  m.def("dequantize_rows_4bit", [](Address packed, Address absmax, size_t K, size_t blocksize, Address book, Address rows,
+                                   size_t M, Address y, int dtype) {
+    nf4_dequantize_rows(at<uint8_t>(packed), at<float>(absmax), K, blocksize, *at<Codebook>(book), at<int64_t>(rows), M,
+                        at<void>(y), dtype);
+  }, nogil);
 }

@@ -103,9 +103,9 @@ def dynamic_map() -> Tensor:
 
     For each decade 10^-6 ... 10^0 the interval [0.1, 1] is cut into 2^i equal parts, whose middles are the fractions.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for i in range(7):
-        ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         decade = 10.0 ** (i - 6) * ((ends[:-1] + ends[1:]) / 2.0)
         values += [decade, -decade]
     return torch.cat(values).sort().values

@@ -103,6 +103,10 @@ class QLinear(nn.Module):
         """The layer without a gradient."""
         raise NotImplementedError
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """weight[ids] in `dtype`, [*ids.shape, in_features], of which only these rows are dequantized: an embedding."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
         """.to(), .half(), .cuda(): buffers move, but keep their dtype; the scales are fp32 whatever the model is."""
         before = dict(self._buffers)
@@ -201,6 +205,9 @@ class Int8Linear(QLinear, scheme=Int8):
         """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
         # The operator, not dequantize_affine: this runs inside of compiled graphs.
         return torch.ops.pyqkern.dequantize_affine(self._unpack(), self.weight_scale, None, (0,), None, self.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return torch.ops.pyqkern.int8_embedding(ids, self.packed, self.weight_scale, self.in_features, self.dtype)
 
     def _linear(self, x: Tensor) -> Tensor:
         buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name

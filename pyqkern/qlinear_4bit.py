@@ -51,9 +51,9 @@ class Linear4bit(QLinear):
         if self.double_quant:
             groups = -(-blocks // NESTED_BLOCKSIZE)
             nested = (
-                torch.zeros(groups, device=device),
+                torch.zeros(groups, dtype=torch.float32, device=device),
                 dynamic_map().to(device or "cpu"),
-                torch.zeros((), device=device),
+                torch.zeros((), dtype=torch.float32, device=device),
             )
         self._take(codes, scales, nested)
 
@@ -98,9 +98,12 @@ class Linear4bit(QLinear):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
-        shape = (self.out_features, self.in_features)
-        return torch.ops.pyqkern.dequantize_4bit(
-            self._codes(), self._scales(), *self._nested(), self.quant_type, self.blocksize, shape, self.dtype
+        return self.rows(torch.arange(self.out_features, device=self.packed.device))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        sizes = (self.out_features, self.in_features)
+        return torch.ops.pyqkern.embedding_4bit(
+            ids, self.packed, self.absmax, *self._nested(), self.quant_type, self.blocksize, *sizes, self.dtype
         )
 
     def _linear(self, x: Tensor) -> Tensor:

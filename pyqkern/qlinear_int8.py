@@ -34,7 +34,7 @@ class Int8StaticLinear(Int8Linear, scheme=Int8Static):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, scheme or Int8Static(), device, dtype)  # type: ignore[arg-type]
-        self.register_buffer("input_scale", torch.ones(1, device=device))
+        self.register_buffer("input_scale", torch.ones(1, dtype=torch.float32, device=device))
         self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
 
     def _quantize(self, weight: Tensor) -> None:

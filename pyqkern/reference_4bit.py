@@ -50,12 +50,18 @@ class Codebook:
     @cached_property
     def record(self) -> Tensor:
         """All of it as C++ takes it: struct Codebook of csrc/kernels.h."""
-        parts = (self.values, self.bounds, self.order.float(), self.integers, torch.tensor([self.levels]))
+        parts = (
+            self.values,
+            self.bounds,
+            self.order.float(),
+            self.integers,
+            torch.tensor([self.levels], dtype=torch.float32, device="cpu"),
+        )
         return torch.cat([part.view(torch.uint8) for part in parts])
 
 
 def _fp4() -> Tensor:
-    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32) / 12
     return torch.cat([positive, -positive])
 
 
@@ -66,12 +72,12 @@ CODEBOOKS = {
             -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
             0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-        ]),
+        ], dtype=torch.float32),
         127.0,
     ),
     "fp4": Codebook(_fp4(), 127.0),
     # Two's complement: the code is q & 15, its value q, the scale that of quantize_affine.
-    "int4": Codebook(torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1]), 1.0),
+    "int4": Codebook(torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32), 1.0),
 }  # fmt: skip
 
 
@@ -208,7 +214,7 @@ def _linear_int8(x: Tensor, packed: Tensor, scales: Tensor, quant_type: str, blo
     w = book.integers.to(x.device)[unpack(packed, n * k).long()].double().view(n, k // step, step)
     products = torch.einsum("msk,nsk->smn", q, w)
     scales = scales.view(n, k // blocksize).repeat_interleave(blocksize // step, 1)
-    total = torch.zeros(x.shape[0], n, device=x.device)
+    total = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
     for s in range(k // step):
         total = fma(products[s].float(), scales[:, s].expand_as(total), total)
-    return total * (scale * torch.tensor(1.0 / book.levels)).unsqueeze(1)
+    return total * (scale * torch.tensor(1.0 / book.levels, dtype=torch.float32)).unsqueeze(1)

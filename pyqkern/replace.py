@@ -1,19 +1,23 @@
-"""replace_linear, which quantizes a model in place, and summary, which says what became of each linear."""
+"""replace_linear and replace_embedding, which quantize a model in place, and summary: what became of each layer."""
 
+import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pyqkern.qembedding import QEmbedding, check_embedding_scheme
 from pyqkern.qlinear import QLinear
 from pyqkern.schemes import Scheme, get_scheme
 
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
-# Where replace_linear leaves the reason on an nn.Linear that it kept.
+# Where the reason is left on a layer that was kept.
 _REASON = "_pyqkern_kept"
 
 # Where optimize leaves the reason on an encoder layer that it did not fuse.
@@ -32,10 +36,10 @@ _HOOKS = (
 
 
 @dataclass
-class _Linear:
-    """One nn.Linear or QLinear of a model, and everywhere it is used."""
+class Layer:
+    """One linear or embedding of a model, and everywhere it is used."""
 
-    module: nn.Module
+    module: Any
     names: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
 
@@ -48,6 +52,8 @@ def replace_linear(
     exclude: Pattern = (),
 ) -> nn.Module:
     """Replaces the linears of `model` by quantized ones, in place, and returns it; a bare nn.Linear gives a QLinear.
+
+    A linear is an nn.Linear, or a Conv1D of transformers, which is one with a transposed weight.
 
     scheme: a name, or a scheme object where its defaults do not do (see `pyqkern.schemes`).
     include, exclude: which linears, as name patterns (fnmatch on the qualified name, "encoder.*.dense") or a predicate
@@ -66,12 +72,7 @@ def replace_linear(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     scheme = get_scheme(scheme)
-    linears = _find_linears(model)
-    reasons = _reasons(model, linears, include, exclude)
-    reasons = [
-        reason if reason is not None else scheme.reason_to_keep(linear.names)
-        for linear, reason in zip(linears, reasons, strict=True)
-    ]
+    linears, reasons = linears_to_replace(model, scheme, include, exclude)
     chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
     for linear in chosen:
         _quantized(linear, scheme)
@@ -81,60 +82,174 @@ def replace_linear(
     result = model
     for linear in chosen:
         module = _quantized(linear, scheme)
-        for parent, attribute in linear.places:
-            parent._modules[attribute] = module
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # Its fused path would multiply with the dequantized weights instead of calling the layers.
-                parent.activation_relu_or_gelu = 0
-        if linear.module is model:
-            result = module
+        result = put(linear, module, result)
         linear.module = module
+    _attach(result)
     return result
 
 
-def _quantized(linear: _Linear, scheme: Scheme) -> QLinear:
-    """The quantized layer, with the hooks of the float one. Errors name the layer."""
-    assert isinstance(linear.module, nn.Linear)
-    try:
-        module = QLinear.from_linear(linear.module, scheme.for_layer(linear.names))
-    except (TypeError, ValueError) as error:
-        name = linear.names[0]
-        message = f"{name}: {error}; or leave it in float with exclude={[name]}" if name else str(error)
-        raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
-    for hooks in _HOOKS:
-        setattr(module, hooks, getattr(linear.module, hooks))
+def linears_to_replace(
+    model: nn.Module, scheme: Scheme, include: Pattern | None = None, exclude: Pattern = ()
+) -> tuple[list[Layer], list[str | None]]:
+    """Every linear of the model, and why replace_linear would keep it; None where it would not."""
+    linears = find_linears(model)
+    reasons = _reasons(model, linears, include, exclude)
+    return linears, [
+        reason if reason is not None else scheme.reason_to_keep(linear.names)
+        for linear, reason in zip(linears, reasons, strict=True)
+    ]
+
+
+def _attach(model: nn.Module) -> None:
+    """So that save_pretrained writes how the model is quantized, if it is one of transformers."""
+    hf = sys.modules.get("pyqkern.hf")
+    if hf is not None:
+        hf.attach(model)
+
+
+def replace_embedding(
+    model: nn.Module, scheme: str | Scheme = "int8", *, include: Pattern | None = None, exclude: Pattern = ()
+) -> nn.Module:
+    """Replaces the embeddings of `model` by quantized ones, in place, and returns it; linears tied to them go along.
+
+    scheme: "int8" (a scale per row), "nf4", "fp4", "int4", "int8-weight-only", or a scheme object.
+    include, exclude: as in `replace_linear`, for the names of embeddings.
+
+    A linear whose weight is the embedding's, as a language model's output head is, becomes a QLinear of the same
+    scheme, and the embedding reads its rows from that module. Kept in float, with the reason in `summary`: what is
+    excluded; subclasses of nn.Embedding; max_norm; a weight that something else shares.
+
+    Raises as `replace_linear`. Every embedding is quantized before the first is replaced, so that after an error the
+    model is as it was; the quantized copies are the extra memory.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    scheme = check_embedding_scheme(scheme)
+    embeddings = find_layers(model, (nn.Embedding, QEmbedding))
+    reasons = _embedding_reasons(model, embeddings, include, exclude)
+    chosen = [layer for layer, reason in zip(embeddings, reasons, strict=True) if reason is None]
+    plans = _plan_tables(model, chosen, scheme)
+    for layer, reason in zip(embeddings, reasons, strict=True):
+        if reason is not None and not isinstance(layer.module, QEmbedding):
+            setattr(layer.module, _REASON, reason)
+    result = model
+    for layer, module in plans:
+        result = put(layer, module, result)
+    _attach(result)
+    return result
+
+
+def _plan_tables(model: nn.Module, embeddings: list[Layer], scheme: Scheme) -> list[tuple[Layer, nn.Module]]:
+    """What takes the place of what: the embeddings, and before them the linears tied to them."""
+    linears = [layer for layer in find_layers(model, linear_types()) if not isinstance(layer.module, QLinear)]
+    plans: list[tuple[Layer, nn.Module]] = []
+    tables: dict[int, QLinear] = {}
+    for layer in embeddings:
+        weight = layer.module.weight
+        if id(weight) not in tables:
+            heads = [_quantized(head, scheme) for head in linears if head.module.weight is weight]
+            plans += zip([head for head in linears if head.module.weight is weight], heads, strict=True)
+            with _named(layer):
+                tables[id(weight)] = heads[0] if heads else QEmbedding.from_embedding(layer.module, scheme).table
+        module = QEmbedding(tables[id(weight)], layer.module.padding_idx).train(layer.module.training)
+        _hand_over_hooks(layer.module, module)
+        plans.append((layer, module))
+    return plans
+
+
+def put(layer: Layer, module: nn.Module, model: nn.Module) -> nn.Module:
+    """Puts the module where the layer is; returns the model, which is the module where the model was the layer."""
+    for parent, attribute in layer.places:
+        parent._modules[attribute] = module
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fused path would multiply with the dequantized weights instead of calling the layers.
+            parent.activation_relu_or_gelu = 0
+    return module if layer.module is model else model
+
+
+def _quantized(layer: Layer, scheme: Scheme) -> QLinear:
+    """The quantized linear, with the hooks of the float one. Errors name the layer."""
+    with _named(layer):
+        module = QLinear.from_linear(as_linear(layer.module), scheme.for_layer(layer.names))
+    _hand_over_hooks(layer.module, module)
     return module
 
 
-def _find_linears(model: nn.Module) -> list[_Linear]:
-    """Every nn.Linear and QLinear, each once, in the order of their first names."""
-    found: dict[int, _Linear] = {}
-    for name, parent, attribute, module in _walk(model, "", (model,)):
-        linear = found.setdefault(id(module), _Linear(module))
-        linear.names.append(name)
-        if (parent, attribute) not in linear.places:
-            linear.places.append((parent, attribute))
-    if isinstance(model, nn.Linear | QLinear):
-        found.setdefault(id(model), _Linear(model, [""]))
+@contextmanager
+def _named(layer: Layer) -> Iterator[None]:
+    """Puts the layer's name before a TypeError's or ValueError's message."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name = layer.names[0]
+        message = f"{name}: {error}; or leave it in float with exclude={[name]}" if name else str(error)
+        raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
+
+
+def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))
+
+
+# ---- what there is to replace
+
+
+def conv1d() -> type | None:
+    """The Conv1D of transformers, which GPT-2 has for linears; None where no model can have one yet."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def linear_types() -> tuple[type[nn.Module], ...]:
+    return tuple(kind for kind in (nn.Linear, QLinear, conv1d()) if kind is not None)
+
+
+def as_linear(module: Any) -> nn.Linear:
+    """The module itself, or an nn.Linear that shares the parameters of a Conv1D."""
+    if isinstance(module, nn.Linear):
+        return module
+    in_features, out_features = module.weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta").train(module.training)
+    linear.weight = nn.Parameter(module.weight.detach().t(), requires_grad=False)
+    linear.bias = module.bias
+    return linear
+
+
+def find_linears(model: nn.Module) -> list[Layer]:
+    return find_layers(model, linear_types())
+
+
+def find_layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[Layer]:
+    """Every module of these types, each once, in the order of their first names."""
+    found: dict[int, Layer] = {}
+    for name, parent, attribute, module in _walk(model, "", (model,), types):
+        layer = found.setdefault(id(module), Layer(module))
+        layer.names.append(name)
+        if (parent, attribute) not in layer.places:
+            layer.places.append((parent, attribute))
+    if isinstance(model, types):
+        found.setdefault(id(model), Layer(model, [""]))
     return list(found.values())
 
 
 def _walk(
-    module: nn.Module, prefix: str, path: tuple[nn.Module, ...]
+    module: nn.Module, prefix: str, path: tuple[nn.Module, ...], types: tuple[type[nn.Module], ...]
 ) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(qualified name, parent, attribute, linear) under every name; modules that hold themselves are not followed."""
+    """(qualified name, parent, attribute, module) under every name; modules that hold themselves are not followed."""
+    if isinstance(module, QEmbedding):
+        return  # its table is no layer of the model
     for attribute, child in module._modules.items():
         if child is None or any(child is ancestor for ancestor in path):
             continue
-        if isinstance(child, nn.Linear | QLinear):
+        if isinstance(child, types):
             yield prefix + attribute, module, attribute, child
-        yield from _walk(child, f"{prefix}{attribute}.", (*path, child))
+        yield from _walk(child, f"{prefix}{attribute}.", (*path, child), types)
 
 
-# ---- which linears are replaced
+# ---- which of them are replaced
 
 
-def _reasons(model: nn.Module, linears: list[_Linear], include: Pattern | None, exclude: Pattern) -> list[str | None]:
+def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, exclude: Pattern) -> list[str | None]:
     """Why each linear is kept; None where it is to be replaced."""
     included = [True] * len(linears) if include is None else _matches("include", include, linears)
     excluded = _matches("exclude", exclude, linears)
@@ -150,7 +265,41 @@ def _reasons(model: nn.Module, linears: list[_Linear], include: Pattern | None, 
     return reasons
 
 
-def _matches(argument: str, pattern: Pattern, linears: list[_Linear]) -> list[bool]:
+def _embedding_reasons(
+    model: nn.Module, embeddings: list[Layer], include: Pattern | None, exclude: Pattern
+) -> list[str | None]:
+    """Why each embedding is kept; None where it is to be replaced."""
+    included = [True] * len(embeddings) if include is None else _matches("include", include, embeddings, "an embedding")
+    excluded = _matches("exclude", exclude, embeddings, "an embedding")
+    owners = _weight_owners(model, (nn.Embedding, *linear_types()))
+    for layer in find_linears(model):
+        weight = layer.module._parameters.get("weight")
+        if weight is not None and _structural_reason(layer.module, {}) is not None:
+            owners.setdefault(_key(weight), (f"{layer.names[0]}.weight", layer.module))
+    return [
+        _embedding_structural_reason(layer.module, owners)
+        or ("excluded" if leave else None if take else "not included")
+        for layer, take, leave in zip(embeddings, included, excluded, strict=True)
+    ]
+
+
+def _embedding_structural_reason(module: Any, owners: dict[int, tuple[str, nn.Module]]) -> str | None:
+    if isinstance(module, QEmbedding):
+        return "already quantized"
+    weight = module._parameters.get("weight")
+    if parametrize.is_parametrized(module) or weight is None:
+        return "parametrized: its weight is computed from other parameters"
+    if type(module) is not nn.Embedding:
+        return f"subclass of nn.Embedding: {type(module).__name__}, whose forward may be its own"
+    if "forward" in vars(module):
+        return "patched: its forward was replaced"
+    if module.max_norm is not None:
+        return "max_norm: it changes its weight as it runs"
+    owner = owners.get(_key(weight)) if weight.numel() else None
+    return f"its weight is shared with {owner[0]}" if owner is not None else None
+
+
+def _matches(argument: str, pattern: Pattern, linears: list[Layer], kind: str = "a linear") -> list[bool]:
     """Which linears a pattern picks. A pattern that picks none is a mistake and raises."""
     if callable(pattern):
         return [any(pattern(name, linear.module) for name in linear.names) for linear in linears]
@@ -161,8 +310,9 @@ def _matches(argument: str, pattern: Pattern, linears: list[_Linear]) -> list[bo
             raise TypeError(f"{argument} must be name patterns or a predicate (name, module), got {one!r}")
         if not any(fnmatchcase(name, one) for name in names):
             inside = any(name.startswith(one + ".") for name in names)
-            hint = f"use {one + '.*'!r} for what is inside of it" if inside else f"the linears are {_some(names)}"
-            raise ValueError(f"{argument} must match the name of a linear, got {one!r}; {hint}")
+            kinds = kind.split()[1] + "s"
+            hint = f"use {one + '.*'!r} for what is inside of it" if inside else f"the {kinds} are {_some(names)}"
+            raise ValueError(f"{argument} must match the name of {kind}, got {one!r}; {hint}")
     return [any(fnmatchcase(name, one) for name in linear.names for one in patterns) for linear in linears]
 
 
@@ -170,14 +320,21 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
 
 
-def _weight_owners(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
-    """The address of each parameter of a module that is no linear -> its name and the module."""
+def _key(tensor: Tensor) -> int:
+    """The same for tensors that share memory; on the meta device, where there is none, the tensor itself."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
+
+
+def _weight_owners(
+    model: nn.Module, but: tuple[type[nn.Module], ...] | None = None
+) -> dict[int, tuple[str, nn.Module]]:
+    """Each parameter of a module that is not of the types `but`, by default linears, -> its name and the module."""
     return {
-        parameter.data_ptr(): (f"{name}.{key}" if name else key, module)
+        _key(parameter): (f"{name}.{key}" if name else key, module)
         for name, module in model.named_modules()
-        if not isinstance(module, nn.Linear | QLinear)
+        if not isinstance(module, but or linear_types())
         for key, parameter in module._parameters.items()
-        if parameter is not None and parameter.numel() and not parameter.is_meta
+        if parameter is not None and parameter.numel()
     }
 
 
@@ -188,11 +345,11 @@ def _structural_reason(module: nn.Module, owners: dict[int, tuple[str, nn.Module
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         return "parametrized: its weight is computed from other parameters"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and type(module) is not conv1d():
         return f"subclass of nn.Linear: {type(module).__name__}, whose owner may read its weight"
     if "forward" in vars(module):
         return "patched: its forward was replaced"
-    owner = owners.get(weight.data_ptr()) if weight.numel() and not weight.is_meta else None
+    owner = owners.get(_key(weight)) if weight.numel() else None
     if owner is not None:
         name, holder = owner
         return f"tied to {'the embedding ' if isinstance(holder, nn.Embedding) else ''}{name}"
@@ -203,8 +360,8 @@ def _structural_reason(module: nn.Module, owners: dict[int, tuple[str, nn.Module
 
 
 @dataclass(frozen=True)
-class LinearRecord:
-    """One linear: its names (several where it is shared), weight shape, and bytes as nn.Linear and as it is now."""
+class LayerRecord:
+    """One linear or embedding: its names (several where it is shared), weight shape, bytes in float and as it is."""
 
     name: str
     aliases: tuple[str, ...]
@@ -216,7 +373,7 @@ class LinearRecord:
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class EncoderRecord:
     """One encoder layer that `optimize` has seen: None as reason where it is one operator, else why it is not."""
 
     name: str
@@ -225,54 +382,56 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Summary:
-    """The linears of a model, one record each, and the totals; prints as a table. `layers`: what `optimize` fused.
+    """The linears (`records`) and embeddings of a model, one record each, and the totals; prints as a table. `encoders`:
+    the encoder layers that `optimize` fused, or did not.
 
-    Bytes are counted from the tensors themselves, each once. `bytes_before` is what the same layers take as nn.Linear
-    in the model's dtype. `other_bytes` is everything that is no linear: embeddings, norms, buffers.
+    Bytes are counted from the tensors themselves, each once: a head tied to an embedding has all of them.
+    `bytes_before` is what the same layers take in float, in the model's dtype. `other_bytes` is everything else.
     """
 
-    records: list[LinearRecord]
+    records: list[LayerRecord]
     other_bytes: int
-    layers: list[LayerRecord] = field(default_factory=list)
+    embeddings: list[LayerRecord] = field(default_factory=list)
+    encoders: list[EncoderRecord] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
-        """The whole model with every linear in float."""
-        return self.other_bytes + sum(record.bytes_before for record in self.records)
+        """The whole model with every linear and embedding in float."""
+        return self.other_bytes + sum(record.bytes_before for record in (*self.records, *self.embeddings))
 
     @property
     def bytes_after(self) -> int:
         """The whole model as it is."""
-        return self.other_bytes + sum(record.bytes_after for record in self.records)
+        return self.other_bytes + sum(record.bytes_after for record in (*self.records, *self.embeddings))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON or a data frame."""
         return {
             "records": [asdict(record) for record in self.records],
-            "layers": [asdict(record) for record in self.layers],
+            "embeddings": [asdict(record) for record in self.embeddings],
+            "encoders": [asdict(record) for record in self.encoders],
             "other_bytes": self.other_bytes,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
 
     def __str__(self) -> str:
-        rows = [("linear", "shape", "scheme", "before", "after")]
-        for record in self.records:
+        rows = [("layer", "shape", "scheme", "before", "after")]
+        for record in (*self.records, *self.embeddings):
             name = record.name or "(the model)"
             if record.aliases:
                 name += f" (= {', '.join(record.aliases)})"
             shape = "x".join(str(size) for size in record.shape)
             what = record.scheme or f"kept: {record.reason}"
             rows.append((name, shape, what, _bytes(record.bytes_before), _bytes(record.bytes_after)))
-        quantized = sum(record.scheme is not None for record in self.records)
-        other, before, after = self.other_bytes, self.bytes_before, self.bytes_after
-        title = f"{quantized} of {len(self.records)} linears quantized"
-        for total, b, a in (
-            (title, before - other, after - other),
-            ("everything else", other, other),
-            ("the model", before, after),
-        ):
-            rows.append((total, "", "", _bytes(b), _bytes(a)))
+        totals = [("linears", self.records)] + ([("embeddings", self.embeddings)] if self.embeddings else [])
+        for kind, records in totals:
+            quantized = sum(record.scheme is not None for record in records)
+            before, after = sum(r.bytes_before for r in records), sum(r.bytes_after for r in records)
+            rows.append((f"{quantized} of {len(records)} {kind} quantized", "", "", _bytes(before), _bytes(after)))
+        rows.append(("everything else", "", "", _bytes(self.other_bytes), _bytes(self.other_bytes)))
+        rows.append(("the model", "", "", _bytes(self.bytes_before), _bytes(self.bytes_after)))
+        count = len(totals) + 2
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
             "  ".join(
@@ -282,14 +441,14 @@ class Summary:
             for row in rows
         ]
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-3], rule, *lines[-3:], *self._layer_lines()])
+        return "\n".join([lines[0], rule, *lines[1:-count], rule, *lines[-count:], *self._encoder_lines()])
 
-    def _layer_lines(self) -> list[str]:
-        if not self.layers:
+    def _encoder_lines(self) -> list[str]:
+        if not self.encoders:
             return []
-        fused = sum(record.reason is None for record in self.layers)
-        kept = [f"{record.name} not fused: {record.reason}" for record in self.layers if record.reason is not None]
-        return [f"{fused} of {len(self.layers)} encoder layers are one operator each", *kept]
+        fused = sum(record.reason is None for record in self.encoders)
+        kept = [f"{record.name} not fused: {record.reason}" for record in self.encoders if record.reason is not None]
+        return [f"{fused} of {len(self.encoders)} encoder layers are one operator each", *kept]
 
 
 def _bytes(count: int) -> str:
@@ -297,35 +456,43 @@ def _bytes(count: int) -> str:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Every linear of the model: name, shape, scheme or reason it is kept, bytes before and after; and the totals."""
+    """Every linear and embedding of the model: name, shape, scheme or reason it is kept, bytes before and after."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    owners = _weight_owners(model)
     counted: set[tuple[int, int]] = set()
-    records = [_record(linear, owners, counted) for linear in _find_linears(model)]
-    other_bytes = sum(_count(module, counted) for module in model.modules())
-    layers = [
-        LayerRecord(name, vars(module).get(UNFUSED))
-        for name, module in model.named_modules()
-        if UNFUSED in vars(module) or getattr(module, "is_fused", False)
-    ]
-    return Summary(records, other_bytes, layers)
+    linears, owners = find_linears(model), _weight_owners(model)
+    reasons = [_structural_reason(layer.module, owners) for layer in linears]
+    records = [_record(layer, reason, counted) for layer, reason in zip(linears, reasons, strict=True)]
+    embeddings = find_layers(model, (nn.Embedding, QEmbedding))
+    reasons = _embedding_reasons(model, embeddings, None, ())
+    return Summary(
+        records,
+        embeddings=[_record(layer, reason, counted) for layer, reason in zip(embeddings, reasons, strict=True)],
+        other_bytes=sum(_count(module, counted) for module in model.modules()),
+        encoders=[
+            EncoderRecord(name, vars(module).get(UNFUSED))
+            for name, module in model.named_modules()
+            if UNFUSED in vars(module) or getattr(module, "is_fused", False)
+        ],
+    )
 
 
-def _record(linear: _Linear, owners: dict[int, tuple[str, nn.Module]], counted: set[tuple[int, int]]) -> LinearRecord:
-    module = linear.module
-    out_features, in_features = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> LayerRecord:
+    module, tied = layer.module, False
+    if isinstance(module, QEmbedding):
+        module = module.table
+        packed: Any = module.packed
+        tied = (packed.data_ptr(), packed.numel()) in counted
     after = sum(_count(part, counted) for part in module.modules())
     if isinstance(module, QLinear):
-        scheme, reason = module.scheme.name, None
+        shape, scheme, reason = (module.out_features, module.in_features), module.scheme.name, None
         bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
-        before = out_features * in_features * module.dtype.itemsize + bias
+        before = 0 if tied else math.prod(shape) * module.dtype.itemsize + bias
     else:
-        scheme, before = None, after
-        reason = _structural_reason(module, owners) or getattr(module, _REASON, "not replaced yet")
-    return LinearRecord(
-        linear.names[0], tuple(linear.names[1:]), (out_features, in_features), scheme, reason, before, after
-    )
+        weight = as_linear(module).weight if isinstance(module, linear_types()) else module.weight
+        shape, scheme, before = (weight.shape[0], weight.shape[1]), None, after
+        reason = reason or getattr(module, _REASON, "not replaced yet")
+    return LayerRecord(layer.names[0], tuple(layer.names[1:]), shape, scheme, reason, before, after)
 
 
 def _count(module: nn.Module, counted: set[tuple[int, int]]) -> int:

@@ -253,7 +253,7 @@ def test_every_head_counts() -> None:
 
 def test_why_not() -> None:
     def reasons(made: nn.Module, *arguments: Any, **options: Any) -> list[str | None]:
-        return [record.reason for record in summary(optimize(made, *arguments, **options)).layers]
+        return [record.reason for record in summary(optimize(made, *arguments, **options)).encoders]
 
     assert reasons(model()) == [None, None]
     mixed = reasons(model(), exclude="encoder.layer.1.output.dense")

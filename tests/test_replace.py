@@ -473,7 +473,7 @@ def test_summary_prints_and_becomes_plain_data() -> None:
     assert "7 of 9 linears quantized" in text and "kept: excluded" in text and "tied to the embedding" in text
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1 and lines[0].split() == [
-        "linear",
+        "layer",
         "shape",
         "scheme",
         "before",

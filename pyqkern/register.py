@@ -1,0 +1,45 @@
+"""Makes pyqkern known to transformers, which then reads and writes quantized models with its own from_pretrained.
+
+Importing transformers takes seconds, and most of pyqkern does without it; so where it is not imported yet, this waits
+until it is. `pyqkern.hf` does the registering when it is imported.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_TRIGGER = "transformers.quantizers.auto"  # holds the tables of quantizers; from_pretrained needs it
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: lets the others find the trigger, and has `pyqkern.hf` imported after it."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _TRIGGER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            importlib.import_module("pyqkern.hf")
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Now where transformers is there, else as soon as it is."""
+    if _TRIGGER in sys.modules:
+        importlib.import_module("pyqkern.hf")
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
