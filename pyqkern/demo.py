@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyqkern.cli import describe
+from pyqkern.encoder import QEncoderLayer, optimize
 from pyqkern.replace import replace_linear
 
 SENTENCES = (
@@ -130,6 +131,9 @@ def _variants(model: nn.Module) -> Models:
     except (AttributeError, RuntimeError) as error:
         print(f"  torch's quantize_dynamic does not work here: {error}")
     models["pyqkern int8"] = replace_linear(copy.deepcopy(model))
+    optimized = optimize(copy.deepcopy(model))
+    if any(isinstance(module, QEncoderLayer) for module in optimized.modules()):
+        models["pyqkern.optimize"] = optimized
     return models
 
 

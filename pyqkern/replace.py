@@ -382,8 +382,9 @@ class EncoderRecord:
 
 @dataclass(frozen=True)
 class Summary:
-    """The linears (`records`) and embeddings of a model, one record each, and the totals; prints as a table. `encoders`:
-    the encoder layers that `optimize` fused, or did not.
+    """The linears (`records`) and embeddings of a model, one record each, and the totals; prints as a table.
+
+    encoders: the encoder layers that `optimize` fused, or did not.
 
     Bytes are counted from the tensors themselves, each once: a head tied to an embedding has all of them.
     `bytes_before` is what the same layers take in float, in the model's dtype. `other_bytes` is everything else.
