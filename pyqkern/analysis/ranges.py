@@ -145,7 +145,10 @@ def _fold(counts: Tensor, width: float, low: float, high: float) -> tuple[list[f
 def _draw_coarseness(records: Sequence[RangeRecord], axes: Any) -> None:
     shown = records[:40]
     colors = ["#c1121f" if record.outlier_driven else "#1d3557" for record in shown]
-    barh(axes, [record.name for record in shown], [record.coarseness for record in shown], "step / spread", colors)
+    top = 2 * max((record.coarseness for record in shown if math.isfinite(record.coarseness)), default=COARSE_STEP)
+    values = [min(record.coarseness, top) for record in shown]  # infinite where most channels are zero
+    barh(axes, [record.name for record in shown], values, "step / spread", colors)
+    axes.set_xscale("symlog", linthresh=COARSE_STEP / 10)  # one outlier would hide all the others
     axes.axvline(COARSE_STEP, color="#c1121f", linewidth=1)
 
 

@@ -94,3 +94,4 @@ def barh(axes: Any, names: Sequence[str], values: Sequence[float], label: str, c
     axes.margins(y=0.01)
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)

@@ -52,22 +52,24 @@ def findings(
     if sensitivity is not None:
         found += _from_sensitivity(sensitivity)
     if fallback is not None:
-        what = ", ".join(fallback.kept) or "nothing"
+        reached = f"the score is {fallback.score:.4g} (target {fallback.target:.4g}, float {fallback.float_score:.4g})"
         found.append(
             Finding(
-                f"With {what} in float the score is {fallback.score:.4g} (target {fallback.target:.4g}, float "
-                f"{fallback.float_score:.4g}), for {fallback.kept_bytes / 1e6:.2f} MB more.",
-                f"replace_linear(model, exclude={list(fallback.kept)}) gives this model." if fallback.kept
-                else "The plain scheme meets the target: replace_linear(model).",
+                f"With {', '.join(fallback.kept)} in float {reached}, for {fallback.kept_bytes / 1e6:.2f} MB more.",
+                f"replace_linear(model, exclude={list(fallback.kept)}) gives this model.",
             )
-        )  # fmt: skip
+            if fallback.kept
+            else Finding(
+                f"With all linears quantized {reached}.", "The plain scheme meets the target: replace_linear(model)."
+            )
+        )
     if ranges is not None:
         driven = [record for record in ranges if record.outlier_driven]
         for record in driven[:5]:
             found.append(
                 Finding(
                     f"{record.name}: channel {record.worst_channel} of its input reaches {record.outlier_ratio:.0f} "
-                    f"times the spread, so that one step is {record.coarseness:.0%} of a typical value.",
+                    f"times the spread, so that one step is {_share(record.coarseness)} a typical value.",
                     "An outlier sets the scale. Smooth the model before quantizing (pyqkern.smooth), or use "
                     '"int8-outlier", or keep this layer in float.',
                 )
@@ -94,12 +96,16 @@ def findings(
     return found
 
 
+def _share(x: float) -> str:
+    return f"{x:.0%} of" if x < 2 else f"{x:.0f} times" if math.isfinite(x) else "infinitely larger than"
+
+
 def _from_sensitivity(records: Sensitivity) -> list[Finding]:
     lost = records.float_score - records.quantized_score
     found = [
         Finding(
             f"All linears quantized score {records.quantized_score:.4g}, in float {records.float_score:.4g}: "
-            f"{lost:.4g} lost.",
+            + (f"{lost:.4g} lost." if lost > 0 else "nothing lost."),
             "Nothing needs to be done." if lost <= 0.003 else "The next findings say which layers lose it.",
         )
     ]
