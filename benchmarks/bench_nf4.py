@@ -4,8 +4,8 @@ Examples:
   python benchmarks/bench_nf4.py                     the linear, weights in cache: M = 1, 4, 16, 128, 1024
   python benchmarks/bench_nf4.py --cold              M = 1, weights from DRAM, as a share of the read bandwidth
   python benchmarks/bench_nf4.py --cold --isa avx2   the same on AVX2, against torch's fp32 linear
-  python benchmarks/bench_nf4.py --tensors           quantize_4bit and dequantize_4bit, 1 to 64 M elements, as a share of the
-                                                     bandwidth of a copy; bytes read and bytes written both count
+  python benchmarks/bench_nf4.py --tensors           quantize_4bit and dequantize_4bit, 1 to 64 M elements, as a share
+                                                     of a copy's bandwidth: bytes read and bytes written both count
   python benchmarks/bench_nf4.py --models            BERT-base (random weights), 1x128 and 8x128, "auto"
 """
 
@@ -144,7 +144,7 @@ def _linear(contender: str, case: Case, threads: int) -> Job:
 
 
 def _tensor(contender: str, case: TensorCase, threads: int) -> Job:
-    if contender.startswith("limit"):  # four bytes on one side and one on the other: the nearest that there is to 4 : 0.5625
+    if contender.startswith("limit"):  # 4 bytes on one side and 1 on the other: the nearest that there is to 4 : 0.5625
         reads, writes = (1, 4) if case.inverse else (4, 1)
         work = Limits.load().move(int(case.bytes), reads, writes, contender.endswith("non-temporal"), threads)
         return Job([work], {"amount": work.amount})
