@@ -2,10 +2,12 @@
 
 Examples:
   python benchmarks/bench_nf4.py                     the linear, weights in cache: M = 1, 4, 16, 128, 1024
-  python benchmarks/bench_nf4.py --cold              M = 1, weights from DRAM, as a share of the read bandwidth
+  python benchmarks/bench_nf4.py --cold              M = 1, weights from DRAM, as a share of the read bandwidth: the
+                                                     module, and the operator alone (the module's own Python objects
+                                                     have left the cache too, which costs some microseconds)
   python benchmarks/bench_nf4.py --cold --isa avx2   the same on AVX2, against torch's fp32 linear
-  python benchmarks/bench_nf4.py --tensors           quantize_4bit and dequantize_4bit, 1 to 64 M elements, as a share of the
-                                                     bandwidth of a copy; bytes read and bytes written both count
+  python benchmarks/bench_nf4.py --tensors           quantize_4bit and dequantize_4bit, 1 to 64 M elements, as a share
+                                                     of a copy's bandwidth: bytes read and bytes written both count
   python benchmarks/bench_nf4.py --models            BERT-base (random weights), 1x128 and 8x128, "auto"
 """
 
@@ -140,11 +142,23 @@ def _linear(contender: str, case: Case, threads: int) -> Job:
         error = float((modules[0](x).float() - expected).norm() / expected.norm())
     if not error <= LARGEST_ERROR:
         raise ValueError(f"relative error against fp32 must be at most {LARGEST_ERROR}, got {error:.4f}")
-    return Job([functools.partial(module, x) for module in modules], {"error": error}, switch)
+    calls: list[Callable[[], object]] = [functools.partial(module, x) for module in modules]
+    if contender.endswith(" operator"):
+        calls = [_operator(module, x) for module in modules]
+    return Job(calls, {"error": error}, switch)
+
+
+def _operator(layer: Any, x: torch.Tensor) -> Callable[[], object]:
+    """The layer's operator with its tensors, as the layer calls it."""
+    from pyqkern import ops_4bit
+
+    tensors = [layer.packed, layer.absmax, layer.nested_absmax, layer.nested_map, layer.nested_offset, layer.bias]
+    format_ = (layer.quant_type, layer.blocksize, layer.out_features, layer.scheme.compute)
+    return functools.partial(ops_4bit.linear_4bit, x, *tensors, *format_)
 
 
 def _tensor(contender: str, case: TensorCase, threads: int) -> Job:
-    if contender.startswith("limit"):  # four bytes on one side and one on the other: the nearest that there is to 4 : 0.5625
+    if contender.startswith("limit"):  # 4 bytes on one side and 1 on the other: the nearest that there is to 4 : 0.5625
         reads, writes = (1, 4) if case.inverse else (4, 1)
         work = Limits.load().move(int(case.bytes), reads, writes, contender.endswith("non-temporal"), threads)
         return Job([work], {"amount": work.amount})
@@ -234,6 +248,8 @@ def main() -> int:
     cases = _cases(arguments)
     isas = common.contenders(argparse.Namespace(peers=["torch"], isa=arguments.isa), "linear")[0]
     own = [f"{isa} {compute}" for isa in isas if isa.startswith("pyqkern") for compute in arguments.compute]
+    if arguments.cold:
+        own += [f"{name} operator" for name in own]
     missing = peers.choose(["bnb-nf4"], "linear")[1]
     theirs = [] if missing else [BITSANDBYTES[0]] if arguments.tensors else [*BITSANDBYTES]
     others = [] if arguments.tensors else ["torch fp32"]

@@ -108,7 +108,7 @@ class Limits:
 
 
 def _aligned(size: int) -> tuple[torch.Tensor, int]:
-    """Memory of the kind that the contenders use (torch's), written once: zeros may all be one page that nobody wrote."""
+    """Memory of the kind that the contenders use (torch's), written once: zeros may be one page for all."""
     tensor = torch.empty(size + LINE, dtype=torch.uint8).fill_(1)
     return tensor, (tensor.data_ptr() + LINE - 1) // LINE * LINE
 

@@ -112,6 +112,9 @@ void int8_totals(const Weight4& w, const QRows& q, size_t strip, const float* sc
       std::copy_n(scales + from / w.blocksize * count * kPanel, count * kPanel, scale + s * kStrip);
       k.nf4_expand_int8(packed + from / 8 * count * kLine, size, count, *w.book, integers + s * size * kStrip, minus_sums + s * kStrip);
     }
+    const uint8_t* next = packed + (at + steps * size) / 8 * count * kLine;  // of this strip, or of the one behind it
+    for (size_t i = 0; i < kChunk / 8 * count; ++i) __builtin_prefetch(next + i * kLine);
+    for (size_t i = 0; i < most * count; ++i) __builtin_prefetch(scales + ((at + steps * size) / w.blocksize * count + i) * kPanel);
     k.nf4_gemm_int8(q, w.K, at, rows, size, steps, integers, minus_sums, scale, total);
   }
 }

@@ -404,7 +404,8 @@ static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows
   const ROW_T* a = (const ROW_T*)rows_of.q + k0;
   auto tiles = [&](auto f, size_t m) { f(a + m * lda, lda, size, steps, integers, minus_sums, scale, total + m * kStrip); };
   size_t m = 0;
-  for (; m + ROWS_INT8 <= rows; m += ROWS_INT8) tiles(gemm_int8_tile<ROWS_INT8>, m);
+  for (; m + ROWS_INT8 <= rows && rows - m != 8; m += ROWS_INT8) tiles(gemm_int8_tile<ROWS_INT8>, m);
+  for (; m + 4 <= rows; m += 4) tiles(gemm_int8_tile<4>, m);  // 8 = 4 + 4: two rows alone would wait for their sums
   for (; m + 2 <= rows; m += 2) tiles(gemm_int8_tile<2>, m);
   if (m < rows) tiles(gemm_int8_tile<1>, m);
 }

@@ -107,12 +107,15 @@ def test_equals_the_reference(
 
 def test_real_weights_and_threads(isa: str, two_threads: None) -> None:
     """Large enough for more than one thread and for stores past the cache."""
-    w = torch.randn(1500, 3000, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(1504, 3000, generator=torch.Generator().manual_seed(0))
     q = quantize_4bit(w)
     packed, absmax = reference.quantize_4bit(w, "nf4", 64)
     assert torch.equal(q.packed.flatten(), packed) and torch.equal(q.absmax, absmax)
     expected = reference.dequantize_4bit(packed, absmax, None, None, None, "nf4", 64, w.shape, torch.float32)
     assert torch.equal(dequantize_4bit(q), expected)
+    twice = Quantized4bit(torch.cat([packed, packed]), torch.cat([absmax, absmax]), "nf4", 64, w.dtype, (3008, 3000))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(dequantize_4bit(twice, dtype), expected.to(dtype).repeat(2, 1))
     # Half the widest gap of NF4 (0.1519 between -1 and -0.6962), and the roundings of the quotient.
     assert ((expected - w).abs() <= absmax.repeat_interleave(64)[: w.numel()].view(w.shape) * (0.15191 + 2**-20)).all()
 
@@ -135,12 +138,20 @@ COMPUTED = [
     (96, 33, 64),
     (1, 40, 64),
     (1024, 80, 512),
+    (1088, 20, 64),
+    (2048, 17, 2048),
 ]
 
 
 def make(k: int, n: int, scheme: Scheme, dtype: torch.dtype = torch.float32) -> QLinear:
     torch.manual_seed(k * n)
     return QLinear.from_linear(nn.Linear(k, n, dtype=dtype), scheme)
+
+
+def make_without_bias(layer: QLinear) -> QLinear:
+    layer = copy.deepcopy(layer)
+    layer.bias = None
+    return layer
 
 
 def with_compute(layer: QLinear, compute: str) -> QLinear:
@@ -170,11 +181,18 @@ def test_fp32_is_dequantize_then_multiply(
 
 
 @pytest.mark.parametrize("k, n, blocksize", COMPUTED)
-def test_bf16_is_dequantize_then_multiply(k: int, n: int, blocksize: int) -> None:
-    layer = make(k, n, NF4(blocksize=blocksize, compute="bf16"))
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_bf16_is_dequantize_then_multiply(isa: str, k: int, n: int, blocksize: int, double_quant: bool) -> None:
+    layer = make(k, n, NF4(blocksize=blocksize, double_quant=double_quant, compute="bf16"))
     x = floats((9, k), 1)
     with torch.no_grad():
         y = layer(x)
+        if k > 4:  # rows of the identity pick out the weight: no rounding but the one to bf16, and that of the bias
+            rows = torch.eye(k)[: max(5, k // 8)]
+            weight = layer.weight.bfloat16().T[: len(rows)]
+            for dtype in FLOATS:
+                assert torch.equal(layer(rows.to(dtype)), (weight.float() + layer.bias).to(dtype))
+            assert torch.equal(make_without_bias(layer)(rows), weight.float())
     weight, bias = layer.weight.bfloat16().double(), layer.bias.double()
     size = x.double().abs() @ weight.abs().T
     exact = x.bfloat16().double() @ weight.T + bias
@@ -423,6 +441,53 @@ def weight_4bit(**changes: object) -> Tensor:
 def test_bad_input(call, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("double_quant, n", [(False, 40), (True, 40), (False, 5), (True, 5)])
+def test_a_broken_layer_is_refused(double_quant: bool, n: int) -> None:
+    """Whatever was done to its buffers, no kernel reads past them."""
+    layer = make(128, n, NF4(double_quant=double_quant))
+    x = torch.ones(3, 128)
+    for name, buffer in layer.named_buffers():
+        for broken in (buffer.flatten()[:-1], buffer.to(torch.int16), buffer.to("meta"), buffer.repeat(2).flatten()):
+            bad = copy.deepcopy(layer)
+            bad._buffers[name] = broken
+            with torch.no_grad(), pytest.raises(ValueError, match="must be"):
+                bad(x)
+    for name in [name for name, _ in layer.named_buffers() if name.startswith("nested")]:
+        bad = copy.deepcopy(layer)
+        bad._buffers[name] = None
+        with torch.no_grad(), pytest.raises(ValueError, match="given together"):
+            bad(x)
+    bad = copy.deepcopy(layer)
+    bad.bias = nn.Parameter(torch.ones(n - 1))
+    with torch.no_grad(), pytest.raises(ValueError, match="bias must have shape"):
+        bad(x)
+
+
+def test_auto_multiplies_integers(isa: str) -> None:
+    layer = make(128, 40, NF4())
+    for m in (1, 4, 5, 200):
+        x = floats((m, 128), m)
+        with torch.no_grad():
+            assert torch.equal(layer(x), with_compute(layer, "int8")(x))
+            assert not torch.equal(layer(x), with_compute(layer, "fp32")(x))
+
+
+def test_every_way_to_a_kernel_gives_the_same() -> None:
+    """Tensors that C++ reads itself, strided ones, and the operator."""
+    for scheme in (NF4(), NF4(double_quant=True), FP4(compute="fp32")):
+        layer = make(128, 40, scheme)
+        x = floats((6, 128), 1)
+        names = ("packed", "absmax", "nested_absmax", "nested_map", "nested_offset")
+        buffers = [layer._buffers[name] for name in names]
+        with torch.no_grad():
+            y = layer(x)
+            assert torch.equal(layer(x.t().contiguous().t()), y) and torch.equal(
+                layer(x.view(2, 3, 128)).view(6, 40), y
+            )
+            rest = (layer.quant_type, 64, 40, scheme.compute)
+            assert torch.equal(torch.ops.pyqkern.linear_4bit(x, *buffers, layer.bias, *rest), y)
 
 
 @pytest.mark.parametrize("key, value", [("weight", torch.zeros(5, 1, dtype=torch.uint8)), ("absmax", torch.zeros(79))])
