@@ -135,13 +135,9 @@ def inspect(folder: str | Path) -> str:
     quantized = sum(layer.bytes for layer in stored)
     rows = [("layer", "scheme", "values", "bytes")]
     rows += [(layer.name, layer.scheme, f"{layer.values:,}", said_bytes(layer.bytes)) for layer in stored]
+    values = f"{sum(layer.values for layer in stored):,}"
     totals = [
-        (
-            f"{len(stored)} quantized layers",
-            format or "",
-            f"{sum(layer.values for layer in stored):,}",
-            said_bytes(quantized),
-        ),
+        (f"{len(stored)} quantized layers", format or "", values, said_bytes(quantized)),
         ("everything else, in float", "", "", said_bytes(total - quantized)),
         (f"{len(sizes)} tensors in {len(files.paths)} file(s)", "", "", said_bytes(total)),
     ]

@@ -353,6 +353,11 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Without it the Trainer refuses even to evaluate a model. Biases and norms can be trained, weights cannot."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
