@@ -1,5 +1,6 @@
 """Quantization kernels for PyTorch: `pyqkern.replace_linear(model)` turns a model's linears into INT8 ones in place."""
 
+import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,15 @@ register()
 
 if TYPE_CHECKING:
     from pyqkern.hf import PyqkernConfig, checkpoint_config
+    from pyqkern.hf_lora import lora
 else:
 
     def __getattr__(name: str) -> Any:
-        """What needs transformers, which takes seconds to import, is imported when it is asked for."""
+        """What needs transformers or peft, which take seconds to import, is imported when it is asked for."""
         if name in ("PyqkernConfig", "checkpoint_config"):
-            from pyqkern import hf
-
-            return getattr(hf, name)
+            return getattr(importlib.import_module("pyqkern.hf"), name)
+        if name == "lora":
+            return importlib.import_module("pyqkern.hf_lora").lora
         raise AttributeError(f"module 'pyqkern' has no attribute {name!r}")
 
 
@@ -54,6 +56,7 @@ __all__ = [
     "int8_matmul",
     "isa",
     "isas",
+    "lora",
     "optimize",
     "pack_int4",
     "quantize_4bit",

@@ -1,4 +1,4 @@
-"""The command `pyqkern`: `info` says what runs here, `demo` shows what it brings, `analyze` finds what hurts."""
+"""The command `pyqkern`: info, demo, quantize, inspect and analyze."""
 
 import argparse
 import importlib.metadata
@@ -38,10 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--tolerance", type=float, default=0.005, help="score that may be lost in the model found (default: 0.005)")
     add("--output", type=Path, default=Path("analysis.html"), help="the report (default: analysis.html)")
     add("--state", type=Path, metavar="FILE", help="keep finished evaluations there, and go on from them")
+    parser_of_quantize = command(
+        "quantize", quantize, "Quantizes a model's folder into a new one, or converts its format."
+    )
+    parser_of_quantize.add_argument("model", metavar="MODEL", help="folder with safetensors, or a name on the hub")
+    parser_of_quantize.add_argument("out", metavar="OUT", type=Path, help="new folder; it appears when it is complete")
+    add = parser_of_quantize.add_argument
+    add("--scheme", help='"int8" (default), "nf4", "fp4", "int4", "int8-weight-only" or "int8-outlier"')
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="linears to leave in float; may be repeated")
+    add("--embeddings", action="store_true", help="the embeddings too, and heads tied to them")
+    formats = ("pyqkern", "bitsandbytes", "compressed-tensors")
+    add("--format", choices=formats, default="pyqkern", help="whose checkpoint it is to be (default: pyqkern)")
+    parser_of_inspect = command("inspect", inspect, "Says what in a model's folder is quantized how, and the bytes.")
+    parser_of_inspect.add_argument("folder", metavar="FOLDER", type=Path)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"pyqkern {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -75,6 +88,25 @@ def analyze(options: argparse.Namespace) -> None:
         tolerance=options.tolerance,
         state=options.state,
     )
+
+
+def quantize(options: argparse.Namespace) -> None:
+    from pyqkern.convert import quantize as run  # transformers, which only these two need
+
+    run(
+        options.model,
+        options.out,
+        options.scheme,
+        exclude=options.exclude,
+        embeddings=options.embeddings,
+        format=options.format,
+    )
+
+
+def inspect(options: argparse.Namespace) -> None:
+    from pyqkern.convert import inspect as run
+
+    print(run(options.folder))
 
 
 def describe() -> dict[str, str]:

@@ -17,11 +17,11 @@ from torch import nn
 
 from pyqkern import formats
 from pyqkern.files import Files
-from pyqkern.hf_config import PyqkernConfig, scheme_to_dict
+from pyqkern.hf_config import PyqkernConfig, scheme_from_dict, scheme_to_dict
 from pyqkern.hf_quantizer import PyqkernHfQuantizer, untie
 from pyqkern.schemes import Scheme, get_scheme
 
-__all__ = ["PyqkernConfig", "PyqkernHfQuantizer", "attach", "checkpoint_config"]
+__all__ = ["PyqkernConfig", "PyqkernHfQuantizer", "attach", "checkpoint_config", "scheme_from_dict"]
 
 
 def attach(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ transformers 4 and 5 ask for this in different ways; the parts that only one of 
 import copy
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -123,6 +123,7 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_parameters_quantization = True
     required_packages = None
     quantization_config: PyqkernConfig
+    bar: ClassVar[Any] = None  # a tqdm that counts the weights as they are quantized
 
     def __init__(self, quantization_config: PyqkernConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -161,6 +162,8 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 if reason is None
                 for name in linear.names
             }
+            if self.bar is not None:
+                self.bar.reset(total=sum(reason is None for reason in reasons))
         return model
 
     def _put_slots(self, model: Any) -> None:
@@ -232,6 +235,8 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
         except (TypeError, ValueError):  # stays in float for now: replace_linear says afterwards what is wrong
             del self._chosen[name]
             return False
+        if self.bar is not None:
+            self.bar.update()
         done: Any = nn.Parameter(torch.empty(0, dtype=value.dtype), requires_grad=False)
         done._is_hf_initialized = True
         module.weight = done
@@ -345,6 +350,11 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         """Adapters on top of the quantized layers are: gradients pass through them."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Without it the Trainer refuses even to evaluate a model. Biases and norms can be trained, weights cannot."""
         return True
 
     @property

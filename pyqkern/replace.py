@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -424,25 +424,18 @@ class Summary:
                 name += f" (= {', '.join(record.aliases)})"
             shape = "x".join(str(size) for size in record.shape)
             what = record.scheme or f"kept: {record.reason}"
-            rows.append((name, shape, what, _bytes(record.bytes_before), _bytes(record.bytes_after)))
+            rows.append((name, shape, what, said_bytes(record.bytes_before), said_bytes(record.bytes_after)))
         totals = [("linears", self.records)] + ([("embeddings", self.embeddings)] if self.embeddings else [])
         for kind, records in totals:
             quantized = sum(record.scheme is not None for record in records)
             before, after = sum(r.bytes_before for r in records), sum(r.bytes_after for r in records)
-            rows.append((f"{quantized} of {len(records)} {kind} quantized", "", "", _bytes(before), _bytes(after)))
-        rows.append(("everything else", "", "", _bytes(self.other_bytes), _bytes(self.other_bytes)))
-        rows.append(("the model", "", "", _bytes(self.bytes_before), _bytes(self.bytes_after)))
-        count = len(totals) + 2
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            rows.append(
+                (f"{quantized} of {len(records)} {kind} quantized", "", "", said_bytes(before), said_bytes(after))
             )
-            for row in rows
-        ]
-        rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-count], rule, *lines[-count:], *self._encoder_lines()])
+        rows.append(("everything else", "", "", said_bytes(self.other_bytes), said_bytes(self.other_bytes)))
+        rows.append(("the model", "", "", said_bytes(self.bytes_before), said_bytes(self.bytes_after)))
+        count = len(totals) + 2
+        return "\n".join([table(rows[:-count], rows[-count:], left=3), *self._encoder_lines()])
 
     def _encoder_lines(self) -> list[str]:
         if not self.encoders:
@@ -452,7 +445,19 @@ class Summary:
         return [f"{fused} of {len(self.encoders)} encoder layers are one operator each", *kept]
 
 
-def _bytes(count: int) -> str:
+def table(rows: Sequence[tuple[str, ...]], totals: Sequence[tuple[str, ...]], left: int) -> str:
+    """Rows under their header, and totals, between rules; `left` columns to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, *totals, strict=True)]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), rule, *map(line, totals)])
+
+
+def said_bytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} B"
 
 

@@ -15,8 +15,9 @@ from tiny import bert, output, saved
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from pyqkern import PyqkernConfig, checkpoint_config, formats
+from pyqkern import PyqkernConfig, checkpoint_config, formats, nf4
 from pyqkern.files import Files
+from pyqkern.reference_4bit import CODEBOOKS, Codebook
 from pyqkern.schemes import FP4, NF4, Int8, Int8Outlier
 
 # On CPU bitsandbytes computes with no head of two classes, and wants rows of whole blocks.
@@ -225,6 +226,18 @@ def test_no_pickle_is_loaded(source: Path, tmp_path: Path) -> None:
         (folder / "model.safetensors").unlink()
         with pytest.raises(OSError, match=r"safetensors"):
             load(folder, config=checkpoint_config(folder))
+
+
+def test_what_is_made_once_is_made_on_the_cpu_in_fp32() -> None:
+    """transformers builds models on the meta device, in the model's dtype."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            made = nf4.dynamic_map.__wrapped__()
+            record = Codebook(CODEBOOKS["nf4"].values, 127.0).record
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(made, nf4.dynamic_map()) and torch.equal(record, CODEBOOKS["nf4"].record)
 
 
 def test_an_index_that_lies(nf4_folder: Path, tmp_path: Path) -> None:
