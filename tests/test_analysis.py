@@ -118,8 +118,8 @@ def test_sensitivity_goes_on_from_its_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quiet_sensitivity(Stopped(), file=file)
     assert len(file.read_text().splitlines()) == 1 + 4
-    with file.open("a") as torn:
-        torn.write('{"key": "only ba')
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], "{torn", *lines[3:], '{"key": "only ba']))  # two lines torn
     rest = Closeness()
     again = quiet_sensitivity(rest, file=file)
     assert rest.calls == 8 - 4 and scores(again) == scores(whole)
@@ -228,6 +228,17 @@ def test_fallback_gives_back_what_it_did_not_need() -> None:
     assert fallback(Net(), evaluate, target, order=order, progress=False).kept == ("bad",)
 
 
+def test_fallback_needs_an_evaluate_that_repeats_itself() -> None:
+    class Falling(Closeness):
+        def __call__(self, model: nn.Module) -> float:
+            return super().__call__(model) - 1e-3 * self.calls
+
+    evaluate = Falling()
+    order = sensitivity(Net(), evaluate, progress=False)
+    with pytest.raises(ValueError, match="evaluate must give the same score for the same model"):
+        fallback(Net(), evaluate, order.quantized_score, order=order, progress=False)
+
+
 # ---- comparisons
 
 
@@ -260,6 +271,19 @@ def test_compare_samples_finds_those_that_change_most() -> None:
     assert [record.text for record in found] == [texts[i] for i in expected]
     assert found[0].float_output == a[expected[0]].tolist() and found[0].quantized_output == b[expected[0]].tolist()
     assert [record.changed for record in found] == changed[expected].tolist()
+
+
+def test_another_answer_comes_before_a_larger_error() -> None:
+    class Table(nn.Module):
+        def __init__(self, rows: list[list[float]]) -> None:
+            super().__init__()
+            self.rows = torch.tensor(rows)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rows
+
+    found = compare_samples(Table([[9.0, 0.0], [0.1, 0.0]]), Table([[5.0, 0.0], [0.0, 0.1]]), [X], progress=False)
+    assert [(record.index, record.changed) for record in found] == [(1, True), (0, False)]
 
 
 def test_range_report_sees_the_outlier() -> None:
