@@ -30,6 +30,7 @@ from pyqkern.analysis import (
 )
 from pyqkern.analysis.command import label_ids
 from pyqkern.analysis.sensitivity import score_with
+from pyqkern.calibrate import Range
 from pyqkern.cli import main
 from pyqkern.schemes import Int8, Int8Static
 
@@ -255,7 +256,7 @@ def test_error_propagation_is_its_definition() -> None:
     assert found[0].sqnr > 30 and found[1].sqnr < 20
     same = error_propagation(model, model, [X], progress=False)
     assert all(record.mse == 0 and record.sqnr == math.inf for record in same)
-    assert all(not module._forward_hooks for module in (*model.modules(), *quantized.modules()))
+    assert all(m.training and not m._forward_hooks for m in (*model.modules(), *quantized.modules()))
 
 
 def test_compare_samples_finds_those_that_change_most() -> None:
@@ -462,6 +463,20 @@ def test_analyze_suspects_labels_that_the_float_model_never_gives(
         assert main([*arguments, "--label-column", "category", "--output", str(tmp_path / "out.html")]) == 0
         warning = "The float model is right on 0.0% of the texts, no more than guessing one of 2 labels"
         assert (warning in capsys.readouterr().out) == said == (warning in (tmp_path / "out.html").read_text())
+
+
+def test_range_report_at_its_thresholds() -> None:
+    """An outlier of 100 times the rest: the step is 200 / 255 of the spread. And a range that cuts only the top."""
+    x = torch.ones(64, 8)
+    x[::2] = -1
+    x[:, 3] *= 100
+    linear = nn.Sequential(nn.Linear(8, 8))
+    whole = range_report(linear, [x], progress=False)[0]
+    assert whole.outlier_driven and math.isclose(whole.coarseness, 200 / 255, rel_tol=1e-6) and whole.clipped == 0
+    x[:, 3] = x[:, 2] * 20
+    assert not range_report(linear, [x], progress=False)[0].outlier_driven  # 40 / 255
+    ranges = pyqkern.Ranges({"0": Range(torch.tensor(-20.0), torch.tensor(10.0))}, "minmax")
+    assert range_report(linear, [x], ranges, progress=False)[0].clipped == 32 / (64 * 8)
 
 
 @pytest.mark.parametrize(
