@@ -30,6 +30,7 @@ from pyqkern.analysis import (
 )
 from pyqkern.analysis.command import label_ids
 from pyqkern.analysis.sensitivity import score_with
+from pyqkern.calibrate import Range
 from pyqkern.cli import main
 from pyqkern.schemes import Int8, Int8Static
 
@@ -118,8 +119,8 @@ def test_sensitivity_goes_on_from_its_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quiet_sensitivity(Stopped(), file=file)
     assert len(file.read_text().splitlines()) == 1 + 4
-    with file.open("a") as torn:
-        torn.write('{"key": "only ba')
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], "{torn", *lines[3:], '{"key": "only ba']))  # two lines torn
     rest = Closeness()
     again = quiet_sensitivity(rest, file=file)
     assert rest.calls == 8 - 4 and scores(again) == scores(whole)
@@ -228,6 +229,17 @@ def test_fallback_gives_back_what_it_did_not_need() -> None:
     assert fallback(Net(), evaluate, target, order=order, progress=False).kept == ("bad",)
 
 
+def test_fallback_needs_an_evaluate_that_repeats_itself() -> None:
+    class Falling(Closeness):
+        def __call__(self, model: nn.Module) -> float:
+            return super().__call__(model) - 1e-3 * self.calls
+
+    evaluate = Falling()
+    order = sensitivity(Net(), evaluate, progress=False)
+    with pytest.raises(ValueError, match="evaluate must give the same score for the same model"):
+        fallback(Net(), evaluate, order.quantized_score, order=order, progress=False)
+
+
 # ---- comparisons
 
 
@@ -244,7 +256,7 @@ def test_error_propagation_is_its_definition() -> None:
     assert found[0].sqnr > 30 and found[1].sqnr < 20
     same = error_propagation(model, model, [X], progress=False)
     assert all(record.mse == 0 and record.sqnr == math.inf for record in same)
-    assert all(not module._forward_hooks for module in (*model.modules(), *quantized.modules()))
+    assert all(m.training and not m._forward_hooks for m in (*model.modules(), *quantized.modules()))
 
 
 def test_compare_samples_finds_those_that_change_most() -> None:
@@ -260,6 +272,19 @@ def test_compare_samples_finds_those_that_change_most() -> None:
     assert [record.text for record in found] == [texts[i] for i in expected]
     assert found[0].float_output == a[expected[0]].tolist() and found[0].quantized_output == b[expected[0]].tolist()
     assert [record.changed for record in found] == changed[expected].tolist()
+
+
+def test_another_answer_comes_before_a_larger_error() -> None:
+    class Table(nn.Module):
+        def __init__(self, rows: list[list[float]]) -> None:
+            super().__init__()
+            self.rows = torch.tensor(rows)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rows
+
+    found = compare_samples(Table([[9.0, 0.0], [0.1, 0.0]]), Table([[5.0, 0.0], [0.0, 0.1]]), [X], progress=False)
+    assert [(record.index, record.changed) for record in found] == [(1, True), (0, False)]
 
 
 def test_range_report_sees_the_outlier() -> None:
@@ -438,6 +463,20 @@ def test_analyze_suspects_labels_that_the_float_model_never_gives(
         assert main([*arguments, "--label-column", "category", "--output", str(tmp_path / "out.html")]) == 0
         warning = "The float model is right on 0.0% of the texts, no more than guessing one of 2 labels"
         assert (warning in capsys.readouterr().out) == said == (warning in (tmp_path / "out.html").read_text())
+
+
+def test_range_report_at_its_thresholds() -> None:
+    """An outlier of 100 times the rest: the step is 200 / 255 of the spread. And a range that cuts only the top."""
+    x = torch.ones(64, 8)
+    x[::2] = -1
+    x[:, 3] *= 100
+    linear = nn.Sequential(nn.Linear(8, 8))
+    whole = range_report(linear, [x], progress=False)[0]
+    assert whole.outlier_driven and math.isclose(whole.coarseness, 200 / 255, rel_tol=1e-6) and whole.clipped == 0
+    x[:, 3] = x[:, 2] * 20
+    assert not range_report(linear, [x], progress=False)[0].outlier_driven  # 40 / 255
+    ranges = pyqkern.Ranges({"0": Range(torch.tensor(-20.0), torch.tensor(10.0))}, "minmax")
+    assert range_report(linear, [x], ranges, progress=False)[0].clipped == 32 / (64 * 8)
 
 
 @pytest.mark.parametrize(
