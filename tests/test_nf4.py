@@ -188,8 +188,8 @@ def test_bf16_is_dequantize_then_multiply(isa: str, k: int, n: int, blocksize: i
     with torch.no_grad():
         y = layer(x)
         if k > 4:  # rows of the identity pick out the weight: no rounding but the one to bf16, and that of the bias
-            rows = torch.eye(k)[: max(5, k // 8)]
-            weight = layer.weight.bfloat16().T[: len(rows)]
+            rows = torch.eye(k)[::7]
+            weight = layer.weight.bfloat16().T[::7]
             for dtype in FLOATS:
                 assert torch.equal(layer(rows.to(dtype)), (weight.float() + layer.bias).to(dtype))
             assert torch.equal(make_without_bias(layer)(rows), weight.float())
@@ -210,7 +210,7 @@ def test_int8_equals_the_reference(
     layer = make(k, n, scheme)
     state = layer.state_dict()
     nested = [state.get(name) for name in ("nested_absmax", "nested_map", "nested_offset")]
-    for m in (1, 6, 9, 200):
+    for m in (1, 3, 6, 9, 200):
         x = floats((m, k), m)
         with torch.no_grad():
             y = layer(x)
