@@ -208,19 +208,15 @@ class Encoder {
   }
 
   void project(size_t t, size_t n) const {
-    struct Block { float *copy, *out; QRows x, key; };
+    struct Block { float *copy, *out; QRows x; };
     const Block b = carve(kEncoderBlock, [&](Arena& a) {
-      return Block{a.take<float>(n * H), a.take<float>(n * A), a.rows(n, 4 * quads(H) * k.row_element_bytes), a.rows(n, head_row)};
+      return Block{a.take<float>(n * H), a.take<float>(n * A), a.rows(n, 4 * quads(H) * k.row_element_bytes)};
     });
     quantize(input(g.first + t, n, b.copy), n, H, b.x);
     product(l.query, bias[0], b.x, n, kNone, b.out);
-    for (size_t h = 0; h < l.heads; ++h) k.int8_quantize_rows(b.out + h * d, kFloat32, A, n, d, true, head_rows(h, t));
+    k.int8_quantize_heads(b.out, n, l.heads, d, g.tokens, head_rows(0, t), nullptr);
     product(l.key, bias[1], b.x, n, kNone, b.out);
-    for (size_t h = 0; h < l.heads; ++h) {
-      k.int8_quantize_rows(b.out + h * d, kFloat32, A, n, d, true, b.key);
-      k.int8_rows_to_int8(b.key, n, d, g.keys + (h * g.tokens + t) * d);
-      memcpy(g.key_scale + h * g.tokens + t, b.key.scale, n * sizeof(float));
-    }
+    k.int8_quantize_heads(b.out, n, l.heads, d, g.tokens, {nullptr, g.key_scale + t, nullptr}, g.keys + t * d);
     product(l.value, bias[2], b.x, n, kNone, g.values + t * A);
   }
 

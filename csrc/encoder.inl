@@ -1,6 +1,7 @@
 // What an encoder layer needs beside the INT8 product: softmax into codes, values into panels, LayerNorm with a residual.
 //
 //   softmax   t = scores - max, in units of log 2;  code = rint(255 * 2^t);  probability = code / sum of codes, both integers
+//   heads     each head of each row of queries or keys: scale = absmax / 127, code = rint(x * (1/scale)); 1 where all are 0
 //   values    per channel over the tokens of a sentence: scale = absmax / 127, code = rint(v * (1/scale)); 1 where all are 0
 //   norm      z = a + residual;  y = fma((z - mean) * (1 / sqrt(variance + eps)), weight, bias)
 //
@@ -13,6 +14,7 @@ namespace pyqkern {
 namespace PYQKERN_ISA {
 
 constexpr int SUM_VECTORS = 64 / LANES;
+constexpr size_t CODES_AT_ONCE = 64;
 
 // The sum of value(i, part) over i = 0, LANES, ... < n, where part = LANES but for the last; lanes past n must be 0.
 template <class Value> INLINE float sum_of(size_t n, Value value) {
@@ -155,11 +157,43 @@ static void int8_pack_values(const float* v, size_t ld, size_t tokens, size_t d,
   }
 }
 
-static void int8_rows_to_int8(const QRows& a, size_t rows, size_t K, int8_t* out) {
-  for (size_t m = 0; m < rows; ++m, out += K) {
-    const ROW_T* q = (const ROW_T*)a.q + m * 4 * quads(K);
-    for (size_t k = 0; k < K; ++k) out[k] = (int8_t)(q[k] - (CENTERED ? 0 : 128));
-  }
+// The greatest |x|; infinity where one of them is not finite. As integers, floats without a sign are in the same order.
+INLINE float absmax_of(const float* x, size_t n) {
+  i32 most{};
+  for (size_t i = 0; i < n; i += LANES) most = max(as_i32(load_n(x + i, n - i < LANES ? n - i : LANES)) & 0x7fffffff, most);
+  return reduce_max(as_f32(min(most, set1(0x7f800000))));
+}
+
+static void int8_quantize_heads(const float* x, size_t rows, size_t heads, size_t d, size_t tokens, const QRows& out, int8_t* codes) {
+  const size_t row = 4 * quads(d);
+  for (size_t m = 0; m < rows; ++m)
+    for (size_t h0 = 0; h0 < heads; h0 += LANES) {
+      const size_t count = heads - h0 < LANES ? heads - h0 : LANES;
+      const float* first = x + (m * heads + h0) * d;
+      float scale[LANES] = {}, inverse[LANES];
+      for (size_t h = 0; h < count; ++h) scale[h] = absmax_of(first + h * d, d);
+      const f32 most = load(scale), least = set1(1.1754943508222875e-38f);
+      f32 s = max(most / set1(127.0f), least);
+      s = most == f32{} ? set1(1.0f) : s;
+      store(scale, s);
+      store(inverse, set1(1.0f) / s);
+      for (size_t h = 0; h < count; ++h) {
+        const size_t at = (h0 + h) * tokens + m;
+        const bool finite = scale[h] < __builtin_inff();
+        out.scale[at] = finite ? scale[h] : __builtin_nanf("");
+        if (codes) {
+          alignas(64) ROW_T q[CODES_AT_ONCE];
+          for (size_t k = 0; k < d; k += CODES_AT_ONCE) {
+            const size_t n = d - k < CODES_AT_ONCE ? d - k : CODES_AT_ONCE;
+            quantize_row(first + h * d + k, n, inverse[h], 128, q);
+            for (size_t i = 0; i < n; ++i) codes[at * d + k + i] = (int8_t)(q[i] - (CENTERED ? 0 : 128));
+          }
+        } else {
+          quantize_row(first + h * d, d, inverse[h], 128, (ROW_T*)out.q + at * row);
+          out.zero[at] = 128;
+        }
+      }
+    }
 }
 
 }  // namespace PYQKERN_ISA

@@ -49,12 +49,12 @@ INLINE void store_row(int16_t* q, i32 a, i32 b, i32 c, i32 d, i32 zero) {
 }
 
 // Codes of one row, filled up to a multiple of four (the weight is zero there, so any code does).
-template <class T> INLINE void quantize_row(const T* x, size_t K, RowScale s, ROW_T* q) {
+template <class T> INLINE void quantize_row(const T* x, size_t K, float inverse, int32_t zero_point, ROW_T* q) {
   const size_t block = 4 * LANES;
-  const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero);
+  const f32 inv_scale = set1(inverse), zero = set1((float)zero_point);
   auto code = [&](const T* p) { return round(load(p) * inv_scale + zero); };
   auto codes = [&](const T* p, ROW_T* out) {
-    store_row(out, code(p), code(p + LANES), code(p + 2 * LANES), code(p + 3 * LANES), set1(s.zero));
+    store_row(out, code(p), code(p + LANES), code(p + 2 * LANES), code(p + 3 * LANES), set1(zero_point));
   };
   size_t k = 0;
   for (; k + block <= K; k += block) codes(x + k, q + k);
@@ -74,7 +74,7 @@ template <class T> static void quantize_rows_of(const T* x, size_t ldx, size_t r
     const RowScale s = row_scale(least, greatest, symmetric);
     if (m + 1 < rows) range_of(x + ldx, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
     ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
-    if (s.scale == s.scale) quantize_row(x, K, s, q);
+    if (s.scale == s.scale) quantize_row(x, K, 1.0f / s.scale, s.zero, q);
     else memset(q, 0, 4 * quads(K) * sizeof(ROW_T));  // any codes: NaN times their sum is NaN
     out.scale[m] = s.scale;
     out.zero[m] = s.zero;
@@ -340,13 +340,14 @@ static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const in
   const size_t per_tile = (STRIP_PANELS + tiles - 1) / tiles;  // the next strip is asked for by this one's first tiles
   const bool widen = WIDEN && tiles > 2 && quads(K) <= WIDE_QUADS;
   alignas(64) int16_t wide[WIDEN ? WIDE_QUADS * NV * 4 * COLS : 1];
-  for (size_t v = 0; v < vectors; v += NV) {
+  for (size_t v = 0, width; v < vectors; v += width) {
     const Strip strip{a, K, vector_at(packed, K, v), widen ? wide : nullptr, begin * kPanel + v * COLS, t, tail_of(t)};
-    const size_t width = vectors - v < NV ? vectors - v : NV;
+    const size_t left = vectors - v;
+    width = left < NV ? left : NV > 2 && left == NV + 1 ? 2 : NV;  // two and two: a tile of one waits for its own sums
     if (widen) widen_strip(strip.b, quads(K), wide);
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
       height = rows / tiles + (i < rows % tiles);  // differing by one at most: a tile of one row wastes the machine
-      const size_t next = v + NV + i * per_tile * VECTORS;
+      const size_t next = v + width + i * per_tile * VECTORS;
       const Ahead ahead{vector_at(packed, K, next), i * per_tile < STRIP_PANELS && next < vectors ? per_tile : 0};
       if (VECTORS > 1 || width == NV) tile_rows<NV>(height, strip, m, ahead);
       else if (NV > 2 && width == 2) tile_rows<2>(height, strip, m, ahead);

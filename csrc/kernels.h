@@ -126,12 +126,13 @@ struct Kernels {
   // four; w [N, K] as it is, y [rows, N].
   void (*int8_dot)(const QRows&, size_t rows, size_t K, const int8_t* w, size_t N, size_t begin, size_t end, int32_t* y);
 
-  // The codes of symmetric quantized rows, as int8 [rows, K].
-  void (*int8_rows_to_int8)(const QRows&, size_t rows, size_t K, int8_t* out);
-
   // Attention, see encoder.inl. Rows of scores [rows, n], `ld` >= n rounded up to 64 apart and in units of log 2, to codes in
   // [0, 255] and 1 / (their sum). Writes up to 64 codes past the last row, and over the scores.
   void (*softmax_codes)(float* scores, size_t ld, size_t rows, size_t n, const QRows&);
+
+  // Queries or keys [rows, heads * d], symmetric, one scale for each head of each row: row m of head h goes to place
+  // h * tokens + m, its codes into `codes` [.., d] as int8 if that is given, else into QRows.
+  void (*int8_quantize_heads)(const float* x, size_t rows, size_t heads, size_t d, size_t tokens, const QRows&, int8_t* codes);
 
   // Values [tokens, d], `ld` apart, quantized per channel and packed as the weight [d, tokens] of the product.
   void (*int8_pack_values)(const float* v, size_t ld, size_t tokens, size_t d, float* scale, int8_t* packed);
