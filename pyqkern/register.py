@@ -9,6 +9,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -31,15 +32,23 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module("pyqkern.hf")
+            _import_hf()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
+def _import_hf() -> None:
+    """A version of transformers that pyqkern does not fit must still work without it."""
+    try:
+        importlib.import_module("pyqkern.hf")
+    except ImportError as error:
+        warnings.warn(f"pyqkern cannot be used by transformers' from_pretrained: {error}", stacklevel=2)
+
+
 def register() -> None:
     """Now where transformers is there, else as soon as it is."""
     if _TRIGGER in sys.modules:
-        importlib.import_module("pyqkern.hf")
+        _import_hf()
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WhenImported())

@@ -5,15 +5,17 @@ import io
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import FLOATS, generator, seeds
 from torch import nn
 
 from pyqkern import QEmbedding, QLinear, cpu, ops, ops_embedding, reference, replace_embedding, replace_linear, summary
+from pyqkern.qlinear_4bit import Linear4bit
 from pyqkern.schemes import FP4, NF4, Int4
 
-SCHEMES = ["int8", "nf4", "fp4", NF4(blocksize=32, double_quant=True), FP4(blocksize=128, double_quant=True)]
+NESTED = NF4(blocksize=32, double_quant=True)  # in the examples, of more than one block of 256 scales
+SCHEMES = ["int8", "nf4", "fp4", NESTED, FP4(blocksize=128, double_quant=True)]
 
 
 def embedding(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) -> nn.Embedding:
@@ -31,6 +33,8 @@ def embedding(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float32,
     ids_dtype=st.sampled_from([torch.int64, torch.int32]),
     seed=seeds,
 )
+@example(n=130, k=192, shape=(700,), scheme=NESTED, dtype=torch.float32, ids_dtype=torch.int64, seed=0)
+@example(n=130, k=100, shape=(700,), scheme=NESTED, dtype=torch.float32, ids_dtype=torch.int64, seed=0)
 def test_rows_are_those_of_the_dequantized_table(
     isa: str,
     n: int,
@@ -45,7 +49,18 @@ def test_rows_are_those_of_the_dequantized_table(
     ids = torch.randint(n, shape, generator=generator(seed)).to(ids_dtype)
     y = layer(ids)
     assert y.dtype is dtype and y.shape == (*shape, k)
-    assert torch.equal(y, layer.weight[ids.long()])
+    assert torch.equal(y, dequantized(layer.table)[ids.long()])
+
+
+def dequantized(table: QLinear) -> torch.Tensor:
+    """All rows, from the flat codes and scales that are saved, by other kernels."""
+    n, k = table.out_features, table.in_features
+    if isinstance(table, Linear4bit):
+        return torch.ops.pyqkern.dequantize_4bit(
+            table._codes(), table._scales(), *table._nested(), table.quant_type, table.blocksize, (n, k), table.dtype
+        )
+    codes = torch.ops.pyqkern.int8_unpack(table.packed, n, k)
+    return (codes * table.weight_scale.unsqueeze(1)).to(table.dtype)
 
 
 @given(n=st.sampled_from([5, 16, 70]), k=st.sampled_from([64, 96, 40]), scheme=st.sampled_from(SCHEMES), seed=seeds)

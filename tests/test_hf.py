@@ -21,6 +21,7 @@ from transformers import (
 
 import pyqkern
 from pyqkern import PyqkernConfig, QEmbedding, QLinear, hf, replace_embedding, replace_linear, summary
+from pyqkern.register import register
 from pyqkern.schemes import FP4, NF4, Int4, Int8, Int8Outlier, Int8Static, Int8WeightOnly
 
 SCHEMES = ["int8", "nf4", Int8(symmetric=True), NF4(blocksize=128, double_quant=True), FP4(), Int8Outlier(3.0)]
@@ -238,6 +239,12 @@ def test_loading_needs_no_argument_in_a_process_that_imports_pyqkern(
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "y.pt"), output(model))
+
+
+def test_a_transformers_that_does_not_fit_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyqkern.hf", None)  # importing it raises ImportError
+    with pytest.warns(UserWarning, match="pyqkern cannot be used by transformers' from_pretrained"):
+        register()
 
 
 # ---- what is wrong is said
