@@ -1,6 +1,6 @@
 // What an encoder layer needs beside the INT8 product: softmax into codes, values into panels, LayerNorm with a residual.
 //
-//   softmax   t = scores - max, in units of log 2;  code = rint(255 * 2^t);  probability = code / sum of codes, both integers
+//   softmax   t = scores - max, in units of log 2;  code = rint(255 * 2^t + dither);  probability = code / sum of codes
 //   heads     each head of each row of queries or keys: scale = absmax / 127, code = rint(x * (1/scale)); 1 where all are 0
 //   values    per channel over the tokens of a sentence: scale = absmax / 127, code = rint(v * (1/scale)); 1 where all are 0
 //   norm      z = a + residual;  y = fma((z - mean) * (1 / sqrt(variance + eps)), weight, bias)
@@ -78,8 +78,18 @@ static void add_layer_norm(float* a, const float* residual, size_t rows, size_t 
   else add_layer_norm_as(a, residual, rows, n, weight, bias, eps, (fp16*)y);
 }
 
-// rint(255 * 2^t) for t <= 0; the polynomial errs by 2.6e-6 of the value. NaN gives 0.
-INLINE i32 probability_code(f32 t) {
+// A long sentence has hundreds of probabilities below half a code, and most of the weight may be theirs. Rounded each for
+// itself they would all be lost; what is added before rounding, ((39 * j) % 64 + 1/2) / 64 - 1/2 for key j, keeps their sum.
+struct Dither {
+  float of[64];
+  constexpr Dither() : of{} {
+    for (int j = 0; j < 64; ++j) of[j] = (float)(39 * j % 64 * 2 + 1) / 128 - 0.5f;
+  }
+};
+alignas(64) static constexpr Dither kDither;
+
+// rint(255 * 2^t + dither) for t <= 0, |dither| < 1/2; the polynomial errs by 2.6e-6 of the value. NaN gives 0.
+INLINE i32 probability_code(f32 t, f32 dither) {
   t = max(t, set1(-30.0f));
   const i32 n = round(t);
   const f32 r = t - to_float(n);
@@ -87,14 +97,14 @@ INLINE i32 probability_code(f32 t) {
   p = fma(p, r, set1(61.26309937f));
   p = fma(p, r, set1(176.7460627f));
   p = fma(p, r, set1(254.99981167f));
-  return round(as_f32(as_i32(p) + (n << 23)));
+  return round(as_f32(as_i32(p) + (n << 23)) + dither);
 }
 
 static void elementwise(int function, const float* x, size_t n, float* y) {
   for (size_t i = 0; i < n; i += LANES) {
     const size_t part = n - i < LANES ? n - i : LANES;
     const f32 v = load_n(x + i, part);
-    store_n(y + i, function == kExp ? exp(v) : function == kErf ? erf(v) : to_float(probability_code(v)), part);
+    store_n(y + i, function == kExp ? exp(v) : function == kErf ? erf(v) : to_float(probability_code(v, f32{})), part);
   }
 }
 
@@ -119,7 +129,7 @@ static void softmax_codes(float* scores, size_t ld, size_t rows, size_t n, const
     for (size_t j = 0; j < whole; j += 4 * LANES) {
       i32 code[4];
       for (int v = 0; v < 4; ++v) {
-        code[v] = probability_code(load(scores + j + v * LANES) - greatest);
+        code[v] = probability_code(load(scores + j + v * LANES) - greatest, load(kDither.of + (j + v * LANES) % 64));
         sum[v] += code[v];
       }
       store_row(q + j, code[0], code[1], code[2], code[3], i32{});

@@ -13,6 +13,9 @@ from pyqkern import reference
 
 LOG2_E = 1.44269504
 
+# Of key j of a sentence: many small probabilities keep their sum, where rounding each for itself would lose them all.
+DITHER = (torch.arange(64) * 39 % 64 + 0.5) / 64 - 0.5
+
 
 def seen_keys(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """bool [batch, length], the tokens that are no padding; None where the mask is more than padding.
@@ -33,7 +36,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: T
     """One sentence: query, key, value fp32 [tokens, heads, d] -> [tokens, heads * d].
 
     Queries and keys are symmetric int8 per token and head, values symmetric int8 per head and channel, probabilities
-    rint(255 * 2**(score - greatest)), divided by their own sum. mask fp32 [1 or heads, tokens, tokens] is added.
+    rint(255 * 2**(score - greatest) + DITHER), divided by their own sum. mask fp32 [1 or heads, tokens, tokens] is added.
     """
     tokens, heads, d = query.shape
     rows = tokens * heads
@@ -44,7 +47,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: T
     scores = (q_scale[:, :, None] * (k_scale * (scaling * LOG2_E))[:, None]) * (q @ k.transpose(1, 2)).float()
     if mask is not None:
         scores = (scores + mask * LOG2_E).clamp(min=torch.finfo(torch.float32).min)
-    codes = torch.round(255 * torch.exp2((scores - scores.amax(2, keepdim=True)).clamp(min=-30)))
+    probabilities = 255 * torch.exp2((scores - scores.amax(2, keepdim=True)).clamp(min=-30))
+    codes = torch.round(probabilities + DITHER[torch.arange(tokens) % 64])
     absmax = value.abs().amax(0)  # [heads, d]
     v_scale = torch.where(absmax == 0, 1.0, (absmax / 127).clamp(min=reference.FLT_MIN))
     v = torch.round(value * (1 / v_scale)).clamp(-127, 127)

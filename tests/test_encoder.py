@@ -1,5 +1,6 @@
 """The encoder layer as one operator, against its plain-torch specification; and the functions it is made of."""
 
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 from strategies import FLOATS, generator, seeds
 from torch import Tensor
 
-from pyqkern import _C, choose_qparams_affine, isas, ops_encoder, quantize_affine
+from pyqkern import _C, choose_qparams_affine, isas, ops_encoder, quantize_affine, reference_encoder
+from pyqkern.reference_encoder import attention, seen_keys
 from pyqkern.reference_encoder import encoder_layer as reference_layer
-from pyqkern.reference_encoder import seen_keys
 
 encoder_layer = torch.ops.pyqkern.encoder_layer
 
@@ -127,6 +128,24 @@ def test_any_shape(
         seen = seen_keys(mask, batch, length)
         assert seen is not None and (y[~seen] == 0).all()
     assert y.isfinite().all()
+
+
+def test_small_probabilities_keep_their_sum(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key with all of a code, 299 with 0.3 of it each: they have a quarter of the weight, and rounded away none."""
+    tokens, share = 300, 299 * 0.3 / (255 + 299 * 0.3)
+    key = torch.full((tokens, 1, 1), -math.log(255 / 0.3))
+    key[0] = 0
+    value = (key != 0).float()
+    context = attention(torch.ones(tokens, 1, 1), key, value, 1.0, None)
+    assert ((context - share).abs() <= 0.02).all()
+    # And the operator does as the reference does: without it, it would be far off here.
+    layer = Layer(5, heads=1, head_size=48)
+    layer.scales[0] = layer.scales[0] * 3
+    x = layer.input(1, 500)
+    assert_close(layer(x), layer.reference(x))
+    monkeypatch.setattr(reference_encoder, "DITHER", torch.zeros(64))
+    with pytest.raises(AssertionError):
+        assert_close(layer(x), layer.reference(x))
 
 
 def test_bits_are_equal_on_every_isa_and_number_of_threads(two_threads: None) -> None:
