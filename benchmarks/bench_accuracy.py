@@ -166,6 +166,7 @@ def own(calibration: Batches) -> dict[str, Callable[[nn.Module], nn.Module]]:
     schemes: dict[str, Callable[[nn.Module], nn.Module]] = {
         "float32": lambda model: model,
         "int8": pyqkern.replace_linear,
+        "int8, optimized": pyqkern.optimize,
         "int8, clipped weights": lambda model: pyqkern.replace_linear(model, Int8(clip_weights=True)),
         "int8, smoothed": lambda model: pyqkern.replace_linear(smoothed(model)),
         "int8, smoothed in V only": lambda model: pyqkern.replace_linear(smoothed(model, shared=False)),

@@ -36,7 +36,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: T
     """One sentence: query, key, value fp32 [tokens, heads, d] -> [tokens, heads * d].
 
     Queries and keys are symmetric int8 per token and head, values symmetric int8 per head and channel, probabilities
-    rint(255 * 2**(score - greatest) + DITHER), divided by their own sum. mask fp32 [1 or heads, tokens, tokens] is added.
+    rint(255 * 2**(score - greatest) + DITHER), divided by their own sum. mask fp32 [1 or heads, tokens, tokens] is
+    added.
     """
     tokens, heads, d = query.shape
     rows = tokens * heads
