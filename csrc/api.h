@@ -44,12 +44,11 @@ struct EncoderLayer {
   bool symmetric;       // how activations are quantized
 };
 
-// An attention mask [batch, heads, length, length]: true where a key is seen, or what is added to the scores. Strides in
+// An attention mask [batch, heads, length, length]: true where a key is seen, or fp32 added to the scores. Strides in
 // elements, 0 where a dimension is broadcast; keys are contiguous. data = nullptr: everyone sees everyone.
-constexpr int kMaskBool = 3;  // beside the Dtypes
 struct Mask {
   const void* data;
-  int type;
+  bool is_bool;
   size_t heads, batch_stride, head_stride, query_stride;
 };
 

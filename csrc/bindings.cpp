@@ -70,7 +70,7 @@ PYBIND11_MODULE(_C, m) {
         nogil, "0: exp, 1: erf, 2: rint(255 * 2^x) for x <= 0; for the tests.");
 
   using Linear = std::array<Address, 6>;  // packed, scale, bias, its dtype, N, K
-  m.def("encoder_layer", [](Address x, int dtype, size_t batch, size_t length, Address mask, int mask_type, size_t mask_heads,
+  m.def("encoder_layer", [](Address x, int dtype, size_t batch, size_t length, Address mask, bool mask_is_bool, size_t mask_heads,
                             size_t batch_stride, size_t head_stride, size_t query_stride, const std::array<Linear, 6>& linears,
                             const std::array<Address, 4>& norms, int norm_dtype, float eps1, float eps2, size_t heads,
                             size_t head_size, float scaling, int activation, bool symmetric, Address y) {
@@ -81,7 +81,7 @@ PYBIND11_MODULE(_C, m) {
     const EncoderLayer layer{linear(0), linear(1), linear(2), linear(3), linear(4), linear(5),
                              {at<void>(norms[0]), at<void>(norms[1]), at<void>(norms[2]), at<void>(norms[3])}, norm_dtype,
                              {eps1, eps2}, heads, head_size, scaling, activation, symmetric};
-    encoder_layer(at<void>(x), dtype, batch, length, {at<void>(mask), mask_type, mask_heads, batch_stride, head_stride, query_stride}, layer, at<void>(y));
+    encoder_layer(at<void>(x), dtype, batch, length, {at<void>(mask), mask_is_bool, mask_heads, batch_stride, head_stride, query_stride}, layer, at<void>(y));
   }, nogil);
 
   m.def("in_panels", &in_panels, "Whether the 4-bit linear takes a weight of these sizes in panels.");

@@ -50,26 +50,14 @@ struct Sentence { size_t batch, first, count; };  // tokens [first, first + coun
 
 constexpr float kMasked = -1e4f;  // a score lowered by this is out of the softmax
 
-float half_to_float(uint16_t h) {
-  const int exponent = h >> 10 & 31, mantissa = h & 1023;
-  const float value = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(float(mantissa), -24);
-  return h & 0x8000 ? -value : value;
-}
-
 float mask_at(const Mask& m, size_t i) {
-  if (m.type == kMaskBool) return static_cast<const uint8_t*>(m.data)[i] ? 0.0f : std::numeric_limits<float>::lowest();
-  if (m.type == kFloat32) return static_cast<const float*>(m.data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(m.data)[i];
-  if (m.type == kFloat16) return half_to_float(bits);
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  memcpy(&value, &wide, 4);
-  return value;
+  if (m.is_bool) return static_cast<const uint8_t*>(m.data)[i] ? 0.0f : std::numeric_limits<float>::lowest();
+  return static_cast<const float*>(m.data)[i];
 }
 
 // Whether every query of every head sees the same keys, each wholly or not at all.
 bool is_padding(const Mask& m, size_t batch, size_t length) {
-  const size_t size = m.type == kMaskBool ? 1 : dtype_size(m.type);
+  const size_t size = m.is_bool ? 1 : sizeof(float);
   if (m.heads > 1 && m.head_stride) return false;
   for (size_t b = 0; b < (m.batch_stride ? batch : 1); ++b) {
     const char* first = static_cast<const char*>(m.data) + b * m.batch_stride * size;

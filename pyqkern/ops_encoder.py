@@ -22,8 +22,6 @@ from pyqkern import _C, cpu, ops
 from pyqkern.affine import FLOATS
 from pyqkern.reference import ACTIVATIONS, INT8_LINEAR_MAX_K
 
-MASK_BOOL = 3  # beside the codes of the dtypes
-
 LINEARS = ("query", "key", "value", "output", "up", "down")
 
 
@@ -93,9 +91,9 @@ def _linear(name: str, weight: Tensor, scale: Tensor, bias: Tensor | None, n: in
 
 
 def _seen(mask: Tensor | None, batch: int, heads: int, length: int) -> tuple[int, ...]:
-    """The mask as C++ takes it: address, type, heads, and strides in elements, 0 where it is broadcast."""
+    """The mask as C++ takes it: address, whether bool, heads, and strides in elements, 0 where it is broadcast."""
     if mask is None:
-        return (0, 0, 1, 0, 0, 0)
+        return (0, False, 1, 0, 0, 0)
     allowed = ((1, batch), (1, heads), (1, length), (length,))
     if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
         raise ValueError(
@@ -106,9 +104,8 @@ def _seen(mask: Tensor | None, batch: int, heads: int, length: int) -> tuple[int
         raise TypeError(f"attention_mask must be bool or a float added to the scores, got {mask.dtype}")
     if not mask.is_cpu:
         raise ValueError(f"attention_mask must be on the CPU, where x is, got {mask.device}")
-    code = MASK_BOOL if mask.dtype is torch.bool else cpu.DTYPE_CODES[mask.dtype]
     strides = (0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True))
-    return (mask.data_ptr(), code, mask.shape[1], *strides)
+    return (mask.data_ptr(), mask.dtype is torch.bool, mask.shape[1], *strides)
 
 
 def run(
@@ -124,6 +121,8 @@ def run(
         raise ValueError(f"eps must be two numbers, one for each LayerNorm, got {len(eps)}")
     if mask is not None and mask.dim() and mask.stride(-1) != 1:
         mask = mask.contiguous()
+    if mask is not None and mask.dtype in (torch.bfloat16, torch.float16):
+        mask = mask.float()
     seen = _seen(mask, x.shape[0], heads, x.shape[1])
     x = x.contiguous()
     y = torch.empty_like(x)

@@ -107,10 +107,8 @@ class Linear4bit(QLinear):
         )
 
     def _linear(self, x: Tensor) -> Tensor:
-        buffers, scheme = (
-            self._buffers,
-            self.scheme,
-        )  # read directly: nn.Module's own way costs half a microsecond a name
+        scheme = self.scheme
+        buffers = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
         blocksize = scheme.group_size if isinstance(scheme, Int4) else scheme.blocksize
         return ops_4bit.linear_4bit(
             x, buffers["packed"], buffers["absmax"], buffers["nested_absmax"], buffers["nested_map"],
