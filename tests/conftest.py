@@ -1,5 +1,5 @@
 # ruff: noqa: E402 -- the path is put right before anything is imported
-"""What all tests share: the fixtures `isa` and `device`, and PYQKERN_REQUIRE.
+"""What all tests share: the fixture `isa`, and PYQKERN_REQUIRE.
 
 PYQKERN_REQUIRE=avx512vnni,cuda,triton names what this machine must have: an ISA, "cuda", or a Python package. What is
 named and missing fails the run, so that a machine that should test something cannot pass by not having it.
@@ -24,7 +24,6 @@ from pyqkern import _C
 
 ISAS = ("avx512vnni", "avxvnni", "avx2", "scalar")
 REQUIRED = [name for name in os.environ.get("PYQKERN_REQUIRE", "").split(",") if name]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 # No deadline: the machine may be busy. The fixtures here hold for a whole module, so examples may share them.
 settings.register_profile("pyqkern", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
@@ -57,7 +56,8 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_report_header() -> str:
-    return f"pyqkern {pyqkern.__version__}: isas {', '.join(pyqkern.isas())}; devices {', '.join(DEVICES)}"
+    cuda = "there" if torch.cuda.is_available() else "missing"
+    return f"pyqkern {pyqkern.__version__}: isas {', '.join(pyqkern.isas())}; cuda is {cuda}"
 
 
 @pytest.fixture(scope="module", params=pyqkern.isas())
@@ -66,12 +66,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     previous = _C.set_isa(request.param)
     yield request.param
     _C.set_isa(previous)
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    """Every type of device that is there."""
-    return request.param
 
 
 @pytest.fixture

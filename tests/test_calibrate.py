@@ -301,14 +301,6 @@ def test_constant_tensors_have_a_range_around_the_value(name: str, values: Tenso
     assert (lo <= hi).all() and (lo >= values.min()).all() and (hi <= values.max()).all()
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
-def test_the_same_on_every_device(name: str, device: str) -> None:
-    values = batches([5, 9, 2], 4)
-    here = observed(OBSERVERS[name](), values).range()
-    there = observed(OBSERVERS[name](), [x.to(device) for x in values]).range()
-    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
-
-
 def test_memory_does_not_grow_with_the_batches() -> None:
     observer = MeanSquare()
     for i in range(50):

@@ -299,38 +299,13 @@ def test_the_packed_shape_on_cuda() -> None:
     assert implementation.cuda.packed_shape(0, 0) == (0, 16)
 
 
-def test_operators_agree_between_devices(device: str) -> None:
-    """Integers are equal on every device; the linear is within 2**-20 of the largest output."""
-    for name, calls in CALLS.items():
-        for arguments in calls:
-            expected = getattr(ops, name)(*arguments)
-            moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
-            if name in ("int8_linear", "int8_unpack"):
-                position = 0 if name == "int8_unpack" else 1
-                moved[position] = ops.int8_pack(W.to(device))
-            if name == "int8_pack":
-                packed = ops.int8_pack(moved[0])
-                assert torch.equal(ops.int8_unpack(packed, *moved[0].shape).cpu(), arguments[0])
-                continue
-            result = getattr(ops, name)(*moved)
-            pairs = zip(result, expected, strict=True) if isinstance(result, tuple) else [(result, expected)]
-            for a, b in pairs:
-                if name == "int8_linear" and b.numel():
-                    eps = max(torch.finfo(b.dtype).eps, 2.0**-20)
-                    assert (a.cpu().double() - b.double()).abs().max() <= eps * b.double().abs().max()
-                else:
-                    assert torch.equal(a.cpu(), b)
-
-
-def test_mixed_devices_raise(device: str) -> None:
-    if device == "cpu":
-        device = "meta"
+def test_mixed_devices_raise() -> None:
     with pytest.raises(ValueError, match="must be on"):
-        int8_matmul(Q, W.to(device))
+        int8_matmul(Q, W.to("meta"))
     with pytest.raises(ValueError, match="must be on"):
-        quantize_affine(X, torch.ones((), device=device))
+        quantize_affine(X, torch.ones((), device="meta"))
     with pytest.raises(ValueError, match="must be on"):
-        ops.int8_linear(X, ops.int8_pack(W), SCALE, BIAS.to(device), "none", False)
+        ops.int8_linear(X, ops.int8_pack(W), SCALE, BIAS.to("meta"), "none", False)
 
 
 def test_public_names() -> None:

@@ -117,19 +117,6 @@ def test_to_dtype_keeps_scales_and_codes(dtype: torch.dtype) -> None:
     assert nn.Sequential(layer).type(dtype)[0].packed.dtype is torch.int8 and torch.equal(layer.weight_scale, scale)
 
 
-def test_to_device_and_back(device: str) -> None:
-    _, layer = make(n=33, k=130)
-    x = floats((7, 130), 2)
-    before = {key: value.clone() for key, value in layer.state_dict().items()}
-    with torch.no_grad():
-        y = layer(x)
-        moved = layer.to(device)
-        assert moved.weight_scale.device.type == moved.packed.device.type == moved.weight.device.type == device
-        assert all(torch.equal(value.cpu(), before[key]) for key, value in moved.state_dict().items())
-        assert (moved(x.to(device)).cpu() - y).abs().max() <= 1e-5 * y.abs().max()
-        assert torch.equal(moved.to("cpu")(x), y)
-
-
 def test_through_the_meta_device() -> None:
     _, layer = make(n=33, k=130)
     state = layer.state_dict()

@@ -8,12 +8,15 @@ from __future__ import annotations
 import atexit
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import torch
 from conftest import available, require
 from hypothesis import settings
 from hypothesis import strategies as st
+from simulated_cuda import held
 from strategies import FLOATS
 from torch import Tensor
 
@@ -35,6 +38,7 @@ if available("triton"):
 
 if INTERPRETED:
     from triton.runtime import interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     RAN: set[str] = set()
 
@@ -60,15 +64,20 @@ if INTERPRETED:
             return super().create_dot(*operands, d, *options)
 
         def create_fma(self, x, y, z):  # type: ignore[no-untyped-def]
-            operands = torch.broadcast_tensors(*(torch.as_tensor(t.data) for t in (x, y, z)))
+            operands = torch.broadcast_tensors(*(torch.from_numpy(numpy.array(t.data)) for t in (x, y, z)))
             return interpreter.TensorHandle(reference.fma(*operands).numpy(), z.dtype.scalar)
 
     interpreter.interpreter_builder.__class__ = RightArithmetic
     run = interpreter.InterpretedFunction.run
 
+    def on_the_host(argument):  # type: ignore[no-untyped-def]
+        if isinstance(argument, TensorDescriptor):
+            return replace(argument, base=held(argument.base))
+        return held(argument)
+
     def recorded(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         RAN.add(self.fn.__name__)
-        return run(self, *args, **kwargs)
+        return run(self, *map(on_the_host, args), **kwargs)
 
     interpreter.InterpretedFunction.run = recorded
 
