@@ -67,7 +67,7 @@ PYBIND11_MODULE(_C, m) {
   }, nogil);
 
   m.def("elementwise", [](int function, Address x, size_t n, Address y) { kernels().elementwise(function, at<float>(x), n, at<float>(y)); },
-        nogil, "0: exp, 1: erf, 2: rint(255 * 2^x) for x <= 0; for the tests.");
+        nogil, "0: exp, 1: GELU, 2: rint(255 * 2^x) for x <= 0; for the tests.");
 
   using Linear = std::array<Address, 6>;  // packed, scale, bias, its dtype, N, K
   m.def("encoder_layer", [](Address x, int dtype, size_t batch, size_t length, Address mask, bool mask_is_bool, size_t mask_heads,

@@ -104,7 +104,7 @@ static void elementwise(int function, const float* x, size_t n, float* y) {
   for (size_t i = 0; i < n; i += LANES) {
     const size_t part = n - i < LANES ? n - i : LANES;
     const f32 v = load_n(x + i, part);
-    store_n(y + i, function == kExp ? exp(v) : function == kErf ? erf(v) : to_float(probability_code(v, f32{})), part);
+    store_n(y + i, function == kExp ? exp(v) : function == kGeluValue ? gelu(v) : to_float(probability_code(v, f32{})), part);
   }
 }
 

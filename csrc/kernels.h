@@ -19,7 +19,7 @@ enum Qtype : int { kInt8 = 0, kUInt8 = 1, kInt4 = 2, kUInt4 = 3 };
 // Activations that the linear's tail can apply.
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
-enum Elementwise : int { kExp = 0, kErf = 1, kProbabilityCode = 2 };
+enum Elementwise : int { kExp = 0, kGeluValue = 1, kProbabilityCode = 2 };
 
 inline size_t dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 inline int qmin(int qtype) { return qtype == kInt8 ? -128 : qtype == kInt4 ? -8 : 0; }
