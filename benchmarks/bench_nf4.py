@@ -8,7 +8,8 @@ Examples:
   python benchmarks/bench_nf4.py --cold --isa avx2   the same on AVX2, against torch's fp32 linear
   python benchmarks/bench_nf4.py --tensors           quantize_4bit and dequantize_4bit, 1 to 64 M elements, as a share
                                                      of a copy's bandwidth: bytes read and bytes written both count
-  python benchmarks/bench_nf4.py --models            BERT-base (random weights), 1x128 and 8x128, "auto"
+  python benchmarks/bench_nf4.py --models            BERT-base (random weights), 1x128 and 8x128, by replace_linear
+                                                     and by optimize
 """
 
 from __future__ import annotations
@@ -108,13 +109,14 @@ def _bitsandbytes(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _converted(contender: str, module: nn.Module) -> nn.Module:
-    """The module as the contender has it: "pyqkern ISA COMPUTE", "bitsandbytes DTYPE" or "torch DTYPE"."""
+    """The module as the contender has it: "pyqkern ISA COMPUTE [optimize]", "bitsandbytes DTYPE" or "torch DTYPE"."""
     name, *rest = contender.split()
     if name == "pyqkern":
         import pyqkern
         from pyqkern.schemes import NF4
 
-        return pyqkern.replace_linear(module, NF4(compute=rest[1]))
+        convert = pyqkern.optimize if "optimize" in rest else pyqkern.replace_linear
+        return convert(module, NF4(compute=rest[1]))
     dtype = torch.bfloat16 if rest[0] == "bf16" else torch.float32
     return _bitsandbytes(module, dtype) if name == "bitsandbytes" else module.to(dtype)
 
@@ -250,6 +252,8 @@ def main() -> int:
     own = [f"{isa} {compute}" for isa in isas if isa.startswith("pyqkern") for compute in arguments.compute]
     if arguments.cold:
         own += [f"{name} operator" for name in own]
+    if arguments.models:
+        own += [f"{name} optimize" for name in own]
     missing = peers.choose(["bnb-nf4"], "linear")[1]
     theirs = [] if missing else [BITSANDBYTES[0]] if arguments.tensors else [*BITSANDBYTES]
     others = [] if arguments.tensors else ["torch fp32"]

@@ -23,39 +23,6 @@ void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
                  const int32_t* x_zero);
 
-// One linear of an encoder layer: packed weight [N, K] with one scale per row, bias [N] of bias_dtype or nullptr.
-struct EncoderLinear {
-  const int8_t* packed;
-  const float* scale;
-  const void* bias;
-  int bias_dtype;
-  size_t N, K;
-};
-
-// A post-LayerNorm encoder layer: h = norm(x + output(attention)), y = norm(h + down(activation(up(h)))).
-struct EncoderLayer {
-  EncoderLinear query, key, value, output, up, down;
-  const void* norm[4];  // weight and bias [hidden size] behind the attention, and behind the feed-forward
-  int norm_dtype;
-  float eps[2];
-  size_t heads, head_size;
-  float scaling;        // of the scores
-  int activation;
-  bool symmetric;       // how activations are quantized
-};
-
-// An attention mask [batch, heads, length, length]: true where a key is seen, or fp32 added to the scores. Strides in
-// elements, 0 where a dimension is broadcast; keys are contiguous. data = nullptr: everyone sees everyone.
-struct Mask {
-  const void* data;
-  bool is_bool;
-  size_t heads, batch_stride, head_stride, query_stride;
-};
-
-// y [batch, length, hidden size] of x, both of `dtype`; NaN in the mask throws std::invalid_argument. Tokens that are
-// padding, which no query sees, cost nothing, and are zeros in y.
-void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const EncoderLayer& layer, void* y);
-
 // Scales of blocks: fp32, or, with `nested`, codes of an 8-bit map in blocks of kNestedBlock of their own:
 // map[absmax[b]] * nested[b / kNestedBlock] + offset, b counted along the flat weight.
 constexpr size_t kNestedBlock = 256;
@@ -76,6 +43,41 @@ struct Weight4 {
 };
 bool in_panels(size_t N, size_t K, size_t blocksize);
 
+// One linear of an encoder layer: an INT8 weight [N, K] as int8_pack makes it with one scale per row, or, where `packed` is
+// nullptr, one of 4 bits in panels; bias [N] of bias_dtype or nullptr.
+struct EncoderLinear {
+  const int8_t* packed;
+  const float* scale;
+  const void* bias;
+  int bias_dtype;
+  size_t N, K;
+  Weight4 four;
+};
+
+// A post-LayerNorm encoder layer: h = norm(x + output(attention)), y = norm(h + down(activation(up(h)))).
+struct EncoderLayer {
+  EncoderLinear query, key, value, output, up, down;
+  const void* norm[4];  // weight and bias [hidden size] behind the attention, and behind the feed-forward
+  int norm_dtype;
+  float eps[2];
+  size_t heads, head_size;
+  float scaling;        // of the scores
+  int activation;
+  bool symmetric;       // how activations are quantized; for 4 bits always
+};
+
+// An attention mask [batch, heads, length, length]: true where a key is seen, or fp32 added to the scores. Strides in
+// elements, 0 where a dimension is broadcast; keys are contiguous. data = nullptr: everyone sees everyone.
+struct Mask {
+  const void* data;
+  bool is_bool;
+  size_t heads, batch_stride, head_stride, query_stride;
+};
+
+// y [batch, length, hidden size] of x, both of `dtype`; NaN in the mask throws std::invalid_argument. Tokens that are
+// padding, which no query sees, cost nothing, and are zeros in y.
+void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const EncoderLayer& layer, void* y);
+
 // x [n] to and from codes, two to a byte; blocksize is a power of two from 32 to 4096.
 void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed, float* absmax);
 void nf4_dequantize(const uint8_t* packed, const Scales& scales, size_t blocksize, const Codebook& book, size_t n, void* y, int dtype);
@@ -93,6 +95,10 @@ void nf4_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, 
 // y [M, N] = the 4-bit linear of x [M, K], both of `dtype`; with as_int8 the rows are quantized and the products integers,
 // if the weight is in panels.
 void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, int bias_dtype, size_t M, void* y, bool as_int8);
+
+// y fp32 [rows, N] = activation(the 4-bit linear of rows that are quantized already, symmetric), for a weight in panels; has
+// the bits of nf4_linear with as_int8. Works on the calling thread alone.
+void nf4_rows(const QRows& q, size_t rows, const Weight4& w, const float* bias, int activation, float* y);
 
 // Rows of a packed weight: out[m] = W[rows[m]], every rows[m] < N. K > 0. int8 [M, K]; 4-bit, for weights in panels, flat
 // codes [M, K / 2] and scales [M, K / blocksize] of scale_bytes each; nf4_dequantize_rows, for flat ones, y [M, K].

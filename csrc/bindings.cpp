@@ -69,14 +69,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("elementwise", [](int function, Address x, size_t n, Address y) { kernels().elementwise(function, at<float>(x), n, at<float>(y)); },
         nogil, "0: exp, 1: GELU, 2: rint(255 * 2^x) for x <= 0; for the tests.");
 
-  using Linear = std::array<Address, 6>;  // packed, scale, bias, its dtype, N, K
+  // packed, scale, bias, its dtype, N, K; of 4 bits also nested absmax, map, offset (or 0), blocksize and codebook, else 0
+  using Linear = std::array<Address, 11>;
   m.def("encoder_layer", [](Address x, int dtype, size_t batch, size_t length, Address mask, bool mask_is_bool, size_t mask_heads,
                             size_t batch_stride, size_t head_stride, size_t query_stride, const std::array<Linear, 6>& linears,
                             const std::array<Address, 4>& norms, int norm_dtype, float eps1, float eps2, size_t heads,
                             size_t head_size, float scaling, int activation, bool symmetric, Address y) {
     auto linear = [&](int i) {
       const Linear& a = linears[i];
-      return EncoderLinear{at<int8_t>(a[0]), at<float>(a[1]), at<void>(a[2]), static_cast<int>(a[3]), a[4], a[5]};
+      EncoderLinear l{at<int8_t>(a[0]), at<float>(a[1]), at<void>(a[2]), static_cast<int>(a[3]), a[4], a[5], {}};
+      if (!a[9]) return l;
+      const Scales scales{at<void>(a[1]), at<float>(a[6]), at<float>(a[7]), a[8] ? *at<float>(a[8]) : 0.0f};
+      l.four = {at<uint8_t>(a[0]), scales, a[4], a[5], a[9], at<Codebook>(a[10])};
+      l.packed = nullptr;
+      return l;
     };
     const EncoderLayer layer{linear(0), linear(1), linear(2), linear(3), linear(4), linear(5),
                              {at<void>(norms[0]), at<void>(norms[1]), at<void>(norms[2]), at<void>(norms[3])}, norm_dtype,
@@ -84,7 +90,6 @@ PYBIND11_MODULE(_C, m) {
     encoder_layer(at<void>(x), dtype, batch, length, {at<void>(mask), mask_is_bool, mask_heads, batch_stride, head_stride, query_stride}, layer, at<void>(y));
   }, nogil);
 
-  m.def("in_panels", &in_panels, "Whether the 4-bit linear takes a weight of these sizes in panels.");
   m.def("quantize_4bit", [](Address x, int dtype, size_t n, size_t blocksize, Address book, Address packed, Address absmax) {
     nf4_quantize(at<void>(x), dtype, n, blocksize, *at<Codebook>(book), at<uint8_t>(packed), at<float>(absmax));
   }, nogil);

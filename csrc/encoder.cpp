@@ -21,6 +21,7 @@ namespace {
 constexpr size_t kSerialOps = 1 << 21;      // multiply-adds: below this a second thread costs more than it brings
 constexpr size_t kGroupTokens = 128;        // tokens per thread and group: what lies between the steps stays near
 constexpr size_t kBlockRows = 64;           // tokens of a block, whose feed-forward activations are 12 KB each
+constexpr size_t kBlockRows4Bit = 128;      // more of them: each block turns the codes of all weights into integers
 constexpr size_t kScoreBytes = 24 << 10;    // scores of some rows of one head
 constexpr size_t kTileRows = 8;
 
@@ -157,6 +158,7 @@ class Encoder {
   }
 
   void product(const EncoderLinear& w, const float* b, const QRows& rows, size_t n, int activation, float* out) const {
+    if (!w.packed) return nf4_rows(rows, n, w.four, b, activation, out);
     gemm(rows, n, w.K, w.packed, Tail{w.scale, b, activation, kFloat32, out, w.N, w.N});
   }
   void gemm(const QRows& rows, size_t n, size_t K, const int8_t* packed, const Tail& t) const {
@@ -174,7 +176,8 @@ class Encoder {
   }
 
   template <class Work> void blocks(size_t tokens, const Work& work) const {
-    const size_t wanted = std::max<size_t>((tokens + kBlockRows - 1) / kBlockRows, count);
+    const size_t most = l.query.packed ? kBlockRows : kBlockRows4Bit;
+    const size_t wanted = (tokens + most * count - 1) / (most * count) * count;
     const size_t height = (tokens + wanted * kTileRows - 1) / (wanted * kTileRows) * kTileRows;
     parallel_for((tokens + height - 1) / height, count, [&](size_t i) { work(i * height, std::min(height, tokens - i * height)); });
   }

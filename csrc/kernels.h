@@ -182,9 +182,9 @@ struct Kernels {
   void (*nf4_gemm_int8)(const QRows&, size_t K, size_t k0, size_t rows, size_t size, size_t steps, const int8_t* integers,
                         const int32_t* minus_sums, const float* scale, float* total);
 
-  // y[m][n] = total[m][n] * row_scale[m] + bias[n] for n in [n0, n0 + columns); row_scale or bias may be nullptr.
-  void (*nf4_finish)(const float* total, const float* row_scale, const float* bias, size_t rows, size_t n0, size_t columns,
-                     size_t N, void* y, int dtype);
+  // y[m][n] = activation(total[m][n] * row_scale[m] + bias[n]) for n in [n0, n0 + columns); row_scale or bias may be nullptr.
+  void (*nf4_finish)(const float* total, const float* row_scale, const float* bias, int activation, size_t rows, size_t n0,
+                     size_t columns, size_t N, void* y, int dtype);
 
   // y[m][n] = product[m][n] + bias[n] (fp32 or nullptr), product in bf16.
   void (*nf4_finish_bf16)(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype);

@@ -63,5 +63,12 @@ template <int ACTIVATION> INLINE f32 activate(f32 v) {
   return v;
 }
 
+INLINE f32 activate(int activation, f32 v) {
+  return activation == kNone   ? v
+         : activation == kRelu ? activate<kRelu>(v)
+         : activation == kGelu ? activate<kGelu>(v)
+                               : activate<kGeluTanh>(v);
+}
+
 }  // namespace PYQKERN_ISA
 }  // namespace pyqkern

@@ -268,9 +268,22 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
     const size_t rows = std::min(height, M - m);
     float* total = static_cast<float*>(scratch(kTotals, kBlockRows * kStrip * sizeof(float)));
     strip_totals(w, in, strip, m, rows, total);
-    k.nf4_finish(total, in.q ? q.scale + m : nullptr, wide_bias, rows, strip * kStrip, std::min(kStrip, N - strip * kStrip), N,
+    k.nf4_finish(total, in.q ? q.scale + m : nullptr, wide_bias, kNone, rows, strip * kStrip, std::min(kStrip, N - strip * kStrip), N,
                  static_cast<char*>(y) + m * N * dtype_size(dtype), dtype);
   });
+}
+
+void nf4_rows(const QRows& q, size_t rows, const Weight4& w, const float* bias, int activation, float* y) {
+  const Kernels& k = kernels();
+  float* row_scale = static_cast<float*>(scratch(kRowScales, rows * sizeof(float)));
+  for (size_t r = 0; r < rows; ++r) row_scale[r] = q.scale[r] * (1.0f / w.book->levels);
+  float* total = static_cast<float*>(scratch(kTotals, rows * kStrip * sizeof(float)));
+  const size_t bytes = w.K / w.blocksize * kStrip * sizeof(float);
+  for (size_t strip = 0; strip < strips(w.N); ++strip) {
+    const float* scales = strip_scales(w, strip, static_cast<float*>(w.scales.nested ? scratch(kScales, bytes) : nullptr));
+    int8_totals(w, q, strip, scales, rows, total);
+    k.nf4_finish(total, row_scale, bias, activation, rows, strip * kStrip, std::min(kStrip, w.N - strip * kStrip), w.N, y, kFloat32);
+  }
 }
 
 }  // namespace pyqkern

@@ -413,22 +413,24 @@ static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows
 // ---- the tail
 
 template <class T>
-static void finish_rows(const float* total, const float* row_scale, const float* bias, size_t rows, size_t n0, size_t columns, size_t N, T* y) {
+static void finish_rows(const float* total, const float* row_scale, const float* bias, int activation, size_t rows, size_t n0,
+                        size_t columns, size_t N, T* y) {
   for (size_t m = 0; m < rows; ++m, total += kStrip)
     for (size_t j = 0; j < columns; j += LANES) {
       const size_t n = n0 + j, part = columns - j < LANES ? columns - j : LANES;
       f32 v = load(total + j);
       if (row_scale) v *= set1(row_scale[m]);
       if (bias) v += part == LANES ? load(bias + n) : load_part(bias + n, part);
+      v = activate(activation, v);
       if (part == LANES) store(y + m * N + n, v); else store_part(y + m * N + n, v, part);
     }
 }
 
-static void nf4_finish(const float* total, const float* row_scale, const float* bias, size_t rows, size_t n0, size_t columns, size_t N,
-                       void* y, int dtype) {
-  if (dtype == kFloat32) finish_rows(total, row_scale, bias, rows, n0, columns, N, (float*)y);
-  else if (dtype == kBFloat16) finish_rows(total, row_scale, bias, rows, n0, columns, N, (bf16*)y);
-  else finish_rows(total, row_scale, bias, rows, n0, columns, N, (fp16*)y);
+static void nf4_finish(const float* total, const float* row_scale, const float* bias, int activation, size_t rows, size_t n0,
+                       size_t columns, size_t N, void* y, int dtype) {
+  if (dtype == kFloat32) finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (float*)y);
+  else if (dtype == kBFloat16) finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (bf16*)y);
+  else finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (fp16*)y);
 }
 
 template <class T> static void finish_bf16_rows(const bf16* product, const float* bias, size_t rows, size_t N, T* y) {

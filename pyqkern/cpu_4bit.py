@@ -20,8 +20,12 @@ AS_INT8 = ("int8", "auto")
 # compute="bf16": up to this many rows keep the weights in fp32, more of them go through torch's bf16 product.
 BF16_FROM = 4
 
-in_panels = _C.in_panels
 _RECORDS = {name: book.record.data_ptr() for name, book in CODEBOOKS.items()}
+
+
+def in_panels(n: int, k: int, blocksize: int) -> bool:
+    """Whether a weight [n, k] is stored in panels, which the integer kernels need: as in_panels in csrc/nf4.cpp."""
+    return n >= PANEL and k % blocksize == 0
 
 
 def packed_sizes(n: int, k: int, blocksize: int) -> tuple[int, int]:

@@ -1,16 +1,17 @@
 """optimize, which turns the encoder layers of a model into one operator each, and QEncoderLayer, what they become."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pyqkern import ops, ops_encoder
+from pyqkern import cpu_4bit, ops, ops_encoder
 from pyqkern.affine import FLOATS
 from pyqkern.qlinear import Int8Linear
+from pyqkern.qlinear_4bit import NESTED, FP4Linear, Int4Linear, NF4Linear
 from pyqkern.reference import ACTIVATIONS
 from pyqkern.replace import UNFUSED, Pattern, replace_linear
 from pyqkern.schemes import Scheme
@@ -90,8 +91,8 @@ def optimize(
     transformers; they become `QEncoderLayer`s. `summary` names them, and says why a layer was left as it was. What the
     model takes and returns stays, and so do the keys of its state_dict: they are those that replace_linear alone gives.
 
-    scheme, include, exclude, errors: as for `replace_linear`. A layer is fused where all six linears are INT8 with
-    activations quantized per token: the scheme "int8".
+    scheme, include, exclude, errors: as for `replace_linear`. A layer is fused where all six linears have the same
+    scheme and it quantizes activations per token: "int8", or "nf4", "fp4" and "int4" with compute "auto" or "int8".
     """
     model = replace_linear(model, scheme, include=include, exclude=exclude)
     for module in list(model.modules()):
@@ -130,11 +131,10 @@ def _reason(layer: nn.Module, layout: _Layout) -> str | None:
     if "forward" in vars(layer):
         return "patched: its forward was replaced"
     for path, linear in zip(layout.linears, linears, strict=True):
-        if type(linear) is not Int8Linear:
-            kind = linear.scheme.name if hasattr(linear, "scheme") else type(linear).__name__
-            return f"{'.'.join(path)} is no INT8 linear with dynamic activations: {kind}"
-    if len({linear.scheme.symmetric for linear in linears}) > 1:
-        return "its linears quantize their activations in different ways"
+        if (unfit := _unfit(linear)) is not None:
+            return f"{'.'.join(path)} {unfit}"
+    if _format(linears) is None:
+        return "its linears are quantized in different ways"
     hidden, width = linears[0].in_features, linears[0].out_features
     if any(type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None for norm in norms):
         return "its norms are no LayerNorms with weight and bias"
@@ -147,6 +147,36 @@ def _reason(layer: nn.Module, layout: _Layout) -> str | None:
     if _activation(activation) is None:
         return f"no kernel for the activation {getattr(activation, '__name__', type(activation).__name__)}"
     return None
+
+
+_FOUR_BITS = (NF4Linear, FP4Linear, Int4Linear)
+
+
+def _unfit(linear: nn.Module) -> str | None:
+    """Why the operator cannot take this linear."""
+    if type(linear) is Int8Linear:
+        return None
+    if not isinstance(linear, _FOUR_BITS) or type(linear) not in _FOUR_BITS:
+        kind = linear.scheme.name if hasattr(linear, "scheme") else type(linear).__name__  # type: ignore[union-attr]
+        return f"is no linear with activations quantized per token: {kind}"
+    if linear.scheme.compute not in cpu_4bit.AS_INT8:
+        return f"computes in {linear.scheme.compute}, which only single linears do"
+    if not cpu_4bit.in_panels(linear.out_features, linear.in_features, linear.blocksize):
+        return f"has rows of {linear.in_features}, no whole blocks of {linear.blocksize}, or less than 16 of them"
+    return None
+
+
+def _format(linears: Sequence[Any]) -> tuple[object, ...] | None:
+    """("int8", symmetric) or (quant_type, blocksize, double_quant), where the operator takes all of these linears."""
+    if any(_unfit(linear) is not None for linear in linears):
+        return None
+    formats = {
+        ("int8", linear.scheme.symmetric)
+        if type(linear) is Int8Linear
+        else (linear.quant_type, linear.blocksize, linear.double_quant)
+        for linear in linears
+    }
+    return formats.pop() if len(formats) == 1 else None
 
 
 def _activation(function: Any) -> str | None:
@@ -182,22 +212,27 @@ class QEncoderLayer(nn.Module):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         linears, norms, heads, activation = parts.linears, parts.norms, parts.heads, parts.activation
         weights = [linear._buffers["packed"] for linear in linears]  # read directly: see Int8Linear._linear
-        scales = [linear._buffers["weight_scale"] for linear in linears]
+        scales = [linear._buffers[parts.scale] for linear in linears]
+        nested = [linear._buffers[name] for linear in linears for name in parts.nested]
         biases = [linear._parameters["bias"] for linear in linears]
         vectors = [norm._parameters[name] for norm in norms for name in ("weight", "bias")]
-        rest = (heads, parts.scaling, [norm.eps for norm in norms], activation, linears[0].scheme.symmetric)
+        rest = (heads, parts.scaling, [norm.eps for norm in norms], activation, parts.symmetric)
         if ops.direct(hidden_states):
             # What was checked stays so while nothing moves: a tensor that changes its dtype changes its address.
-            addresses = [0 if t is None else t.data_ptr() for t in (*weights, *scales, *biases, *vectors)]
+            addresses = [0 if t is None else t.data_ptr() for t in (*weights, *scales, *biases, *vectors, *nested)]
             checked = self._checked
             if checked is None or checked[0] != addresses:
-                prepared = ops_encoder.prepare(weights, scales, biases, vectors, heads, activation)
+                four = None if parts.four is None else ops_encoder.FourBits(*parts.four, nested=nested)
+                given = (weights, scales, biases, vectors, heads, activation, parts.symmetric, four)
+                prepared = ops_encoder.prepare(*given)
                 self._checked = checked = (addresses, prepared)
             y = ops_encoder.run(hidden_states, attention_mask, checked[1], *rest)
         else:
+            quant_type, blocksize, *features = parts.four or ("int8", 0)
             y = torch.ops.pyqkern.encoder_layer.default(
-                hidden_states, attention_mask, weights, scales, biases, vectors, *rest
-            )
+                hidden_states, attention_mask, weights, scales, biases, vectors, *rest,
+                quant_type, blocksize, features, nested,
+            )  # fmt: skip
         return (y,) if self._returns_tuple else y
 
     def _fusable(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Parts | None":
@@ -215,9 +250,8 @@ class QEncoderLayer(nn.Module):
             parts = _find_parts(self)
         elif parts is None or not parts.are_in(self):
             self._parts = parts = _find_parts(self)
-        for linear in parts.linears:
-            if type(linear) is not Int8Linear or not linear._buffers["packed"].is_cpu:  # type: ignore[union-attr]
-                return None
+        if not parts.scale or not all(linear._buffers["packed"].is_cpu for linear in parts.linears):
+            return None
         if parts.activation not in ACTIVATIONS:
             return None
         for part in (*parts.linears, *parts.norms):
@@ -240,6 +274,10 @@ class _Parts:
     """What the operator needs of a layer, found once; `places` tells when a part was exchanged for another since."""
 
     linears: list[Any]
+    scale: str  # the linears' buffer of scales; empty where the operator does not take them
+    nested: tuple[str, ...]  # and those of doubly quantized ones
+    symmetric: bool
+    four: tuple[str, int, int, int] | None  # quant_type, blocksize, width, wide: see ops_encoder
     norms: list[Any]
     activation: str  # or what no kernel is there for
     heads: int
@@ -269,7 +307,14 @@ def _find_parts(layer: QEncoderLayer) -> _Parts:
     heads, activation = getattr(attention, layout.heads), _activation(_part(layer, layout.activation)) or "unknown"
     scaling = (linears[0].out_features // heads) ** -0.5
     norms = [walk(path) for path in layout.norms]
-    return _Parts(linears, norms, activation, heads, scaling, getattr(attention, "config", None), places)
+    quantized: tuple[str, tuple[str, ...], bool, tuple[str, int, int, int] | None] = ("", (), True, None)
+    match _format(linears):
+        case ("int8", bool(symmetric)):
+            quantized = ("weight_scale", (), symmetric, None)
+        case (str(quant_type), int(blocksize), double_quant):
+            four = (quant_type, blocksize, linears[0].out_features, linears[4].out_features)
+            quantized = ("absmax", NESTED if double_quant else (), True, four)
+    return _Parts(linears, *quantized, norms, activation, heads, scaling, getattr(attention, "config", None), places)
 
 
 def _setting(config: Any, name: str) -> Any:

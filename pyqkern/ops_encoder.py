@@ -1,12 +1,18 @@
-"""A whole encoder layer as one operator, on CPU: post-LayerNorm, of INT8 linears.
+"""A whole encoder layer as one operator, on CPU: post-LayerNorm, of INT8 or of 4-bit linears.
 
     torch.ops.pyqkern.encoder_layer(x, mask, weights, scales, biases, norms, heads, scaling, eps, activation, symmetric)
+    torch.ops.pyqkern.encoder_layer(..., activation, True, quant_type, blocksize, [width, wide], nested)
 
 x [batch, length, hidden size], fp32, bf16 or fp16. mask: None, or [batch or 1, heads or 1, length or 1, length], bool
 (true: the key is seen) or floats added to the scores. Where it only tells padding, padding costs nothing and is zeros
 in the result. weights as int8_pack makes them, scales fp32, biases or None, in the order of LINEARS; norms: weight and
 bias of the LayerNorm behind the attention, then of the one behind the feed-forward; eps of both. scaling: of the
 scores. Returns a tensor like x.
+
+4 bits: quant_type "nf4", "fp4" or "int4". weights as pack_4bit makes them, their rows whole blocks; scales: absmax in
+the order of cpu_4bit.pack_scales. width: rows of the query's weight; wide: of the feed-forward's. nested: nothing, or
+for each weight what its absmax, then uint8, stands for: fp32 absmax of blocks, fp32 map [256], fp32 offset []. The
+linears have the bits of linear_4bit with compute "int8".
 
 Attention is in integers, see pyqkern.reference_encoder. The result has the same bits on every ISA, with any number of
 threads, and for a sentence alone or in any batch. Raises ValueError for shapes and for NaN in the mask.
@@ -18,11 +24,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyqkern import _C, cpu, ops
+from pyqkern import _C, cpu, cpu_4bit, ops
 from pyqkern.affine import FLOATS
+from pyqkern.ops_4bit import check_format, check_scales
 from pyqkern.reference import ACTIVATIONS, INT8_LINEAR_MAX_K
+from pyqkern.reference_4bit import CODEBOOKS
 
 LINEARS = ("query", "key", "value", "output", "up", "down")
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """What 4-bit linears have beside weights and scales; see above."""
+
+    quant_type: str
+    blocksize: int
+    width: int
+    wide: int
+    nested: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -43,13 +62,17 @@ def prepare(
     norms: Sequence[Tensor],
     heads: int,
     activation: str,
+    symmetric: bool = False,
+    four: FourBits | None = None,
 ) -> Prepared:
     """Checks all that does not depend on the input. Raises ValueError."""
+    nested = () if four is None else four.nested
     for name, tensors, count in (
         ("weights", weights, 6),
         ("scales", scales, 6),
         ("biases", biases, 6),
         ("norms", norms, 4),
+        ("nested", nested, 18 if nested else 0),
     ):
         if len(tensors) != count:
             raise ValueError(f"{name} must be {count}, got {len(tensors)}")
@@ -58,7 +81,8 @@ def prepare(
                 raise ValueError(f"{name} must be contiguous and on the CPU, got a tensor on {tensor.device}")
     if any(tensor.dim() != 1 for tensor in (*scales, *norms)):
         raise ValueError("scales and norms must have one dimension")
-    hidden, attention, wide = norms[0].shape[0], scales[0].shape[0], scales[4].shape[0]
+    hidden = norms[0].shape[0]
+    attention, wide = (scales[0].shape[0], scales[4].shape[0]) if four is None else (four.width, four.wide)
     if heads < 1 or attention % heads or not attention or not wide:
         raise ValueError(f"heads must divide the {attention} rows of the query's weight, got {heads}")
     if activation not in ACTIVATIONS:
@@ -68,14 +92,30 @@ def prepare(
         if norm.dtype not in FLOATS or norm.dtype is not dtype or norm.shape != (hidden,):
             raise ValueError(f"norms must be floats [{hidden}] of one dtype, got {norm.dtype} {tuple(norm.shape)}")
     sizes = (*((attention, hidden),) * 3, (hidden, attention), (wide, hidden), (hidden, wide))
-    linears = [
-        _linear(name, weight, scale, bias, *size)
-        for name, weight, scale, bias, size in zip(LINEARS, weights, scales, biases, sizes, strict=True)
-    ]
+    if four is not None:
+        check_format(four.quant_type, four.blocksize)
+        if not symmetric:
+            raise ValueError("symmetric must be True for 4-bit linears, got False")
+    linears = []
+    for i, (name, n_k) in enumerate(zip(LINEARS, sizes, strict=True)):
+        bias = _bias(name, biases[i], n_k[0])
+        if four is None:
+            linears.append(_int8(name, weights[i], scales[i], bias, *n_k))
+        else:
+            linears.append(_4bit(name, weights[i], scales[i], bias, *n_k, four, four.nested[3 * i : 3 * i + 3]))
     return Prepared(linears, [norm.data_ptr() for norm in norms], cpu.DTYPE_CODES[dtype], hidden, attention // heads)
 
 
-def _linear(name: str, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> tuple[int, ...]:
+def _bias(name: str, bias: Tensor | None, n: int) -> tuple[int, int]:
+    """Address and type; zeros where there is none."""
+    if bias is None:
+        return 0, 0
+    if bias.dtype not in FLOATS or bias.shape != (n,):
+        raise ValueError(f"the bias of {name} must be floats [{n}], got {bias.dtype} {tuple(bias.shape)}")
+    return bias.data_ptr(), cpu.DTYPE_CODES[bias.dtype]
+
+
+def _int8(name: str, weight: Tensor, scale: Tensor, bias: tuple[int, int], n: int, k: int) -> tuple[int, ...]:
     if k > INT8_LINEAR_MAX_K:
         raise ValueError(f"in_features must be at most {INT8_LINEAR_MAX_K}, got {k} in {name}")
     if weight.dtype is not torch.int8 or weight.shape != cpu.packed_shape(n, k):
@@ -84,10 +124,25 @@ def _linear(name: str, weight: Tensor, scale: Tensor, bias: Tensor | None, n: in
         )
     if scale.dtype is not torch.float32 or scale.shape != (n,):
         raise ValueError(f"the scale of {name} must be float32 [{n}], got {scale.dtype} {tuple(scale.shape)}")
-    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
-        raise ValueError(f"the bias of {name} must be floats [{n}], got {bias.dtype} {tuple(bias.shape)}")
-    bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), cpu.DTYPE_CODES[bias.dtype])
-    return weight.data_ptr(), scale.data_ptr(), bias_at, bias_dtype, n, k
+    return weight.data_ptr(), scale.data_ptr(), *bias, n, k, 0, 0, 0, 0, 0
+
+
+def _4bit(
+    name: str, weight: Tensor, absmax: Tensor, bias: tuple[int, int], n: int, k: int, four: FourBits,
+    nested: Sequence[Tensor],
+) -> tuple[int, ...]:  # fmt: skip
+    if not cpu_4bit.in_panels(n, k, four.blocksize):
+        raise ValueError(f"the rows of {name} must be whole blocks of {four.blocksize}, and 16 or more, got [{n}, {k}]")
+    codes, stored = cpu_4bit.packed_sizes(n, k, four.blocksize)
+    if weight.dtype is not torch.uint8 or weight.shape != (codes,):
+        raise ValueError(
+            f"the weight of {name} must be what pack_4bit makes of [{n}, {k}], got {weight.dtype} {tuple(weight.shape)}"
+        )
+    nested_absmax, nested_map, offset = nested or (None, None, None)
+    check_scales(absmax, nested_absmax, nested_map, offset, n * k // four.blocksize, stored, weight.device)
+    addresses = [tensor.data_ptr() for tensor in nested] or [0, 0, 0]
+    record = CODEBOOKS[four.quant_type].record.data_ptr()
+    return weight.data_ptr(), absmax.data_ptr(), *bias, n, k, *addresses, four.blocksize, record
 
 
 def _seen(mask: Tensor | None, batch: int, heads: int, length: int) -> tuple[int, ...]:
@@ -135,19 +190,7 @@ def run(
     return y
 
 
-def _fake(
-    x: Tensor,
-    mask: Tensor | None,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    norms: Sequence[Tensor],
-    heads: int,
-    scaling: float,
-    eps: Sequence[float],
-    activation: str,
-    symmetric: bool,
-) -> Tensor:
+def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -163,14 +206,24 @@ def _encoder_layer(
     eps: Sequence[float],
     activation: str,
     symmetric: bool,
+    quant_type: str = "int8",
+    blocksize: int = 0,
+    features: Sequence[int] = (),
+    nested: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    parts = prepare(weights, scales, biases, norms, heads, activation)
+    four = None
+    if quant_type != "int8":
+        if len(features) != 2:
+            raise ValueError(f"features must be [width, wide] for 4-bit linears, got {list(features)}")
+        four = FourBits(quant_type, blocksize, features[0], features[1], nested or ())
+    parts = prepare(weights, scales, biases, norms, heads, activation, symmetric, four)
     return run(x, mask, parts, heads, scaling, eps, activation, symmetric)
 
 
 ops._lib.define(
     "encoder_layer(Tensor x, Tensor? mask, Tensor[] weights, Tensor[] scales, Tensor?[] biases, Tensor[] norms,"
-    " int heads, float scaling, float[] eps, str activation, bool symmetric) -> Tensor",
+    " int heads, float scaling, float[] eps, str activation, bool symmetric,"
+    ' str quant_type="int8", int blocksize=0, int[] features=[], Tensor[]? nested=None) -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 ops._lib.impl("encoder_layer", _encoder_layer, "CPU")

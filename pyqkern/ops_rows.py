@@ -39,7 +39,7 @@ def _empty_rows(x: Tensor) -> Rows:
     """Results of the right shapes; on CUDA rows of q are a multiple of 16 bytes apart, as the kernels read them."""
     m, k = x.shape
     row = -(-k // 16) * 16 if x.device.type == "cuda" else k
-    q = x.new_empty((m, row), dtype=torch.int8)[:, :k]
+    q = x.new_empty_strided((m, k), (row, 1), dtype=torch.int8)
     return q, x.new_empty(m, dtype=torch.float32), x.new_empty(m, dtype=torch.int32)
 
 

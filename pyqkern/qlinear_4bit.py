@@ -13,7 +13,7 @@ from pyqkern.qlinear import QLinear
 from pyqkern.reference_4bit import NESTED_BLOCKSIZE
 from pyqkern.schemes import FP4, NF4, Int4, Scheme, get_scheme
 
-_NESTED = ("nested_absmax", "nested_map", "nested_offset")
+NESTED = ("nested_absmax", "nested_map", "nested_offset")
 
 
 class Linear4bit(QLinear):
@@ -71,7 +71,7 @@ class Linear4bit(QLinear):
         kernels = ops_4bit.kernels_of(codes.device)
         self.register_buffer("packed", torch.ops.pyqkern.pack_4bit(codes.reshape(-1), *sizes), persistent=False)
         self.register_buffer("absmax", kernels.pack_scales(scales, *sizes), persistent=False)
-        for name, buffer in zip(_NESTED, nested or (None,) * 3, strict=True):
+        for name, buffer in zip(NESTED, nested or (None,) * 3, strict=True):
             self.register_buffer(name, buffer)
 
     def _quantize(self, weight: Tensor) -> None:
@@ -93,7 +93,7 @@ class Linear4bit(QLinear):
         return kernels.unpack_scales(self.absmax, self.out_features, self.in_features, self.blocksize)
 
     def _nested(self) -> tuple[Tensor | None, ...]:
-        return tuple(self._buffers[name] for name in _NESTED)
+        return tuple(self._buffers[name] for name in NESTED)
 
     @property
     def weight(self) -> Tensor:

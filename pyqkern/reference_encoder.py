@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyqkern import reference
+from pyqkern import reference, reference_4bit
 
 LOG2_E = 1.44269504
 
@@ -76,10 +76,19 @@ def encoder_layer(
     eps: Sequence[float],
     activation: str,
     symmetric: bool,
+    quant_type: str = "int8",
+    blocksize: int = 0,
+    features: Sequence[int] = (),
+    nested: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """As torch.ops.pyqkern.encoder_layer, with weights int8 [N, K]."""
+    """As torch.ops.pyqkern.encoder_layer, with weights int8 [N, K], or flat codes of 4 bits and their absmax."""
 
     def linear(i: int, rows: Tensor, act: str = "none") -> Tensor:
+        if quant_type != "int8":
+            n = features[0] if i < 3 else features[1] if i == 4 else x.shape[-1]
+            scale = nested[3 * i : 3 * i + 3] if nested else (None,) * 3
+            arguments = (weights[i], scales[i], *scale, biases[i], quant_type, blocksize, n, "int8")
+            return reference.activate(reference_4bit.linear_4bit(rows, *arguments), act)
         return reference.int8_linear(rows, weights[i], scales[i], biases[i], act, symmetric)
 
     batch, length, _ = x.shape

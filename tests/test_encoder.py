@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import FLOATS, generator, seeds
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyqkern import _C, choose_qparams_affine, isas, ops_encoder, quantize_affine, reference_encoder
+from pyqkern import _C, QLinear, choose_qparams_affine, isas, ops_encoder, quantize_affine, reference_encoder
 from pyqkern.reference_encoder import attention, seen_keys
 from pyqkern.reference_encoder import encoder_layer as reference_layer
+from pyqkern.schemes import FP4, NF4, Int4, Scheme
 
 encoder_layer = torch.ops.pyqkern.encoder_layer
 
@@ -34,23 +35,36 @@ class Layer:
         activation: str = "gelu",
         symmetric: bool = False,
         bias: bool = True,
+        scheme: Scheme | None = None,
     ) -> None:
         g, width = generator(seed), heads * head_size
         self.hidden, self.dtype, self.heads = hidden, dtype, heads
         self.codes, self.packed, self.scales = [], [], []
+        self.flat_scales = self.scales if scheme is None else []
         self.biases: list[Tensor | None] = []
+        four, nested = (), []
         sizes = [(width, hidden)] * 3 + [(hidden, width), (wide, hidden), (hidden, wide)]
         for n, k in sizes:
             weight = torch.randn(n, k, generator=g) * k**-0.5 * 2
-            scale, _ = choose_qparams_affine(weight, axis=0, symmetric=True)
-            codes = quantize_affine(weight, scale, axis=0)
+            if scheme is None:
+                scale, _ = choose_qparams_affine(weight, axis=0, symmetric=True)
+                codes = quantize_affine(weight, scale, axis=0)
+                packed = torch.ops.pyqkern.int8_pack(codes)
+            else:
+                linear = nn.Linear(k, n)
+                linear.weight.data = weight
+                quantized = QLinear.from_linear(linear, scheme)
+                codes, packed, scale = quantized._codes(), quantized.packed, quantized.absmax
+                self.flat_scales.append(quantized._scales())
+                nested += [t for t in quantized._nested() if t is not None]
+                four = (quantized.quant_type, quantized.blocksize, [width, wide], nested)
             self.codes.append(codes)
-            self.packed.append(torch.ops.pyqkern.int8_pack(codes))
+            self.packed.append(packed)
             self.scales.append(scale)
             self.biases.append((torch.randn(n, generator=g) * 0.1).to(dtype) if bias else None)
         norms = [1 + 0.1 * torch.randn(hidden, generator=g), 0.1 * torch.randn(hidden, generator=g)]
         self.norms = [norm.to(dtype) for norm in (norms * 2)]
-        self.rest = (heads, head_size**-0.5, [1e-12, 1e-5], activation, symmetric)
+        self.rest = (heads, head_size**-0.5, [1e-12, 1e-5], activation, symmetric or scheme is not None, *four)
 
     def input(self, batch: int, length: int, seed: int = 1) -> Tensor:
         return torch.randn(batch, length, self.hidden, generator=generator(seed)).to(self.dtype)
@@ -59,7 +73,7 @@ class Layer:
         return encoder_layer(x, mask, self.packed, self.scales, self.biases, self.norms, *self.rest)
 
     def reference(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return reference_layer(x, mask, self.codes, self.scales, self.biases, self.norms, *self.rest)
+        return reference_layer(x, mask, self.codes, self.flat_scales, self.biases, self.norms, *self.rest)
 
 
 def assert_close(y: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -130,6 +144,34 @@ def test_any_shape(
     assert y.isfinite().all()
 
 
+SCHEMES = [NF4(blocksize=32), NF4(double_quant=True), FP4(), NF4(blocksize=128), Int4(group_size=32)]
+
+
+@settings(max_examples=15)
+@given(
+    seed=seeds,
+    batch=st.integers(1, 3),
+    length=st.integers(1, 70),
+    heads=st.integers(1, 4),
+    hidden=st.sampled_from([1, 2]),
+    wide=st.sampled_from([1, 3]),
+    scheme=st.sampled_from(SCHEMES),
+    dtype=st.sampled_from(FLOATS),
+    activation=st.sampled_from(["none", "relu", "gelu", "gelu_tanh"]),
+    bias=st.booleans(),
+)
+def test_four_bits(
+    isa: str, seed: int, batch: int, length: int, heads: int, hidden: int, wide: int, scheme: Scheme,
+    dtype: torch.dtype, activation: str, bias: bool,
+) -> None:  # fmt: skip
+    """Sizes are whole blocks, and mostly no whole strips of 64."""
+    size = scheme.group_size if isinstance(scheme, Int4) else scheme.blocksize
+    layer = Layer(seed, hidden * size, heads, size, wide * size, dtype, activation, bias=bias, scheme=scheme)
+    x = layer.input(batch, length, seed)
+    mask = padding([length, *[length // 2] * (batch - 1)], length)
+    assert_close(layer(x, mask), layer.reference(x, mask), dtype)
+
+
 def test_small_probabilities_keep_their_sum(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One key with all of a code, 299 with 0.3 of it each: they have a quarter of the weight, and rounded away none."""
     tokens, share = 300, 299 * 0.3 / (255 + 299 * 0.3)
@@ -148,8 +190,11 @@ def test_small_probabilities_keep_their_sum(isa: str, monkeypatch: pytest.Monkey
         assert_close(layer(x), layer.reference(x))
 
 
-def test_bits_are_equal_on_every_isa_and_number_of_threads(two_threads: None) -> None:
-    layer = Layer(3, hidden=100, heads=5, head_size=20, wide=260)
+@pytest.mark.parametrize("scheme", [None, NF4(blocksize=32, double_quant=True)])
+def test_bits_are_equal_on_every_isa_and_number_of_threads(two_threads: None, scheme: Scheme | None) -> None:
+    layer = Layer(3, 96, heads=5, head_size=32, wide=288, scheme=scheme)
+    if scheme is None:
+        layer = Layer(3, hidden=100, heads=5, head_size=20, wide=260)
     x = layer.input(6, 90)
     mask = padding([90, 1, 17, 64, 80, 33], 90)
     results = []
@@ -163,9 +208,16 @@ def test_bits_are_equal_on_every_isa_and_number_of_threads(two_threads: None) ->
 
 
 @settings(max_examples=20)
-@given(seed=seeds, lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5), left=st.booleans())
-def test_a_sentence_does_not_depend_on_its_neighbours(isa: str, seed: int, lengths: list[int], left: bool) -> None:
-    layer, length = Layer(seed), max(lengths)
+@given(
+    seed=seeds,
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
+    left=st.booleans(),
+    scheme=st.sampled_from([None, NF4()]),
+)
+def test_a_sentence_does_not_depend_on_its_neighbours(
+    isa: str, seed: int, lengths: list[int], left: bool, scheme: Scheme | None
+) -> None:
+    layer, length = Layer(seed, 64, 2, 32, 128, scheme=scheme) if scheme else Layer(seed), max(lengths)
     x = layer.input(len(lengths), length, seed)
     together = layer(x, padding(lengths, length, left))
     for i, n in enumerate(lengths):
@@ -386,8 +438,35 @@ def test_bad_parts() -> None:
             call(x, **changed)
 
 
-def test_the_operator_passes_opcheck() -> None:
-    layer = Layer()
+def test_bad_parts_of_four_bits() -> None:
+    def call(**changed: Any) -> Tensor:
+        layer = Layer(0, 64, 2, 32, 128, scheme=NF4(blocksize=32, double_quant=True))
+        for name, value in changed.items():
+            setattr(layer, name, value(getattr(layer, name)))
+        return layer(layer.input(2, 8))
+
+    assert call().isfinite().all()
+    for message, changed in (
+        ("symmetric must be True for 4-bit linears", {"rest": lambda r: (*r[:4], False, *r[5:])}),
+        ("quant_type must be one of .*, got 'nf5'", {"rest": lambda r: (*r[:5], "nf5", *r[6:])}),
+        ("blocksize must be .*, got 48", {"rest": lambda r: (*r[:6], 48, *r[7:])}),
+        ("rows of query must be whole blocks of 128", {"rest": lambda r: (*r[:6], 128, *r[7:])}),
+        (r"features must be \[width, wide\] .*, got \[64\]", {"rest": lambda r: (*r[:7], [64], r[8])}),
+        ("the bias of up must be floats \\[96\\]", {"rest": lambda r: (*r[:7], [64, 96], r[8])}),
+        ("heads must divide the 65 rows", {"rest": lambda r: (*r[:7], [65, 128], r[8])}),
+        ("nested must be 18, got 17", {"rest": lambda r: (*r[:8], r[8][:17])}),
+        ("absmax must be torch.float32 of 128 elements", {"rest": lambda r: (*r[:8], [])}),
+        ("nested_map must be torch.float32 of 256", {"rest": lambda r: (*r[:8], [r[8][0], r[8][0], *r[8][2:]])}),
+        ("the weight of query must be what pack_4bit", {"packed": lambda p: [p[0][1:], *p[1:]]}),
+        ("absmax must be torch.uint8 of 128 elements", {"scales": lambda s: [s[0], s[1].float(), *s[2:]]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**changed)
+
+
+@pytest.mark.parametrize("scheme", [None, NF4(blocksize=32), FP4(blocksize=32, double_quant=True)])
+def test_the_operator_passes_opcheck(scheme: Scheme | None) -> None:
+    layer = Layer(0, 64, 2, 32, 128, scheme=scheme) if scheme else Layer()
     arguments = (
         layer.input(2, 6),
         padding([6, 3], 6),

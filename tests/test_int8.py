@@ -255,8 +255,9 @@ def test_gelu_error(isa: str, n: int, seed: int, tanh: bool) -> None:
     """Against fp64's GELU of the same fp32 sums.
 
     |error| <= 4 * 2**-24 * |v| for both. erf: y = fma(v, 1/2, |v| * E), E = erf(|v| / sqrt 2) / 2 <= 1/2; in units of
-    2**-24 the polynomials of E err by 1.43, their last fma rounds by 0.25, the product by 0.5 and the fma by 1: 3.2. tanh: y = v / (1 + exp(-2u)); u errs by 3 * 2**-24, relative,
-    which moves y by at most 0.224 * 3, exp errs by 1 ulp (0.25 * 2), sum and quotient round: 0.67 + 0.5 + 2 = 3.2.
+    2**-24 the polynomials of E err by 1.43, their last fma rounds by 0.25, the product by 0.5 and the fma by 1: 3.2.
+    tanh: y = v / (1 + exp(-2u)); u errs by 3 * 2**-24, relative, which moves y by at most 0.224 * 3, exp errs by 1 ulp
+    (0.25 * 2), sum and quotient round: 0.67 + 0.5 + 2 = 3.2.
     """
     x, w, scale, bias = arguments(5, 64, n, seed)
     v = linear(x, w, scale, bias)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from strategies import FLOATS, floats, integers
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import pyqkern.ops_rows  # noqa: F401  registers them
@@ -50,6 +51,16 @@ def samples() -> dict[str, tuple[object, ...]]:
 @pytest.mark.parametrize("name", list(samples()))
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name).default, samples()[name])
+
+
+@pytest.mark.parametrize("k, row", [(33, 48), (32, 32), (1, 16)])
+def test_rows_on_cuda_are_whole_pieces_of_16_bytes(k: int, row: int) -> None:
+    """What a compiled graph is told, on fake tensors; the real ones are looked at in test_triton_cuda.py."""
+    with FakeTensorMode():
+        x = torch.empty(4, k, device="cuda")
+        normal = ops.layer_norm_quantize_rows(x, None, torch.empty(k, device="cuda"), None, 1e-5, False)
+        for q in (ops.int8_quantize_rows(x, False)[0], ops.gelu_quantize_rows(x, "none", False)[0], normal[1]):
+            assert q.shape == (4, k) and q.stride() == (row, 1)
 
 
 @pytest.mark.parametrize("m, k, n", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])

@@ -27,7 +27,7 @@ from transformers import (
 
 import pyqkern
 from pyqkern import QEncoderLayer, QLinear, optimize, replace_linear, summary
-from pyqkern.schemes import Int8
+from pyqkern.schemes import NF4, Int8
 
 SIZES = {
     "hidden_size": 64,
@@ -108,6 +108,31 @@ def test_every_family(name: str, implementation: str) -> None:
     assert (state(optimized)[mask == 0] == 0).all()
     whole = inputs()[0], torch.ones(3, 20, dtype=torch.long)
     assert relative(state(optimized, *whole), state(quantized, *whole), whole[1]) < 0.1
+
+
+@pytest.mark.parametrize("scheme", ["nf4", NF4(blocksize=32, double_quant=True, compute="int8"), "fp4", "int4"])
+def test_four_bits(scheme: Any) -> None:
+    fp32 = model(intermediate_size=128)
+    quantized, optimized = replace_linear(copy.deepcopy(fp32), scheme), optimize(copy.deepcopy(fp32), scheme)
+    assert len(layers(optimized)) == 2 and all(record.reason is None for record in summary(optimized).encoders)
+    _, mask = inputs()
+    expected, before = state(fp32), state(optimized)
+    # The same codes, so the same error, but for what attention in integers adds to it.
+    assert relative(before, expected, mask) < 1.1 * relative(state(quantized), expected, mask)
+    assert 0 < relative(before, state(quantized), mask) < 0.1
+    other = optimize(model(intermediate_size=128, hidden_act="relu"), scheme)
+    assert not torch.equal(state(other), before)
+    other = optimize(model(intermediate_size=128), scheme)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    other.load_state_dict(quantized.state_dict())
+    assert torch.equal(state(other), before)
+    assert torch.equal(state(pickle.loads(pickle.dumps(optimized))), before)
+    torch._dynamo.reset()
+    compiled = torch.compile(optimized.encoder.layer[0], fullgraph=True)
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(run(compiled, x), run(optimized.encoder.layer[0], x))
 
 
 def test_the_output_of_a_layer_is_that_of_the_operator() -> None:
@@ -265,8 +290,12 @@ def test_why_not() -> None:
 
     assert reasons(model()) == [None, None]
     mixed = reasons(model(), exclude="encoder.layer.1.output.dense")
-    assert mixed[0] is None and mixed[1] is not None and "output.dense is no INT8 linear" in mixed[1]
-    assert all("nf4" in str(reason) for reason in reasons(model(), "nf4"))
+    assert mixed[0] is None and mixed[1] is not None and "output.dense is no linear with" in mixed[1]
+    assert all("intermediate" not in str(r) and "rows of 120, no whole" in str(r) for r in reasons(model(), "nf4"))
+    assert all("computes in bf16" in str(reason) for reason in reasons(model(), NF4(compute="bf16")))
+    assert all("int8-weight-only" in str(reason) for reason in reasons(model(), "int8-weight-only"))
+    two = replace_linear(model(), Int8(symmetric=True), include="*query")
+    assert all("in different ways" in str(reason) for reason in reasons(two))
     assert all("SiLU" in str(reason) for reason in reasons(model("bert", hidden_act="silu")))
     assert all("decoder" in str(reason) for reason in reasons(model("bert", is_decoder=True)))
     norms = model()
@@ -282,7 +311,7 @@ def test_why_not() -> None:
 def test_summary_prints_both() -> None:
     text = str(summary(optimize(model(), exclude="encoder.layer.1.output.dense")))
     assert "1 of 2 encoder layers are one operator each" in text
-    assert "encoder.layer.1 not fused: output.dense is no INT8 linear" in text
+    assert "encoder.layer.1 not fused: output.dense is no linear with activations quantized per token" in text
     assert "encoder layers" not in str(summary(replace_linear(model())))
 
 

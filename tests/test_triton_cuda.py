@@ -102,6 +102,13 @@ def test_an_operator_has_the_numbers_of_the_cpu(name: str, arguments: tuple[obje
         assert difference.numel() == 0 or difference.max() <= largest_difference(name, arguments, a)
 
 
+def test_rows_are_whole_pieces_of_16_bytes() -> None:
+    x = floats((4, 33), 1).to(GPU)
+    normal = ops.layer_norm_quantize_rows(x, None, torch.ones(33).to(GPU), None, 1e-5, False)
+    for q in (ops.int8_quantize_rows(x, False)[0], ops.gelu_quantize_rows(x, "none", False)[0], normal[1]):
+        assert q.shape == (4, 33) and q.stride() == (48, 1)
+
+
 def largest_difference(name: str, arguments: tuple[object, ...], y: Tensor) -> float:
     top = float(y.double().abs().max())
     if name == "linear_4bit":

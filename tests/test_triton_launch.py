@@ -104,6 +104,17 @@ def test_wrong_4bit_data_is_refused(monkeypatch: pytest.MonkeyPatch, change: dic
         nf4.linear_4bit(torch.zeros(1, 32), n=2, bias=None, compute="auto", **arguments)
 
 
+def test_operands_start_at_a_multiple_of_16_bytes() -> None:
+    """The compiler is told so by their address, and the tensor memory accelerator takes no other."""
+    buffer = torch.arange(200, dtype=torch.int8)
+    for t in (buffer[:160].view(10, 16), buffer[1:161].view(10, 16), buffer[:130].view(10, 13)):
+        aligned = int8._aligned(t)
+        assert aligned.data_ptr() % 16 == 0 and aligned.stride() == (16, 1)
+        assert torch.equal(aligned[:, : t.shape[1]], t) and (aligned[:, t.shape[1] :] == 0).all()
+    assert int8._aligned(buffer[:160].view(10, 16)).data_ptr() == buffer.data_ptr()
+    assert nf4._words(buffer[1:161].view(torch.uint8)).data_ptr() % 16 == 0
+
+
 def test_int4_is_quantized_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="quant_type must be one of nf4, fp4, got 'int4'"):
         nf4.quantize_4bit(torch.zeros(64), "int4", 64)

@@ -173,15 +173,46 @@ def test_nested_absmax_of_many_blocks() -> None:
 
 
 def test_4bit_splits_and_tiles() -> None:
-    """More than one tile in M and N, K split three ways, and bytes at an address that is no multiple of 16."""
-    x, w = torch.randn(40, 320).bfloat16(), torch.randn(50, 320)
-    packed, absmax = nf4.quantize_4bit(w.to(GPU), "nf4", 64)
+    """More than one tile in M and N, K split three ways and no whole number of steps, bytes at an odd address, and
+    NaN behind the scales, which nothing may read."""
+    x, w, bias = torch.randn(40, 352).bfloat16(), torch.randn(50, 352), torch.randn(50)
+    packed, absmax = nf4.quantize_4bit(w.to(GPU), "nf4", 32)
     buffer = torch.empty(packed.numel() + 1, dtype=torch.uint8, device=GPU)
     buffer[1:] = packed
-    rounded = dequantized(packed.cpu(), absmax.cpu(), w.numel(), "nf4", 64).view(50, 320).bfloat16()
-    exact = x.double() @ rounded.double().T
+    scales = torch.full((absmax.numel() + 64,), torch.nan, device=GPU)
+    scales[: absmax.numel()] = absmax
+    rounded = dequantized(packed.cpu(), absmax.cpu(), w.numel(), "nf4", 32).view(50, 352).bfloat16()
+    exact = x.double() @ rounded.double().T + bias.double()
     config = tuning.Config(16, 16, 64, 4, 2, split_k=3)
-    weight = (buffer[1:], absmax, None, None, None)
-    y = nf4.linear_4bit(x.to(GPU), *weight, None, "nf4", 64, 50, "auto", config)
-    bound = 323 * EPS * (x.double().abs() @ w.double().abs().T * 1.5) + 2.0**-8 * exact.abs()
+    weight = (buffer[1:], scales[: absmax.numel()], None, None, None)
+    y = nf4.linear_4bit(x.to(GPU), *weight, bias.to(GPU), "nf4", 32, 50, "auto", config)
+    bound = 355 * EPS * (x.double().abs() @ w.double().abs().T * 1.5 + bias.abs()) + 2.0**-8 * exact.abs()
     assert ((y.cpu().double() - exact).abs() <= bound).all()
+
+
+def dot_and_gemv() -> list[tuple[str, int, tuning.Config]]:
+    if not available("triton"):
+        return []
+    return sorted(
+        {
+            (kernel, min(largest, 64), config)
+            for kernel in ("nf4_gemv", "nf4_dot")
+            for families in tuning.CONFIGS[kernel].values()
+            for largest, configs in families.items()
+            for config in configs
+        },
+        key=repr,
+    )
+
+
+@pytest.mark.parametrize("kernel, m, config", dot_and_gemv(), ids=repr)
+def test_every_4bit_configuration_of_the_table(kernel: str, m: int, config: tuning.Config) -> None:
+    x, w = torch.randn(m, 1312), torch.randn(70, 1312)
+    packed, absmax = nf4.quantize_4bit(w.to(GPU), "fp4", 32)
+    x = x.bfloat16() if kernel == "nf4_dot" else x
+    rounded = dequantized(packed.cpu(), absmax.cpu(), w.numel(), "fp4", 32).view(70, 1312).to(x.dtype)
+    exact = x.double() @ rounded.double().T
+    config = tuning.replace(config, split_k=3) if config.split_k == 0 else config
+    y = nf4.linear_4bit(x.to(GPU), packed, absmax, None, None, None, None, "fp4", 32, 70, "auto", config)
+    bound = 1315 * EPS * (x.double().abs() @ rounded.double().abs().T) + torch.finfo(x.dtype).eps / 2 * exact.abs()
+    assert ((y.cpu().double() - exact).abs() <= bound * 1.01).all()

@@ -185,6 +185,27 @@ def test_int8_configurations(m: int, k: int, n: int, seed: int, config: int, off
     same(int8.matmul(a, w, y, config=configs()[config]), reference.int8_matmul(a, w))
 
 
+TABLE = {
+    config
+    for families in tuning.CONFIGS["int8_matmul"].values()
+    for configs in families.values()
+    for config in configs
+} if available("triton") else set()  # fmt: skip
+
+
+@pytest.mark.parametrize("config", sorted(TABLE, key=repr), ids=repr)
+def test_every_int8_configuration_of_the_table(config: tuning.Config) -> None:
+    """Tiles as large as they come, whose tail runs in parts; several in M and N, ragged at every edge, K split."""
+    m, n, k = 150, 270, 600
+    x, w = floats((m, k), 1), integers((n, k), 2, torch.int8).clamp(min=-127)
+    scale, bias = torch.rand(n) + 0.1, torch.randn(n)
+    rows = row_quantize.quantize_rows(x.to(GPU), False)
+    config = tuning.replace(config, split_k=3) if config.split_k == 0 else config
+    weight = int8.int8_pack(w.to(GPU)), scale.to(GPU), bias.to(GPU)
+    y = int8.int8_scaled_matmul(*rows, *weight, "none", torch.float32, config)
+    same(y, reference.int8_linear(x, w, scale, bias, "none", False))
+
+
 @few
 @given(
     m=rows, k=widths, n=st.integers(1, 70), seed=seeds, dtype=float_types, symmetric=st.booleans(),
@@ -212,13 +233,21 @@ def test_int8_linear(
 
 
 @few
-@given(m=rows, k=widths, seed=seeds, dtype=float_types, symmetric=st.booleans(), copy=st.booleans())
-def test_int8_linear_in_two_steps(m: int, k: int, seed: int, dtype: torch.dtype, symmetric: bool, copy: bool) -> None:
+@given(
+    m=rows, k=widths, seed=seeds, dtype=float_types, symmetric=st.booleans(),
+    copy=st.sampled_from(["no", "contiguous", "without the last row's padding"]),
+)  # fmt: skip
+def test_int8_linear_in_two_steps(m: int, k: int, seed: int, dtype: torch.dtype, symmetric: bool, copy: str) -> None:
     """Rows quantized before; also where their codes were copied and lost the bytes between the rows."""
     x, w, scale = floats((m, k), seed, dtype), integers((9, k), seed, torch.int8), torch.rand(9) + 0.1
     packed = int8.int8_pack(w.to(GPU))
     q, *qparams = row_quantize.quantize_rows(x.to(GPU), symmetric)
-    q = q.contiguous().clone() if copy else q
+    if copy == "contiguous":
+        q = q.contiguous().clone()
+    elif copy != "no":
+        row = q.stride(0)
+        short = torch.empty((m - 1) * row + k, dtype=torch.int8, device=GPU).as_strided((m, k), (row, 1))
+        q = short.copy_(q)
     y = int8.int8_scaled_matmul(q, *qparams, packed, scale.to(GPU), None, "none", dtype)
     same(y, reference.int8_linear(x, w, scale, None, "none", symmetric))
 
@@ -312,8 +341,10 @@ def test_row_operators(symmetric: bool) -> None:
     rows = on_gpu("int8_quantize_rows", x, symmetric)
     for ours, theirs in zip(rows, torch.ops.pyqkern.int8_quantize_rows(x, symmetric), strict=True):
         same(ours, theirs)
-    y = on_gpu("int8_linear_rows", *rows, packed, scale, None, "none", torch.float32)[0]
-    same(y, reference.int8_linear(x, w, scale, None, "none", symmetric))
+    strided = [rows[0], *(torch.stack([t, t], 1)[:, 0] for t in rows[1:])]
+    for given_rows in (rows, strided):
+        y = on_gpu("int8_linear_rows", *given_rows, packed, scale, None, "none", torch.float32)[0]
+        same(y, reference.int8_linear(x, w, scale, None, "none", symmetric))
     assert [t.shape for t in on_gpu("gelu_quantize_rows", x, "tanh", symmetric)] == [(5, 70), (5,), (5,)]
     normal, *rows = on_gpu("layer_norm_quantize_rows", x, x, torch.ones(70), None, 1e-5, symmetric)
     for ours, theirs in zip(rows, torch.ops.pyqkern.int8_quantize_rows(normal.cpu(), symmetric), strict=True):
