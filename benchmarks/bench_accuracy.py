@@ -179,6 +179,7 @@ def own(calibration: Batches) -> dict[str, Callable[[nn.Module], nn.Module]]:
     for name in ("nf4", "fp4", "int4"):
         if name in pyqkern.schemes.SCHEMES:
             schemes[name] = lambda model, name=name: pyqkern.replace_linear(model, name, exclude="classifier")
+    schemes["nf4, optimized"] = lambda model: pyqkern.optimize(model, "nf4", exclude="classifier")
     return schemes
 
 

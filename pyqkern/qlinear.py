@@ -20,7 +20,8 @@ class QLinear(nn.Module):
     `dtype` is that copy's, and follows `.to(dtype)`.
 
     A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
-    `_linear` and `weight`. Its constructor takes what this one takes, on any device.
+    `_linear`, `weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain` and `_pack`. Its
+    constructor takes what this one takes, on any device.
     """
 
     _classes: ClassVar[dict[type[Scheme], type["QLinear"]]] = {}
@@ -107,17 +108,94 @@ class QLinear(nn.Module):
         """weight[ids] in `dtype`, [*ids.shape, in_features], of which only these rows are dequantized: an embedding."""
         raise NotImplementedError
 
+    # A subclass stores some keys of its state_dict in a form that each type of device has for itself:
+
+    _packed: ClassVar[dict[str, str]] = {}  # key -> buffer, which is not saved
+
+    def _plain(self, key: str) -> Tensor:
+        """What the state_dict has under `key`, out of the buffer."""
+        raise NotImplementedError
+
+    def _pack(self, key: str, value: Tensor) -> Tensor:
+        """The buffer's form of `value`, for the device on which it is."""
+        raise NotImplementedError
+
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Shape and possible dtypes of the state_dict's keys."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
         """.to(), .half(), .cuda(): buffers move, but keep their dtype; the scales are fp32 whatever the model is."""
+        tensors = (*self._buffers.values(), *self._parameters.values())
+        device = next(tensor.device for tensor in tensors if tensor is not None)
+        moved = fn(torch.empty(0, dtype=self.dtype, device=device))
+        self.dtype, moves = moved.dtype, moved.device.type != device.type
+        for key, name in self._packed.items() if moves else ():
+            self._buffers[name] = self._plain(key)
         before = dict(self._buffers)
-        device = next(tensor.device for tensor in (*before.values(), *self._parameters.values()) if tensor is not None)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        for key, name in self._packed.items() if moves else ():
+            value = self._buffers[name]
+            assert value is not None
+            self._buffers[name] = self._pack(key, value)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for key in self._packed:
+            destination[prefix + key] = self._plain(key)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads all of the layer, or, where a key has the wrong shape or dtype, nothing of it."""
+        problems = self._load_problems(state_dict, prefix)
+        if problems:
+            error_msgs.extend(problems)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name, buffer in self._packed.items():
+            key = prefix + name
+            if key not in state_dict:
+                if strict:
+                    missing_keys.append(key)
+                continue
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+            old = self._buffers[buffer]
+            assert old is not None
+            if assign:
+                self._buffers[buffer] = self._pack(name, state_dict[key])
+            elif not old.is_meta:
+                old.copy_(self._pack(name, state_dict[key].to(old.device)))
+
+    def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        problems = []
+        for name, (shape, dtypes) in self._expected().items():
+            value = state_dict.get(prefix + name)
+            if value is None or (name == "bias" and self.bias is None):
+                continue
+            if tuple(value.shape) != shape or value.dtype not in dtypes:
+                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                problems.append(
+                    f"{prefix}{name} must be {wanted} {list(shape)}, got {str(value.dtype).removeprefix('torch.')} "
+                    f"{list(value.shape)}; a float checkpoint is loaded before replace_linear, a quantized one after"
+                )
+        return problems
 
     def extra_repr(self) -> str:
         return (
@@ -214,66 +292,17 @@ class Int8Linear(QLinear, scheme=Int8):
         bias, symmetric = self._parameters["bias"], self.scheme.symmetric
         return ops.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", symmetric)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
-        """Each type of device has its own packing: plain int8 on the way from one to the other."""
-        moves = fn(torch.empty(0, dtype=torch.int8, device=self.packed.device)).device.type != self.packed.device.type
-        if moves:
-            self.packed = self._unpack()
-        super()._apply(fn, recurse)
-        if moves:
-            self.packed = torch.ops.pyqkern.int8_pack(self.packed)
-        return self
+    _packed: ClassVar[dict[str, str]] = {"weight": "packed"}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self._unpack()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _plain(self, key: str) -> Tensor:
+        return self._unpack()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads all of the layer, or, where a key has the wrong shape or dtype, nothing of it."""
-        problems = self._load_problems(state_dict, prefix)
-        if problems:
-            error_msgs.extend(problems)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + "weight"
-        if key in state_dict:
-            if key in unexpected_keys:
-                unexpected_keys.remove(key)
-            weight = state_dict[key]
-            if local_metadata.get("assign_to_params_buffers", False):
-                self.packed = torch.ops.pyqkern.int8_pack(weight)
-            elif not self.packed.is_meta:
-                self.packed.copy_(torch.ops.pyqkern.int8_pack(weight.to(self.packed.device)))
-        elif strict:
-            missing_keys.append(key)
+    def _pack(self, key: str, value: Tensor) -> Tensor:
+        return torch.ops.pyqkern.int8_pack(value)
 
-    def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        problems = []
-        out_features, in_features = self.out_features, self.in_features
-        expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
-            "weight": ((out_features, in_features), (torch.int8,)),
-            "weight_scale": ((out_features,), (torch.float32,)),
-            "bias": ((out_features,), FLOATS),
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        return {
+            "weight": ((self.out_features, self.in_features), (torch.int8,)),
+            "weight_scale": ((self.out_features,), (torch.float32,)),
+            "bias": ((self.out_features,), FLOATS),
         }
-        for name, (shape, dtypes) in expected.items():
-            value = state_dict.get(prefix + name)
-            if value is None or (name == "bias" and self.bias is None):
-                continue
-            if tuple(value.shape) != shape or value.dtype not in dtypes:
-                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                problems.append(
-                    f"{prefix}{name} must be {wanted} {list(shape)}, got {str(value.dtype).removeprefix('torch.')} "
-                    f"{list(value.shape)}; a float checkpoint is loaded before replace_linear, a quantized one after"
-                )
-        return problems

@@ -1,7 +1,6 @@
 """The linears with 4-bit weights: NF4Linear, FP4Linear and Int4Linear, the schemes "nf4", "fp4" and "int4"."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -67,10 +66,8 @@ class Linear4bit(QLinear):
 
     def _take(self, codes: Tensor, scales: Tensor, nested: tuple[Tensor, ...]) -> None:
         """Takes over flat codes and scales."""
-        sizes = (self.out_features, self.in_features, self.blocksize)
-        kernels = ops_4bit.kernels_of(codes.device)
-        self.register_buffer("packed", torch.ops.pyqkern.pack_4bit(codes.reshape(-1), *sizes), persistent=False)
-        self.register_buffer("absmax", kernels.pack_scales(scales, *sizes), persistent=False)
+        self.register_buffer("packed", self._pack("weight", codes), persistent=False)
+        self.register_buffer("absmax", self._pack("absmax", scales), persistent=False)
         for name, buffer in zip(NESTED, nested or (None,) * 3, strict=True):
             self.register_buffer(name, buffer)
 
@@ -116,87 +113,31 @@ class Linear4bit(QLinear):
             scheme.compute,
         )  # fmt: skip
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
-        """Each type of device has its own packing: the flat one on the way from one to the other."""
-        moves = fn(torch.empty(0, dtype=torch.uint8, device=self.packed.device)).device.type != self.packed.device.type
-        if moves:
-            self.packed, self.absmax = self._codes(), self._scales()
-        super()._apply(fn, recurse)
-        if moves:
-            self._take(self.packed, self.absmax, tuple(t for t in self._nested() if t is not None))
-        return self
+    _packed: ClassVar[dict[str, str]] = {"weight": "packed", "absmax": "absmax"}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self._codes().unsqueeze(1)
-        destination[prefix + "absmax"] = self._scales()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _plain(self, key: str) -> Tensor:
+        return self._codes().unsqueeze(1) if key == "weight" else self._scales()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads all of the layer, or, where a key has the wrong shape or dtype, nothing of it."""
-        problems = self._load_problems(state_dict, prefix)
-        if problems:
-            error_msgs.extend(problems)
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        for name, buffer in (("weight", "packed"), ("absmax", "absmax")):
-            key = prefix + name
-            if key not in state_dict:
-                if strict:
-                    missing_keys.append(key)
-                continue
-            if key in unexpected_keys:
-                unexpected_keys.remove(key)
-            value, old = state_dict[key].reshape(-1), self._buffers[buffer]
-            assert old is not None
-            if not assign:
-                value = value.to(old.device)
-            sizes = (self.out_features, self.in_features, self.blocksize)
-            if name == "weight":
-                new = torch.ops.pyqkern.pack_4bit(value, *sizes)
-            else:
-                new = ops_4bit.kernels_of(value.device).pack_scales(value, *sizes)
-            if assign:
-                self._buffers[buffer] = new
-            elif not old.is_meta:
-                old.copy_(new)
+    def _pack(self, key: str, value: Tensor) -> Tensor:
+        sizes = (self.out_features, self.in_features, self.blocksize)
+        if key == "weight":
+            return torch.ops.pyqkern.pack_4bit(value.reshape(-1), *sizes)
+        scales: Tensor = ops_4bit.kernels_of(value.device).pack_scales(value.reshape(-1), *sizes)
+        return scales
 
-    def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
         numel = self.out_features * self.in_features
         blocks = -(-numel // self.blocksize)
-        scales = torch.uint8 if self.double_quant else torch.float32
         expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
             "weight": (((numel + 1) // 2, 1), (torch.uint8,)),
-            "absmax": ((blocks,), (scales,)),
+            "absmax": ((blocks,), (torch.uint8 if self.double_quant else torch.float32,)),
             "bias": ((self.out_features,), FLOATS),
         }
         if self.double_quant:
             expected["nested_absmax"] = ((-(-blocks // NESTED_BLOCKSIZE),), (torch.float32,))
             expected["nested_map"] = ((256,), (torch.float32,))
             expected["nested_offset"] = ((), (torch.float32,))
-        problems = []
-        for name, (shape, dtypes) in expected.items():
-            value = state_dict.get(prefix + name)
-            if value is None or (name == "bias" and self.bias is None):
-                continue
-            if tuple(value.shape) != shape or value.dtype not in dtypes:
-                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                problems.append(
-                    f"{prefix}{name} must be {wanted} {list(shape)}, got {str(value.dtype).removeprefix('torch.')} "
-                    f"{list(value.shape)}; a float checkpoint is loaded before replace_linear, a quantized one after"
-                )
-        return problems
+        return expected
 
 
 class NF4Linear(Linear4bit, scheme=NF4):
