@@ -75,8 +75,10 @@ struct Mask {
 };
 
 // y [batch, length, hidden size] of x, both of `dtype`; NaN in the mask throws std::invalid_argument. Tokens that are
-// padding, which no query sees, cost nothing, and are zeros in y.
-void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const EncoderLayer& layer, void* y);
+// padding, which no query sees, cost nothing, and are zeros in y. bias: fp32, added to the scores beside the mask; a query
+// that NaN is added to gives NaN.
+void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const Mask& bias, const EncoderLayer& layer,
+                   void* y);
 
 // x [n] to and from codes, two to a byte; blocksize is a power of two from 32 to 4096.
 void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed, float* absmax);

@@ -71,9 +71,9 @@ PYBIND11_MODULE(_C, m) {
 
   // packed, scale, bias, its dtype, N, K; of 4 bits also nested absmax, map, offset (or 0), blocksize and codebook, else 0
   using Linear = std::array<Address, 11>;
-  m.def("encoder_layer", [](Address x, int dtype, size_t batch, size_t length, Address mask, bool mask_is_bool, size_t mask_heads,
-                            size_t batch_stride, size_t head_stride, size_t query_stride, const std::array<Linear, 6>& linears,
-                            const std::array<Address, 4>& norms, int norm_dtype, float eps1, float eps2, size_t heads,
+  using Added = std::array<Address, 6>;  // data (or 0), whether bool, heads, strides of batch, head and query
+  m.def("encoder_layer", [](Address x, int dtype, size_t batch, size_t length, const Added& mask, const Added& bias,
+                            const std::array<Linear, 6>& linears, const std::array<Address, 4>& norms, int norm_dtype, float eps1, float eps2, size_t heads,
                             size_t head_size, float scaling, int activation, bool symmetric, Address y) {
     auto linear = [&](int i) {
       const Linear& a = linears[i];
@@ -87,7 +87,8 @@ PYBIND11_MODULE(_C, m) {
     const EncoderLayer layer{linear(0), linear(1), linear(2), linear(3), linear(4), linear(5),
                              {at<void>(norms[0]), at<void>(norms[1]), at<void>(norms[2]), at<void>(norms[3])}, norm_dtype,
                              {eps1, eps2}, heads, head_size, scaling, activation, symmetric};
-    encoder_layer(at<void>(x), dtype, batch, length, {at<void>(mask), mask_is_bool, mask_heads, batch_stride, head_stride, query_stride}, layer, at<void>(y));
+    auto added = [](const Added& a) { return Mask{at<void>(a[0]), a[1] != 0, a[2], a[3], a[4], a[5]}; };
+    encoder_layer(at<void>(x), dtype, batch, length, added(mask), added(bias), layer, at<void>(y));
   }, nogil);
 
   m.def("quantize_4bit", [](Address x, int dtype, size_t n, size_t blocksize, Address book, Address packed, Address absmax) {

@@ -85,9 +85,9 @@ void check_no_nan(const Mask& m, size_t batch, size_t length) {
 
 class Encoder {
  public:
-  Encoder(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const EncoderLayer& layer, void* y)
-      : k(kernels()), x(static_cast<const char*>(x)), y(static_cast<char*>(y)), dtype(dtype), length(length), mask(mask), l(layer),
-        H(layer.query.K), A(layer.heads * layer.head_size), F(layer.up.N), d(layer.head_size), head_row(4 * quads(d) * k.row_element_bytes) {
+  Encoder(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const Mask& bias, const EncoderLayer& layer, void* y)
+      : k(kernels()), x(static_cast<const char*>(x)), y(static_cast<char*>(y)), dtype(dtype), length(length), mask(mask),
+        position_bias(bias), l(layer), H(layer.query.K), A(layer.heads * layer.head_size), F(layer.up.N), d(layer.head_size), head_row(4 * quads(d) * k.row_element_bytes) {
     bool padding = false;
     if (mask.data) {
       padding = is_padding(mask, batch, length);
@@ -125,7 +125,7 @@ class Encoder {
   char* y;
   const int dtype;
   const size_t length;
-  const Mask& mask;
+  const Mask &mask, &position_bias;
   const EncoderLayer& l;
   const size_t H, A, F, d, head_row;  // hidden size, heads * head size, feed-forward size, head size, bytes of its codes
   bool general = false, whole = false;
@@ -214,10 +214,10 @@ class Encoder {
   void attend(const Sentence& s, size_t head) const {
     const size_t n = s.count, t = s.first - g.first, ld = (n + 63) / 64 * 64;
     const size_t most = std::max<size_t>(1, kScoreBytes / (ld * sizeof(float)) / kTileRows) * kTileRows;
-    struct Piece { int8_t *keys, *values; float *key_scale, *value_scale, *scores; QRows p; };
+    struct Piece { int8_t *keys, *values; float *key_scale, *value_scale, *scores, *bad; QRows p; };
     const Piece w = carve(kEncoderBlock, [&](Arena& a) {
       return Piece{a.take<int8_t>(panels(n) * panel_bytes(d)), a.take<int8_t>(panels(d) * panel_bytes(n)), a.take<float>(n),
-                   a.take<float>(d), a.take<float>(most * ld), a.rows(most, 4 * quads(n) * k.row_element_bytes)};
+                   a.take<float>(d), a.take<float>(most * ld), a.take<float>(most), a.rows(most, 4 * quads(n) * k.row_element_bytes)};
     });
     const int8_t* keys = g.keys + (head * g.tokens + t) * d;
     for (size_t p = 0; p < panels(n); ++p) k.int8_pack(keys, n, d, p, w.keys + p * panel_bytes(d));
@@ -233,21 +233,35 @@ class Encoder {
       rows = std::min(most, n - m);
       const QRows q = head_rows(head, t + m);
       gemm(q, rows, d, w.keys, Tail{w.key_scale, nullptr, kNone, kFloat32, w.scores, n, ld});
-      if (general) add_mask(s, head, m, rows, ld, w.scores);
+      for (size_t r = 0; r < rows; ++r) w.bad[r] = q.scale[r] * 0 + poison;
+      if (general) add(mask, s, head, m, rows, ld, w.scores, w.bad);
+      if (position_bias.data) add(position_bias, s, head, m, rows, ld, w.scores, w.bad);
       k.softmax_codes(w.scores, ld, rows, n, w.p);
-      for (size_t r = 0; r < rows; ++r) w.p.scale[r] += q.scale[r] * 0 + poison;
+      for (size_t r = 0; r < rows; ++r) w.p.scale[r] += w.bad[r];
       gemm(w.p, rows, n, w.values, Tail{w.value_scale, nullptr, kNone, kFloat32, context + m * A, d, A});
     }
   }
 
-  // A mask that is more than padding; masked scores stay finite, so that a row without any key takes the mean of all.
-  void add_mask(const Sentence& s, size_t head, size_t m, size_t rows, size_t ld, float* scores) const {
-    for (size_t r = 0; r < rows; ++r) {
-      const size_t at = s.batch * mask.batch_stride + head * mask.head_stride + (m + r) * mask.query_stride;
-      for (size_t j = 0; j < s.count; ++j) {
-        const float sum = scores[r * ld + j] + mask_at(mask, at + j) * 1.44269504f;
-        scores[r * ld + j] = std::max(sum, -std::numeric_limits<float>::max());
+  // A mask that is more than padding, or a bias; masked scores stay finite, so that a row without any key takes the mean of
+  // all. NaN goes into `bad`, since a maximum does not keep it.
+  void add(const Mask& added, const Sentence& s, size_t head, size_t m, size_t rows, size_t ld, float* scores, float* bad) const {
+    const size_t n = s.count, *row = &row_of[s.first], origin = s.batch * length;
+    const bool contiguous = row[n - 1] - row[0] == n - 1;
+    float* line = static_cast<float*>(scratch(kStep, n * sizeof(float)));
+    for (size_t r = 0; r < rows; ++r, scores += ld) {
+      const size_t at = s.batch * added.batch_stride + head * added.head_stride + (row[m + r] - origin) * added.query_stride;
+      const float* from = line;
+      if (contiguous && !added.is_bool) from = static_cast<const float*>(added.data) + at + (row[0] - origin);
+      else for (size_t j = 0; j < n; ++j) line[j] = mask_at(added, at + (row[j] - origin));
+      uint32_t is_nan = 0;
+      for (size_t j = 0; j < n; ++j) {
+        uint32_t bits;
+        memcpy(&bits, from + j, sizeof bits);
+        is_nan |= (bits & 0x7fffffff) > 0x7f800000;
+        const float sum = scores[j] + from[j] * 1.44269504f;
+        scores[j] = std::max(sum, -std::numeric_limits<float>::max());
       }
+      if (is_nan) bad[r] = std::numeric_limits<float>::quiet_NaN();
     }
   }
 
@@ -273,8 +287,9 @@ class Encoder {
 
 }  // namespace
 
-void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const EncoderLayer& layer, void* y) {
-  Encoder(x, dtype, batch, length, mask, layer, y).run();
+void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const Mask& bias, const EncoderLayer& layer,
+                   void* y) {
+  Encoder(x, dtype, batch, length, mask, bias, layer, y).run();
 }
 
 }  // namespace pyqkern

@@ -1,5 +1,6 @@
 """optimize, which turns the encoder layers of a model into one operator each, and QEncoderLayer, what they become."""
 
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class _Layout:
     norms: tuple[_Path, ...]
     activation: _Path
     heads: str  # attribute of the attention
+    position_bias: str = ""  # argument of forward that is added to the scores
+    returns_tuple: bool | None = None  # None: as transformers' layers do, up to version 4
 
 
 def _paths(*names: str) -> tuple[_Path, ...]:
@@ -56,6 +59,30 @@ _DISTILBERT = _Layout(
     "n_heads",
 )
 
+_ALBERT = _Layout(
+    ("attention",),
+    _paths("attention.query", "attention.key", "attention.value", "attention.dense", "ffn", "ffn_output"),
+    _paths("attention.LayerNorm", "full_layer_layer_norm"),
+    ("activation",),
+    "num_attention_heads",
+)
+_MPNET = _Layout(
+    ("attention", "attn"),
+    _paths(
+        "attention.attn.q",
+        "attention.attn.k",
+        "attention.attn.v",
+        "attention.attn.o",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    _paths("attention.LayerNorm", "output.LayerNorm"),
+    ("intermediate", "intermediate_act_fn"),
+    "num_attention_heads",
+    position_bias="position_bias",
+    returns_tuple=True,
+)
+
 # By the name of the class, so that transformers need not be imported.
 _LAYOUTS = {
     "BertLayer": _BERT,
@@ -63,7 +90,11 @@ _LAYOUTS = {
     "XLMRobertaLayer": _BERT,
     "CamembertLayer": _BERT,
     "ElectraLayer": _BERT,
+    "ErnieLayer": _BERT,
+    "Data2VecTextLayer": _BERT,
     "TransformerBlock": _DISTILBERT,
+    "AlbertLayer": _ALBERT,
+    "MPNetLayer": _MPNET,
 }
 
 # transformers' names and torch's, for what the kernels call gelu, gelu_tanh and relu.
@@ -87,9 +118,10 @@ def optimize(
 ) -> nn.Module:
     """Quantizes the linears of `model` as `replace_linear` does, and makes every encoder layer it knows one operator.
 
-    In place; returns the model. Known are the layers of BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA and DistilBERT in
-    transformers; they become `QEncoderLayer`s. `summary` names them, and says why a layer was left as it was. What the
-    model takes and returns stays, and so do the keys of its state_dict: they are those that replace_linear alone gives.
+    In place; returns the model. Known are the layers of BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ERNIE, Data2VecText,
+    DistilBERT, ALBERT and MPNet in transformers; they become `QEncoderLayer`s. `summary` names them, and says why a
+    layer was left as it was. What the model takes and returns stays, and so do the keys of its state_dict: they are
+    those that replace_linear alone gives.
 
     scheme, include, exclude, errors: as for `replace_linear`. A layer is fused where all six linears have the same
     scheme and it quantizes activations per token: "int8", or "nf4", "fp4" and "int4" with compute "auto" or "int8".
@@ -203,11 +235,14 @@ class QEncoderLayer(nn.Module):
     _base: ClassVar[type[nn.Module]]
     _layout: ClassVar[_Layout]
     _returns_tuple: ClassVar[bool]
+    _arguments: ClassVar[tuple[str, ...]]  # of forward behind the mask
     _parts: "_Parts | None" = None
     _checked: tuple[list[int], ops_encoder.Prepared] | None = None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        parts = self._fusable(hidden_states, args, kwargs)
+        named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        position_bias = named.pop(self._layout.position_bias, None)
+        parts = self._fusable(hidden_states, named)
         if parts is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         linears, norms, heads, activation = parts.linears, parts.norms, parts.heads, parts.activation
@@ -226,23 +261,20 @@ class QEncoderLayer(nn.Module):
                 given = (weights, scales, biases, vectors, heads, activation, parts.symmetric, four)
                 prepared = ops_encoder.prepare(*given)
                 self._checked = checked = (addresses, prepared)
-            y = ops_encoder.run(hidden_states, attention_mask, checked[1], *rest)
+            y = ops_encoder.run(hidden_states, attention_mask, checked[1], *rest, position_bias)
         else:
             quant_type, blocksize, *features = parts.four or ("int8", 0)
             y = torch.ops.pyqkern.encoder_layer.default(
                 hidden_states, attention_mask, weights, scales, biases, vectors, *rest,
-                quant_type, blocksize, features, nested,
+                quant_type, blocksize, features, nested, position_bias,
             )  # fmt: skip
         return (y,) if self._returns_tuple else y
 
-    def _fusable(self, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Parts | None":
+    def _fusable(self, x: Tensor, arguments: Mapping[str, Any]) -> "_Parts | None":
         """The parts for the operator, or None where the layer has to go its old way."""
         if self.training or not x.is_cpu or x.dim() != 3 or x.dtype not in FLOATS or torch.is_autocast_enabled("cpu"):
             return None
-        for value in args:
-            if value is not None and value is not False:
-                return None
-        for name, value in kwargs.items():
+        for name, value in arguments.items():
             if value is not None and value is not False and name not in _IGNORED:
                 return None
         parts = self._parts
@@ -335,12 +367,14 @@ def _fused_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _classes:
         package = sys.modules.get(base.__module__.split(".")[0])
         major = getattr(package, "__version__", "5").split(".")[0]
+        layout = _LAYOUTS[base.__name__]
         members = {
             "__module__": __name__,
             "__doc__": QEncoderLayer.__doc__,
             "_base": base,
-            "_layout": _LAYOUTS[base.__name__],
-            "_returns_tuple": int(major) < 5,  # so transformers' layers did
+            "_layout": layout,
+            "_returns_tuple": int(major) < 5 if layout.returns_tuple is None else layout.returns_tuple,
+            "_arguments": tuple(inspect.signature(base.forward).parameters)[3:],
         }
         _classes[base] = type(f"Q{base.__name__}", (QEncoderLayer, base), members)
     return _classes[base]

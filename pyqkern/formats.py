@@ -83,9 +83,7 @@ def decode(format: str, name: str, layer: QLinear, tensors: Mapping[str, Tensor]
     elif format == "compressed-tensors":
         _expect(name, "weight_scale", state["weight_scale"], (layer.out_features, 1), FLOATS)
         state["weight_scale"] = state["weight_scale"].reshape(-1).float()
-    problems: list[str] = layer._load_problems(
-        {f"{name}.{key}": value for key, value in state.items()}, f"{name}."
-    )
+    problems: list[str] = layer._load_problems({f"{name}.{key}": value for key, value in state.items()}, f"{name}.")
     if problems:
         raise ValueError(problems[0])
     for key in ("weight_scale", "absmax", "nested_absmax", "nested_map", "nested_offset"):

@@ -7,7 +7,7 @@ x [batch, length, hidden size], fp32, bf16 or fp16. mask: None, or [batch or 1, 
 (true: the key is seen) or floats added to the scores. Where it only tells padding, padding costs nothing and is zeros
 in the result. weights as int8_pack makes them, scales fp32, biases or None, in the order of LINEARS; norms: weight and
 bias of the LayerNorm behind the attention, then of the one behind the feed-forward; eps of both. scaling: of the
-scores. Returns a tensor like x.
+scores. position_bias: floats in the mask's shapes, added to the scores beside it. Returns a tensor like x.
 
 4 bits: quant_type "nf4", "fp4" or "int4". weights as pack_4bit makes them, their rows whole blocks; scales: absmax in
 the order of cpu_4bit.pack_scales. width: rows of the query's weight; wide: of the feed-forward's. nested: nothing, or
@@ -145,27 +145,35 @@ def _4bit(
     return weight.data_ptr(), absmax.data_ptr(), *bias, n, k, *addresses, four.blocksize, record
 
 
-def _seen(mask: Tensor | None, batch: int, heads: int, length: int) -> tuple[int, ...]:
-    """The mask as C++ takes it: address, whether bool, heads, and strides in elements, 0 where it is broadcast."""
+def _readable(mask: Tensor | None) -> Tensor | None:
+    """A mask or a bias with its keys beside each other, bool or fp32."""
+    if mask is not None and mask.dim() and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    return mask.float() if mask is not None and mask.dtype in (torch.bfloat16, torch.float16) else mask
+
+
+def _added(name: str, mask: Tensor | None, batch: int, heads: int, length: int) -> tuple[int, ...]:
+    """The same as C++ takes it: address, whether bool, heads, strides in elements, 0 where it is broadcast."""
     if mask is None:
         return (0, False, 1, 0, 0, 0)
     allowed = ((1, batch), (1, heads), (1, length), (length,))
     if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
+        way = "; give the model its usual mask, [batch, length] with 1 for tokens and 0 for padding"
         raise ValueError(
-            f"attention_mask must be [{batch} or 1, {heads} or 1, {length} or 1, {length}], got {tuple(mask.shape)}; "
-            "give the model its usual mask, [batch, length] with 1 for tokens and 0 for padding"
+            f"{name} must be [{batch} or 1, {heads} or 1, {length} or 1, {length}], got {tuple(mask.shape)}"
+            + way * (name == "attention_mask")
         )
     if mask.dtype is not torch.bool and mask.dtype not in FLOATS:
-        raise TypeError(f"attention_mask must be bool or a float added to the scores, got {mask.dtype}")
+        raise TypeError(f"{name} must be bool or a float added to the scores, got {mask.dtype}")
     if not mask.is_cpu:
-        raise ValueError(f"attention_mask must be on the CPU, where x is, got {mask.device}")
+        raise ValueError(f"{name} must be on the CPU, where x is, got {mask.device}")
     strides = (0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True))
     return (mask.data_ptr(), mask.dtype is torch.bool, mask.shape[1], *strides)
 
 
 def run(
     x: Tensor, mask: Tensor | None, parts: Prepared, heads: int, scaling: float, eps: Sequence[float], activation: str,
-    symmetric: bool,
+    symmetric: bool, position_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The layer on parts that are checked; x on the CPU."""
     if x.dtype not in FLOATS or x.dim() != 3 or x.shape[2] != parts.hidden:
@@ -174,16 +182,14 @@ def run(
         )
     if len(eps) != 2:
         raise ValueError(f"eps must be two numbers, one for each LayerNorm, got {len(eps)}")
-    if mask is not None and mask.dim() and mask.stride(-1) != 1:
-        mask = mask.contiguous()
-    if mask is not None and mask.dtype in (torch.bfloat16, torch.float16):
-        mask = mask.float()
-    seen = _seen(mask, x.shape[0], heads, x.shape[1])
+    mask, position_bias = _readable(mask), _readable(position_bias)
+    sizes = (x.shape[0], heads, x.shape[1])
+    added = _added("attention_mask", mask, *sizes), _added("position_bias", position_bias, *sizes)
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
         _C.encoder_layer(
-            x.data_ptr(), cpu.DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], *seen, parts.linears, parts.norms,
+            x.data_ptr(), cpu.DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], *added, parts.linears, parts.norms,
             parts.norm_dtype, *eps, heads, parts.head_size, scaling, cpu.ACTIVATION_CODES[activation], symmetric,
             y.data_ptr(),
         )  # fmt: skip
@@ -210,6 +216,7 @@ def _encoder_layer(
     blocksize: int = 0,
     features: Sequence[int] = (),
     nested: Sequence[Tensor] | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     four = None
     if quant_type != "int8":
@@ -217,13 +224,14 @@ def _encoder_layer(
             raise ValueError(f"features must be [width, wide] for 4-bit linears, got {list(features)}")
         four = FourBits(quant_type, blocksize, features[0], features[1], nested or ())
     parts = prepare(weights, scales, biases, norms, heads, activation, symmetric, four)
-    return run(x, mask, parts, heads, scaling, eps, activation, symmetric)
+    return run(x, mask, parts, heads, scaling, eps, activation, symmetric, position_bias)
 
 
 ops._lib.define(
     "encoder_layer(Tensor x, Tensor? mask, Tensor[] weights, Tensor[] scales, Tensor?[] biases, Tensor[] norms,"
     " int heads, float scaling, float[] eps, str activation, bool symmetric,"
-    ' str quant_type="int8", int blocksize=0, int[] features=[], Tensor[]? nested=None) -> Tensor',
+    ' str quant_type="int8", int blocksize=0, int[] features=[], Tensor[]? nested=None,'
+    " Tensor? position_bias=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 ops._lib.impl("encoder_layer", _encoder_layer, "CPU")

@@ -80,6 +80,7 @@ def encoder_layer(
     blocksize: int = 0,
     features: Sequence[int] = (),
     nested: Sequence[Tensor] | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """As torch.ops.pyqkern.encoder_layer, with weights int8 [N, K], or flat codes of 4 bits and their absmax."""
 
@@ -107,7 +108,11 @@ def encoder_layer(
         if not len(rows):
             continue
         query, key, value = (linear(i, rows).view(len(rows), heads, -1) for i in range(3))
-        context = attention(query, key, value, scaling, None if general is None else general[b])
+        added = None if general is None else general[b]
+        if position_bias is not None:
+            bias = position_bias.expand(batch, -1, length, length)[b].float()[:, seen[b]][:, :, seen[b]]
+            added = bias if added is None else added + bias
+        context = attention(query, key, value, scaling, added)
         hidden = add_layer_norm(linear(3, context), rows, norms[0], norms[1], eps[0])
         wide = linear(4, hidden, activation)
         y[b, seen[b]] = add_layer_norm(linear(5, wide), hidden, norms[2], norms[3], eps[1]).to(x.dtype)

@@ -69,11 +69,12 @@ class Layer:
     def input(self, batch: int, length: int, seed: int = 1) -> Tensor:
         return torch.randn(batch, length, self.hidden, generator=generator(seed)).to(self.dtype)
 
-    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return encoder_layer(x, mask, self.packed, self.scales, self.biases, self.norms, *self.rest)
+    def __call__(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        return encoder_layer(x, mask, self.packed, self.scales, self.biases, self.norms, *self.rest, **options)
 
-    def reference(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return reference_layer(x, mask, self.codes, self.flat_scales, self.biases, self.norms, *self.rest)
+    def reference(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        parts = (self.codes, self.flat_scales, self.biases, self.norms)
+        return reference_layer(x, mask, *parts, *self.rest, **options)
 
 
 def assert_close(y: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -261,6 +262,41 @@ def test_a_mask_of_each_head_and_query(isa: str) -> None:
     changed = torch.cat([x[:, :20], layer.input(2, 13, seed=77)], 1)
     near = (layer(x, causal) - layer(changed, causal))[:, :20]
     assert near.norm() / layer(x, causal)[:, :20].norm() < 0.02
+
+
+def test_position_bias(isa: str) -> None:
+    """With padding on either side, with holes, with a mask of every query; broadcast, strided, and in 16 bits."""
+    layer = Layer(wide=200)
+    x, g = layer.input(3, 33), generator(11)
+    bias = torch.randn(1, 3, 33, 33, generator=g) * 3
+    holes = torch.rand(3, 1, 1, 33, generator=g) < 0.6
+    causal = torch.ones(1, 1, 33, 33, dtype=torch.bool).tril()
+    for mask in (None, padding([33, 7, 20], 33), padding([33, 7, 20], 33, left=True), holes, causal):
+        y = layer(x, mask, position_bias=bias)
+        assert_close(y, layer.reference(x, mask, position_bias=bias))
+        assert (y - layer(x, mask)).norm() > 0.05 * y.norm()
+        for same in (bias.expand(3, -1, -1, -1), bias.transpose(2, 3).contiguous().transpose(2, 3)):
+            assert torch.equal(layer(x, mask, position_bias=same), y)
+        halved = bias.bfloat16()
+        assert torch.equal(layer(x, mask, position_bias=halved), layer(x, mask, position_bias=halved.float()))
+    assert_close(
+        layer(x, position_bias=bias[:, :1]), layer.reference(x, position_bias=bias[:, :1].expand(-1, 3, -1, -1))
+    )
+
+
+def test_nan_in_a_position_bias_stays_in_its_rows(isa: str) -> None:
+    layer = Layer()
+    x, bias = layer.input(2, 20), torch.zeros(2, 3, 20, 20)
+    expected = layer(x, position_bias=bias)
+    bias[1, 2, 4, 5] = torch.nan
+    y = layer(x, position_bias=bias)
+    assert y[1, 4].isnan().all()
+    y[1, 4] = expected[1, 4]
+    assert torch.equal(y, expected)
+    with pytest.raises(ValueError, match=r"position_bias must be \[2 or 1, 3 or 1, 20 or 1, 20\], got \(20, 20\)$"):
+        layer(x, position_bias=bias[0, 0])
+    with pytest.raises(TypeError, match="position_bias must be bool or a float added"):
+        layer(x, position_bias=bias.double())
 
 
 def test_all_padding(isa: str) -> None:

@@ -10,15 +10,23 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
     CamembertConfig,
     CamembertModel,
+    Data2VecTextConfig,
+    Data2VecTextModel,
     DistilBertConfig,
     DistilBertModel,
     ElectraConfig,
     ElectraModel,
+    ErnieConfig,
+    ErnieModel,
+    MPNetConfig,
+    MPNetModel,
     RobertaConfig,
     RobertaModel,
     XLMRobertaConfig,
@@ -42,6 +50,10 @@ MODELS = {
     "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig(**SIZES)),
     "camembert": (CamembertModel, CamembertConfig(**SIZES)),
     "electra": (ElectraModel, ElectraConfig(**SIZES, embedding_size=32)),
+    "ernie": (ErnieModel, ErnieConfig(**SIZES)),
+    "data2vec": (Data2VecTextModel, Data2VecTextConfig(**SIZES)),
+    "mpnet": (MPNetModel, MPNetConfig(**SIZES)),
+    "albert": (AlbertModel, AlbertConfig(**SIZES, embedding_size=32, num_hidden_groups=2)),
     "distilbert": (
         DistilBertModel,
         DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=120, vocab_size=99),
@@ -133,6 +145,16 @@ def test_four_bits(scheme: Any) -> None:
     x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(run(compiled, x), run(optimized.encoder.layer[0], x))
+
+
+def test_the_position_bias_of_mpnet_counts() -> None:
+    fp32 = model("mpnet")
+    fp32.encoder.relative_attention_bias.weight.data.mul_(30)
+    quantized, optimized = replace_linear(copy.deepcopy(fp32)), optimize(copy.deepcopy(fp32))
+    _, mask = inputs()
+    assert relative(state(optimized), state(quantized), mask) < 0.1
+    optimized.encoder.relative_attention_bias.weight.data.zero_()
+    assert relative(state(optimized), state(quantized), mask) > 0.3
 
 
 def test_the_output_of_a_layer_is_that_of_the_operator() -> None:
