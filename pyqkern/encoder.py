@@ -123,7 +123,8 @@ def optimize(
     layer was left as it was. What the model takes and returns stays, and so do the keys of its state_dict: they are
     those that replace_linear alone gives.
 
-    scheme, include, exclude, errors: as for `replace_linear`. A layer is fused where all six linears have the same
+    scheme, include, exclude, errors: as for `replace_linear`. Linears that are quantized already, by it or as they were
+    loaded, stay what they are. A layer is fused where all six linears have the same
     scheme and it quantizes activations per token: "int8", or "nf4", "fp4" and "int4" with compute "auto" or "int8".
     """
     model = replace_linear(model, scheme, include=include, exclude=exclude)

@@ -140,6 +140,7 @@ def test_four_bits(scheme: Any) -> None:
     other.load_state_dict(quantized.state_dict())
     assert torch.equal(state(other), before)
     assert torch.equal(state(pickle.loads(pickle.dumps(optimized))), before)
+    assert torch.equal(state(optimize(quantized)), before)  # of a model that is quantized already
     torch._dynamo.reset()
     compiled = torch.compile(optimized.encoder.layer[0], fullgraph=True)
     x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))
