@@ -19,8 +19,9 @@ from pyqkern.qlinear import QLinear
 from pyqkern.qlinear_4bit import FP4Linear, Int4Linear, NF4Linear  # noqa: F401  registers them
 from pyqkern.qlinear_int8 import Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear  # noqa: F401  registers them
 from pyqkern.register import register
-from pyqkern.replace import replace_embedding, replace_linear, summary
+from pyqkern.replace import replace_embedding, replace_linear
 from pyqkern.smooth import smooth
+from pyqkern.summary import summary
 
 __version__ = version("pyqkern")
 

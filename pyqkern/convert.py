@@ -17,7 +17,7 @@ from pyqkern import formats
 from pyqkern.files import Files, files_of
 from pyqkern.hf import PyqkernConfig, checkpoint_config, scheme_from_dict
 from pyqkern.hf_quantizer import PyqkernHfQuantizer
-from pyqkern.replace import said_bytes, table
+from pyqkern.summary import said_bytes, table
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _OTHER_RUNTIMES = ("onnx", "openvino")

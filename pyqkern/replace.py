@@ -1,10 +1,9 @@
-"""replace_linear and replace_embedding, which quantize a model in place, and summary: what became of each layer."""
+"""replace_linear and replace_embedding, which quantize a model in place."""
 
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,7 +17,7 @@ from pyqkern.schemes import Scheme, get_scheme
 Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 # Where the reason is left on a layer that was kept.
-_REASON = "_pyqkern_kept"
+KEPT = "_pyqkern_kept"
 
 # Where optimize leaves the reason on an encoder layer that it did not fuse.
 UNFUSED = "_pyqkern_unfused"
@@ -78,7 +77,7 @@ def replace_linear(
         _quantized(linear, scheme)
     for linear, reason in zip(linears, reasons, strict=True):
         if reason is not None and not isinstance(linear.module, QLinear):
-            setattr(linear.module, _REASON, reason)
+            setattr(linear.module, KEPT, reason)
     result = model
     for linear in chosen:
         module = _quantized(linear, scheme)
@@ -126,12 +125,12 @@ def replace_embedding(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     scheme = check_embedding_scheme(scheme)
     embeddings = find_layers(model, (nn.Embedding, QEmbedding))
-    reasons = _embedding_reasons(model, embeddings, include, exclude)
+    reasons = embedding_reasons(model, embeddings, include, exclude)
     chosen = [layer for layer, reason in zip(embeddings, reasons, strict=True) if reason is None]
     plans = _plan_tables(model, chosen, scheme)
     for layer, reason in zip(embeddings, reasons, strict=True):
         if reason is not None and not isinstance(layer.module, QEmbedding):
-            setattr(layer.module, _REASON, reason)
+            setattr(layer.module, KEPT, reason)
     result = model
     for layer, module in plans:
         result = put(layer, module, result)
@@ -253,10 +252,10 @@ def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, ex
     """Why each linear is kept; None where it is to be replaced."""
     included = [True] * len(linears) if include is None else _matches("include", include, linears)
     excluded = _matches("exclude", exclude, linears)
-    owners = _weight_owners(model)
+    owners = weight_owners(model)
     reasons: list[str | None] = []
     for linear, take, leave in zip(linears, included, excluded, strict=True):
-        reason = _structural_reason(linear.module, owners)
+        reason = structural_reason(linear.module, owners)
         if reason is None and leave:
             reason = "excluded"
         if reason is None and not take:
@@ -265,16 +264,16 @@ def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, ex
     return reasons
 
 
-def _embedding_reasons(
+def embedding_reasons(
     model: nn.Module, embeddings: list[Layer], include: Pattern | None, exclude: Pattern
 ) -> list[str | None]:
     """Why each embedding is kept; None where it is to be replaced."""
     included = [True] * len(embeddings) if include is None else _matches("include", include, embeddings, "an embedding")
     excluded = _matches("exclude", exclude, embeddings, "an embedding")
-    owners = _weight_owners(model, (nn.Embedding, *linear_types()))
+    owners = weight_owners(model, (nn.Embedding, *linear_types()))
     for layer in find_linears(model):
         weight = layer.module._parameters.get("weight")
-        if weight is not None and _structural_reason(layer.module, {}) is not None:
+        if weight is not None and structural_reason(layer.module, {}) is not None:
             owners.setdefault(_key(weight), (f"{layer.names[0]}.weight", layer.module))
     return [
         _embedding_structural_reason(layer.module, owners)
@@ -325,9 +324,7 @@ def _key(tensor: Tensor) -> int:
     return id(tensor) if tensor.is_meta else tensor.data_ptr()
 
 
-def _weight_owners(
-    model: nn.Module, but: tuple[type[nn.Module], ...] | None = None
-) -> dict[int, tuple[str, nn.Module]]:
+def weight_owners(model: nn.Module, but: tuple[type[nn.Module], ...] | None = None) -> dict[int, tuple[str, nn.Module]]:
     """Each parameter of a module that is not of the types `but`, by default linears, -> its name and the module."""
     return {
         _key(parameter): (f"{name}.{key}" if name else key, module)
@@ -338,7 +335,7 @@ def _weight_owners(
     }
 
 
-def _structural_reason(module: nn.Module, owners: dict[int, tuple[str, nn.Module]]) -> str | None:
+def structural_reason(module: nn.Module, owners: dict[int, tuple[str, nn.Module]]) -> str | None:
     """Why this linear cannot be replaced, whatever the patterns say."""
     if isinstance(module, QLinear):
         return "already quantized"
@@ -354,161 +351,3 @@ def _structural_reason(module: nn.Module, owners: dict[int, tuple[str, nn.Module
         name, holder = owner
         return f"tied to {'the embedding ' if isinstance(holder, nn.Embedding) else ''}{name}"
     return None
-
-
-# ---- what became of them
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """One linear or embedding: its names (several where it is shared), weight shape, bytes in float and as it is."""
-
-    name: str
-    aliases: tuple[str, ...]
-    shape: tuple[int, int]
-    scheme: str | None
-    reason: str | None
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclass(frozen=True)
-class EncoderRecord:
-    """One encoder layer that `optimize` has seen: None as reason where it is one operator, else why it is not."""
-
-    name: str
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The linears (`records`) and embeddings of a model, one record each, and the totals; prints as a table.
-
-    encoders: the encoder layers that `optimize` fused, or did not.
-
-    Bytes are counted from the tensors themselves, each once: a head tied to an embedding has all of them.
-    `bytes_before` is what the same layers take in float, in the model's dtype. `other_bytes` is everything else.
-    """
-
-    records: list[LayerRecord]
-    other_bytes: int
-    embeddings: list[LayerRecord] = field(default_factory=list)
-    encoders: list[EncoderRecord] = field(default_factory=list)
-
-    @property
-    def bytes_before(self) -> int:
-        """The whole model with every linear and embedding in float."""
-        return self.other_bytes + sum(record.bytes_before for record in (*self.records, *self.embeddings))
-
-    @property
-    def bytes_after(self) -> int:
-        """The whole model as it is."""
-        return self.other_bytes + sum(record.bytes_after for record in (*self.records, *self.embeddings))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON or a data frame."""
-        return {
-            "records": [asdict(record) for record in self.records],
-            "embeddings": [asdict(record) for record in self.embeddings],
-            "encoders": [asdict(record) for record in self.encoders],
-            "other_bytes": self.other_bytes,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
-
-    def __str__(self) -> str:
-        rows = [("layer", "shape", "scheme", "before", "after")]
-        for record in (*self.records, *self.embeddings):
-            name = record.name or "(the model)"
-            if record.aliases:
-                name += f" (= {', '.join(record.aliases)})"
-            shape = "x".join(str(size) for size in record.shape)
-            what = record.scheme or f"kept: {record.reason}"
-            rows.append((name, shape, what, said_bytes(record.bytes_before), said_bytes(record.bytes_after)))
-        totals = [("linears", self.records)] + ([("embeddings", self.embeddings)] if self.embeddings else [])
-        for kind, records in totals:
-            quantized = sum(record.scheme is not None for record in records)
-            before, after = sum(r.bytes_before for r in records), sum(r.bytes_after for r in records)
-            rows.append(
-                (f"{quantized} of {len(records)} {kind} quantized", "", "", said_bytes(before), said_bytes(after))
-            )
-        rows.append(("everything else", "", "", said_bytes(self.other_bytes), said_bytes(self.other_bytes)))
-        rows.append(("the model", "", "", said_bytes(self.bytes_before), said_bytes(self.bytes_after)))
-        count = len(totals) + 2
-        return "\n".join([table(rows[:-count], rows[-count:], left=3), *self._encoder_lines()])
-
-    def _encoder_lines(self) -> list[str]:
-        if not self.encoders:
-            return []
-        fused = sum(record.reason is None for record in self.encoders)
-        kept = [f"{record.name} not fused: {record.reason}" for record in self.encoders if record.reason is not None]
-        return [f"{fused} of {len(self.encoders)} encoder layers are one operator each", *kept]
-
-
-def table(rows: Sequence[tuple[str, ...]], totals: Sequence[tuple[str, ...]], left: int) -> str:
-    """Rows under their header, and totals, between rules; `left` columns to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, *totals, strict=True)]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = zip(row, widths, strict=True)
-        return "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), rule, *map(line, totals)])
-
-
-def said_bytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} B"
-
-
-def summary(model: nn.Module) -> Summary:
-    """Every linear and embedding of the model: name, shape, scheme or reason it is kept, bytes before and after."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    counted: set[tuple[int, int]] = set()
-    linears, owners = find_linears(model), _weight_owners(model)
-    reasons = [_structural_reason(layer.module, owners) for layer in linears]
-    records = [_record(layer, reason, counted) for layer, reason in zip(linears, reasons, strict=True)]
-    embeddings = find_layers(model, (nn.Embedding, QEmbedding))
-    reasons = _embedding_reasons(model, embeddings, None, ())
-    return Summary(
-        records,
-        embeddings=[_record(layer, reason, counted) for layer, reason in zip(embeddings, reasons, strict=True)],
-        other_bytes=sum(_count(module, counted) for module in model.modules()),
-        encoders=[
-            EncoderRecord(name, vars(module).get(UNFUSED))
-            for name, module in model.named_modules()
-            if UNFUSED in vars(module) or getattr(module, "is_fused", False)
-        ],
-    )
-
-
-def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> LayerRecord:
-    module, tied = layer.module, False
-    if isinstance(module, QEmbedding):
-        module = module.table
-        packed: Any = module.packed
-        tied = (packed.data_ptr(), packed.numel()) in counted
-    after = sum(_count(part, counted) for part in module.modules())
-    if isinstance(module, QLinear):
-        shape, scheme, reason = (module.out_features, module.in_features), module.scheme.name, None
-        bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
-        before = 0 if tied else math.prod(shape) * module.dtype.itemsize + bias
-    else:
-        weight = as_linear(module).weight if isinstance(module, linear_types()) else module.weight
-        shape, scheme, before = (weight.shape[0], weight.shape[1]), None, after
-        reason = reason or getattr(module, _REASON, "not replaced yet")
-    return LayerRecord(layer.names[0], tuple(layer.names[1:]), shape, scheme, reason, before, after)
-
-
-def _count(module: nn.Module, counted: set[tuple[int, int]]) -> int:
-    """Bytes of the module's own tensors, those that have been counted already left out."""
-    total = 0
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is None:
-            continue
-        key = (id(tensor), 0) if tensor.is_meta or not tensor.numel() else (tensor.data_ptr(), tensor.numel())
-        if key not in counted:
-            counted.add(key)
-            total += tensor.numel() * tensor.element_size()
-    return total
