@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sysconfig
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -31,22 +32,22 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512vnni": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     }
 
-SOURCES = ("affine", "bindings", "dispatch", "embedding", "int8", "nf4", "parallel", "tensors")
+SOURCES = ("affine", "bindings", "dispatch", "embedding", "encoder", "int8", "nf4", "parallel", "tensors")
+HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h")) + sorted(Path("csrc").glob("*.inl"))]
 
 setup(
     libraries=[
-        (f"pyqkern_{isa}", {"sources": [f"csrc/isa_{isa}.cpp"], "cflags": [*KERNELS, *flags]})
+        (
+            f"pyqkern_{isa}",
+            {"sources": [f"csrc/isa_{isa}.cpp"], "obj_deps": {"": HEADERS}, "cflags": [*KERNELS, *flags]},
+        )
         for isa, flags in ISAS.items()
     ],
     ext_modules=[
         Pybind11Extension(
             "pyqkern._C",
-            [
-                f"csrc/{name}.cpp"
-                for name in (
-                    "affine", "bindings", "dispatch", "embedding", "encoder", "int8", "nf4", "parallel", "tensors",
-                )
-            ],
+            [f"csrc/{name}.cpp" for name in SOURCES],
+            depends=HEADERS,
             extra_compile_args=COMMON,
             libraries=["dl", "pthread"],
         )
