@@ -8,7 +8,7 @@ packaged MiniLM is fine-tuned once (3 epochs, learning rate 3e-4, about 15 minut
 
 "outliers": in each layer one V channel per head is multiplied by a factor, and the matching column of the output
 projection divided by it. In fp32 the function stays the same; it is what larger BERTs look like. Latency is that of one
-batch of 32 sentences on one thread, the median of several.
+batch of 32 sentences on --threads threads, the median of several.
 """
 
 from __future__ import annotations

@@ -176,8 +176,7 @@ def test_four_bits(
 
 @pytest.mark.parametrize("scheme", [None, NF4(blocksize=32)])
 def test_each_activation_is_the_one_asked_for(isa: str, scheme: Scheme | None) -> None:
-    """The two GELUs differ by 5e-4 at most. Of single tokens few have a code that a rounding has moved, and of 1024 wide
-    ones nearly all have some that the other GELU has."""
+    """The two GELUs differ by 5e-4 at most: of 1024 values a few have another code then, where roundings move none."""
     errors: dict[tuple[str, str], list[float]] = {}
     for seed in range(9):
         x = Layer(hidden=64).input(1, 1, seed)
