@@ -18,6 +18,11 @@ using Address = uintptr_t;
 
 template <class T> T* at(Address a) { return reinterpret_cast<T*>(a); }
 
+Weight4 weight_4bit(Address packed, Address absmax, Address nested, Address map, float offset, size_t N, size_t K, size_t blocksize,
+                    Address book) {
+  return {at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize, at<Codebook>(book)};
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (size_t i = 0; i < kBuiltCount; ++i)
@@ -73,14 +78,13 @@ PYBIND11_MODULE(_C, m) {
   using Linear = std::array<Address, 11>;
   using Added = std::array<Address, 6>;  // data (or 0), whether bool, heads, strides of batch, head and query
   m.def("encoder_layer", [](Address x, int dtype, size_t batch, size_t length, const Added& mask, const Added& bias,
-                            const std::array<Linear, 6>& linears, const std::array<Address, 4>& norms, int norm_dtype, float eps1, float eps2, size_t heads,
-                            size_t head_size, float scaling, int activation, bool symmetric, Address y) {
+                            const std::array<Linear, 6>& linears, const std::array<Address, 4>& norms, int norm_dtype,
+                            float eps1, float eps2, size_t heads, size_t head_size, float scaling, int activation, bool symmetric, Address y) {
     auto linear = [&](int i) {
       const Linear& a = linears[i];
       EncoderLinear l{at<int8_t>(a[0]), at<float>(a[1]), at<void>(a[2]), static_cast<int>(a[3]), a[4], a[5], {}};
       if (!a[9]) return l;
-      const Scales scales{at<void>(a[1]), at<float>(a[6]), at<float>(a[7]), a[8] ? *at<float>(a[8]) : 0.0f};
-      l.four = {at<uint8_t>(a[0]), scales, a[4], a[5], a[9], at<Codebook>(a[10])};
+      l.four = weight_4bit(a[0], a[1], a[6], a[7], a[8] ? *at<float>(a[8]) : 0.0f, a[4], a[5], a[9], a[10]);
       l.packed = nullptr;
       return l;
     };
@@ -105,8 +109,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpack_4bit", [](Address lines, size_t N, size_t K, Address flat) { nf4_unpack(at<uint8_t>(lines), N, K, at<uint8_t>(flat)); }, nogil);
   m.def("weight_4bit", [](Address packed, Address absmax, Address nested, Address map, float offset, size_t N, size_t K,
                           size_t blocksize, Address book, Address y, int dtype) {
-    nf4_weight({at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize, at<Codebook>(book)},
-               at<void>(y), dtype);
+    nf4_weight(weight_4bit(packed, absmax, nested, map, offset, N, K, blocksize, book), at<void>(y), dtype);
   }, nogil);
   m.def("finish_bf16", [](Address product, Address bias, int bias_dtype, size_t M, size_t N, Address y, int dtype) {
     nf4_finish_bf16(at<uint16_t>(product), at<void>(bias), bias_dtype, M, N, at<void>(y), dtype);
@@ -114,7 +117,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_4bit", [](Address x, int dtype, Address packed, Address absmax, Address nested, Address map, float offset,
                           size_t N, size_t K, size_t blocksize, Address book, Address bias, int bias_dtype, size_t M, Address y,
                           bool as_int8) {
-    const Weight4 w{at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize, at<Codebook>(book)};
+    const Weight4 w = weight_4bit(packed, absmax, nested, map, offset, N, K, blocksize, book);
     nf4_linear(at<void>(x), dtype, w, at<void>(bias), bias_dtype, M, at<void>(y), as_int8);
   }, nogil);
 

@@ -18,7 +18,6 @@
 namespace pyqkern {
 namespace {
 
-constexpr size_t kSerialOps = 1 << 21;      // multiply-adds: below this a second thread costs more than it brings
 constexpr size_t kGroupTokens = 128;        // tokens per thread and group: what lies between the steps stays near
 constexpr size_t kBlockRows = 64;           // tokens of a block, whose feed-forward activations are 12 KB each
 constexpr size_t kBlockRows4Bit = 128;      // more of them: each block turns the codes of all weights into integers
@@ -114,7 +113,7 @@ class Encoder {
       const int all = threads();
       for (end = s; end < sentences.size() && (end == s || tokens + sentences[end].count <= kGroupTokens * all); ++end)
         tokens += sentences[end].count;
-      count = tokens * per_token <= kSerialOps ? 1 : all;
+      count = tokens * per_token <= kSerialInt8Ops ? 1 : all;
       group(s, end, tokens);
     }
   }

@@ -7,7 +7,6 @@
 namespace pyqkern {
 namespace {
 
-constexpr size_t kSerialOps = 1 << 21;       // multiply-adds: below this a second thread costs more than it brings
 constexpr size_t kBlockBytes = 288 << 10;    // quantized rows that stay in L2 beside a strip of the weight
 constexpr size_t kStripPanels = 12;          // columns of a piece: a multiple of every tile width
 constexpr size_t kDotColumns = 64;           // columns of a piece where nothing is packed
@@ -42,7 +41,7 @@ void product(size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tai
     columns(q, t, 0, rows, 0, all);
   };
 
-  const int count = M * N * K <= kSerialOps ? 1 : threads();
+  const int count = M * N * K <= kSerialInt8Ops ? 1 : threads();
   const size_t most = std::max<size_t>(1, kBlockBytes / row_bytes / kTileRows) * kTileRows;
   const size_t blocks = (M + most - 1) / most;
   const size_t height = (M + blocks * kTileRows - 1) / (blocks * kTileRows) * kTileRows;
@@ -78,12 +77,12 @@ const float* widen(const void* bias, int dtype, size_t N) {
 
 void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed) {
   const Kernels& k = kernels();
-  parallel_for(panels(N), N * K <= kSerialOps ? 1 : threads(),
+  parallel_for(panels(N), N * K <= kSerialInt8Ops ? 1 : threads(),
                [&](size_t p) { k.int8_pack(w, N, K, p, packed + p * panel_bytes(K)); });
 }
 
 void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w) {
-  parallel_for(N, N * K <= kSerialOps ? 1 : threads(), [&](size_t n) {
+  parallel_for(N, N * K <= kSerialInt8Ops ? 1 : threads(), [&](size_t n) {
     const int8_t* column = packed + n / kPanel * panel_bytes(K) + n % kPanel * 4;
     for (size_t k = 0; k < K; ++k) w[n * K + k] = column[k / 4 * kLine + k % 4];
   });
@@ -95,7 +94,7 @@ void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, 
     const QRows q = row_buffer(M, 4 * quads(K) * k.row_element_bytes);
     k.int8_load_rows(a, is_unsigned, M, K, q);
     const size_t pieces = (N + kDotColumns - 1) / kDotColumns;
-    return parallel_for(pieces, M * N * K <= kSerialOps ? 1 : threads(), [&](size_t i) {
+    return parallel_for(pieces, M * N * K <= kSerialInt8Ops ? 1 : threads(), [&](size_t i) {
       k.int8_dot(q, M, K, w, N, i * kDotColumns, std::min(N, (i + 1) * kDotColumns), y);
     });
   }

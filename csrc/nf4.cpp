@@ -29,10 +29,11 @@ float scale_at(const Scales& s, size_t stored, size_t block) {
   return scaled + s.offset;
 }
 
-// The scales of a strip, fp32 [K/blocksize][panels][16].
-const float* strip_scales(const Weight4& w, size_t strip, float* buffer) {
+// The scales of a strip, fp32 [K/blocksize][panels][16]: as they lie in the weight, or computed until the next call.
+const float* strip_scales(const Weight4& w, size_t strip) {
   const size_t blocks = w.K / w.blocksize, count = panels_of(w.N, strip) * kPanel, start = strip * blocks * kStrip;
   if (!w.scales.nested) return static_cast<const float*>(w.scales.absmax) + start;
+  float* buffer = static_cast<float*>(scratch(kScales, blocks * kStrip * sizeof(float)));
   for (size_t b = 0; b < blocks; ++b)
     for (size_t j = 0; j < count; ++j) {
       const size_t n = std::min(strip * kStrip + j, w.N - 1);
@@ -121,8 +122,7 @@ void int8_totals(const Weight4& w, const QRows& q, size_t strip, const float* sc
 
 void strip_totals(const Weight4& w, const Shared& in, size_t strip, size_t m, size_t rows, float* total) {
   if (in.flat_scales) return flat_totals(w, in.flat_scales, in.x + m * w.K, strip, rows, total);
-  const size_t bytes = w.K / w.blocksize * kStrip * sizeof(float);
-  const float* scales = strip_scales(w, strip, static_cast<float*>(w.scales.nested ? scratch(kScales, bytes) : nullptr));
+  const float* scales = strip_scales(w, strip);
   if (!in.q) return fp32_totals(w, in.x + m * w.K, strip, scales, rows, total);
   const Kernels& k = kernels();
   if (in.few)
@@ -278,10 +278,8 @@ void nf4_rows(const QRows& q, size_t rows, const Weight4& w, const float* bias, 
   float* row_scale = static_cast<float*>(scratch(kRowScales, rows * sizeof(float)));
   for (size_t r = 0; r < rows; ++r) row_scale[r] = q.scale[r] * (1.0f / w.book->levels);
   float* total = static_cast<float*>(scratch(kTotals, rows * kStrip * sizeof(float)));
-  const size_t bytes = w.K / w.blocksize * kStrip * sizeof(float);
   for (size_t strip = 0; strip < strips(w.N); ++strip) {
-    const float* scales = strip_scales(w, strip, static_cast<float*>(w.scales.nested ? scratch(kScales, bytes) : nullptr));
-    int8_totals(w, q, strip, scales, rows, total);
+    int8_totals(w, q, strip, strip_scales(w, strip), rows, total);
     k.nf4_finish(total, row_scale, bias, activation, rows, strip * kStrip, std::min(kStrip, w.N - strip * kStrip), w.N, y, kFloat32);
   }
 }

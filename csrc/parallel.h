@@ -42,6 +42,9 @@ template <class Work> void parallel_for(size_t n, int count, const Work& work) {
   if (context.out_of_memory) throw std::bad_alloc();
 }
 
+// Multiply-adds of the INT8 product: below this a second thread costs more than it brings.
+constexpr size_t kSerialInt8Ops = 1 << 21;
+
 // A buffer of this thread that lives on between calls: allocating 100 KB and more each time costs page faults.
 // Slots keep the buffers of one call apart.
 enum Slot { kRows, kRowScales, kBias, kPacked, kScales, kStep, kTotals, kEncoderGroup, kEncoderBlock, kSlots };
