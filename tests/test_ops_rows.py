@@ -1,4 +1,4 @@
-"""The operators for chains of INT8 linears on the CPU, in plain torch; on CUDA see test_triton_numerics.py."""
+"""The operators for chains of INT8 linears on the CPU, in plain torch; on CUDA see test_triton_cuda.py."""
 
 import pytest
 import torch

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,10 +16,10 @@ from strategies import FLOATS, floats, integers
 from test_ops import CALLS
 from test_ops_rows import samples
 from torch import Tensor, nn
-from triton_device import INTERPRETED, require_device
+from triton_device import INTERPRETED, require_device, same
 
 import pyqkern
-from pyqkern import QLinear, cpu_4bit, replace_embedding, replace_linear, smooth
+from pyqkern import QLinear, cpu_4bit, reference, replace_embedding, replace_linear, smooth
 from pyqkern.analysis import error_propagation, range_report, sensitivity
 from pyqkern.calibrate import OBSERVERS
 from pyqkern.schemes import FP4, NF4, Int4, Int8, Int8Outlier, Int8Static
@@ -123,6 +124,53 @@ def largest_difference(name: str, arguments: tuple[object, ...], y: Tensor) -> f
         assert name != "int8_linear" or arguments[fused[name]] == "gelu"
         return max(torch.finfo(y.dtype).eps, 2.0**-20) * top
     return 0.0
+
+
+def on_gpu(name: str, *arguments: object) -> Any:
+    return getattr(ops, name)(*(a.to(GPU) if isinstance(a, Tensor) else a for a in arguments))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_operators_give_the_bits_of_the_cpu(dtype: torch.dtype, symmetric: bool) -> None:
+    x, w = floats((2, 3, 70), 11, dtype), integers((33, 70), 12, torch.int8).clamp(min=-127)
+    scale, bias = torch.rand(33) + 0.1, torch.randn(33)
+    packed = on_gpu("int8_pack", w)
+    same(on_gpu("int8_unpack", packed, 33, 70), w)
+    how = (scale, bias, "relu", symmetric)
+    on_cpu = ops.int8_linear(x, ops.int8_pack(w), *how)
+    same(on_gpu("int8_linear", x, packed, *how), on_cpu)
+    how = (scale, bias, "relu", torch.tensor([0.02]), torch.tensor([100], dtype=torch.int32))
+    on_cpu = ops.int8_linear_static(x, ops.int8_pack(w), *how)
+    same(on_gpu("int8_linear_static", x, packed, *how), on_cpu)
+    same(on_gpu("int8_matmul", w, w), ops.int8_matmul(w, w))
+    for axis, group_size in ((None, None), ((0, 1), None), ((2,), None), ((2,), 35)):
+        how = (axis, group_size)
+        qparams = ops.choose_qparams_affine(x, torch.int8, *how, symmetric)
+        for ours, theirs in zip(on_gpu("choose_qparams_affine", x, torch.int8, *how, symmetric), qparams, strict=True):
+            same(ours, theirs)
+        q = ops.quantize_affine(x, *qparams, *how, torch.int8)
+        same(on_gpu("quantize_affine", x, *qparams, *how, torch.int8), q)
+        y = ops.dequantize_affine(q, *qparams, *how, dtype)
+        same(on_gpu("dequantize_affine", q, *qparams, *how, dtype), y)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_row_operators(symmetric: bool) -> None:
+    """The operators of pyqkern.ops_rows: two steps give the bits of one."""
+    x, w, scale = floats((5, 70), 13), integers((9, 70), 14, torch.int8), torch.rand(9) + 0.1
+    packed = on_gpu("int8_pack", w)
+    rows = on_gpu("int8_quantize_rows", x, symmetric)
+    for ours, theirs in zip(rows, ops.int8_quantize_rows(x, symmetric), strict=True):
+        same(ours, theirs)
+    strided = [rows[0], *(torch.stack([t, t], 1)[:, 0] for t in rows[1:])]
+    for given_rows in (rows, strided):
+        y = on_gpu("int8_linear_rows", *given_rows, packed, scale, None, "none", torch.float32)
+        same(y, reference.int8_linear(x, w, scale, None, "none", symmetric))
+    assert [t.shape for t in on_gpu("gelu_quantize_rows", x, "tanh", symmetric)] == [(5, 70), (5,), (5,)]
+    normal, *rows = on_gpu("layer_norm_quantize_rows", x, x, torch.ones(70), None, 1e-5, symmetric)
+    for ours, theirs in zip(rows, ops.int8_quantize_rows(normal.cpu(), symmetric), strict=True):
+        same(ours, theirs)
 
 
 # ---- modules
