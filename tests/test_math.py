@@ -1,0 +1,65 @@
+"""exp, GELU, and what the softmax takes for 2**t: the functions of csrc/math.inl and encoder.inl on their own."""
+
+import torch
+from torch import Tensor
+
+from pyqkern import _C
+
+
+def elementwise(function: int, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    _C.elementwise(function, x.data_ptr(), x.numel(), y.data_ptr())
+    return y
+
+
+def ulps(y: Tensor, exact: Tensor) -> Tensor:
+    nearest = exact.float()
+    ulp = torch.nextafter(nearest.abs(), torch.tensor(torch.inf)).double() - nearest.abs().double()
+    return (y.double() - exact).abs() / ulp
+
+
+def all_floats(least: float, greatest: float, step: int) -> list[Tensor]:
+    """Every step-th fp32 number of [least, greatest], both > 0, in pieces."""
+    first, last = (torch.tensor(v).view(torch.int32).item() for v in (least, greatest))
+    piece = step << 22
+    return [
+        torch.arange(start, min(start + piece, int(last) + 1), step, dtype=torch.int32).view(torch.float32)
+        for start in range(int(first), int(last) + 1, piece)
+    ]
+
+
+def test_exp_errs_by_two_ulp_at_most() -> None:
+    """All fp32 from 2**-6 on, and every 61st below, on the best ISA; the others have the same bits."""
+    for x in (*all_floats(2.0**-100, 2.0**-6, 61), *all_floats(2.0**-6, 87.33654, 1)):
+        for signed in (x, -x):
+            assert (ulps(elementwise(0, signed), torch.exp(signed.double())) <= 2).all()
+
+
+def test_gelu_errs_by_four_units_of_its_argument_at_most() -> None:
+    """As for exp. |error| <= 4 * 2**-24 * |x|: where that comes from stands at test_gelu_error in test_int8.py."""
+    for x in (*all_floats(2.0**-100, 2.0**-6, 61), *all_floats(2.0**-6, 7.0, 1)):
+        for signed in (x, -x):
+            exact = torch.nn.functional.gelu(signed.double())
+            assert ((elementwise(1, signed) - exact).abs() <= 4 * 2.0**-24 * x.double()).all()
+
+
+def test_functions_have_the_same_bits_everywhere(isa: str) -> None:
+    x = torch.cat(all_floats(2.0**-126, 3e38, 9973))
+    x = torch.cat([x, -x, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45])])
+    for function in (0, 1):
+        y = elementwise(function, x)
+        previous = _C.set_isa("scalar")
+        assert torch.equal(y.view(torch.int32), elementwise(function, x).view(torch.int32))
+        _C.set_isa(previous)
+        assert y[-2].isnan() and (y[:-4].isfinite()).all()
+    ends = elementwise(1, torch.tensor([torch.inf, 3e38, 6.0, -6.0, -3e38]))
+    assert torch.equal(ends, torch.tensor([torch.inf, 3e38, 6.0, 0.0, 0.0]))
+
+
+def test_probability_codes(isa: str) -> None:
+    """rint(255 * 2**t): off only where 255 * 2**t is within 255 * 2.6e-6 + 2**-16 of a tie, and then by one."""
+    t = -torch.cat([torch.zeros(1), *all_floats(2.0**-30, 100.0, 997)])
+    exact = 255 * torch.exp2(t.double())
+    codes = elementwise(2, t).double()
+    assert ((codes - exact).abs() <= 0.5 + 255 * 2.6e-6 + 2.0**-16).all() and codes[0] == 255
+    assert elementwise(2, torch.tensor([float("nan"), float("-inf")])).tolist() == [0, 0]
