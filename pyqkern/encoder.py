@@ -166,7 +166,7 @@ def _reason(layer: nn.Module, layout: _Layout) -> str | None:
     for path, linear in zip(layout.linears, linears, strict=True):
         if (unfit := _unfit(linear)) is not None:
             return f"{'.'.join(path)} {unfit}"
-    if _format(linears) is None:
+    if _common_format(linears) is None:
         return "its linears are quantized in different ways"
     hidden, width = linears[0].in_features, linears[0].out_features
     if any(type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None for norm in norms):
@@ -199,17 +199,29 @@ def _unfit(linear: nn.Module) -> str | None:
     return None
 
 
-def _format(linears: Sequence[Any]) -> tuple[object, ...] | None:
-    """("int8", symmetric) or (quant_type, blocksize, double_quant), where the operator takes all of these linears."""
+@dataclass(frozen=True)
+class _Format:
+    """What the operator is told of how a linear is quantized."""
+
+    symmetric: bool
+    quant_type: str = "int8"
+    blocksize: int = 0
+    scale: str = "weight_scale"  # the linear's buffer of scales
+    nested: tuple[str, ...] = ()  # and those that doubly quantized scales have
+
+
+def _format(linear: Any) -> _Format:
+    if type(linear) is Int8Linear:
+        return _Format(linear.scheme.symmetric)
+    return _Format(True, linear.quant_type, linear.blocksize, "absmax", NESTED if linear.double_quant else ())
+
+
+def _common_format(linears: Sequence[Any]) -> _Format | None:
+    """The format of all of them, or None where they differ or the operator does not take one of them."""
     if any(_unfit(linear) is not None for linear in linears):
         return None
-    formats = {
-        ("int8", linear.scheme.symmetric)
-        if type(linear) is Int8Linear
-        else (linear.quant_type, linear.blocksize, linear.double_quant)
-        for linear in linears
-    }
-    return formats.pop() if len(formats) == 1 else None
+    first, *others = (_format(linear) for linear in linears)
+    return first if all(other == first for other in others) else None
 
 
 def _activation(function: Any) -> str | None:
@@ -247,28 +259,29 @@ class QEncoderLayer(nn.Module):
         if parts is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         linears, norms, heads, activation = parts.linears, parts.norms, parts.heads, parts.activation
+        form = parts.format
+        assert form is not None  # _fusable has seen to it
         weights = [linear._buffers["packed"] for linear in linears]  # read directly: see Int8Linear._linear
-        scales = [linear._buffers[parts.scale] for linear in linears]
-        nested = [linear._buffers[name] for linear in linears for name in parts.nested]
+        scales = [linear._buffers[form.scale] for linear in linears]
+        nested = [linear._buffers[name] for linear in linears for name in form.nested]
         biases = [linear._parameters["bias"] for linear in linears]
         vectors = [norm._parameters[name] for norm in norms for name in ("weight", "bias")]
-        rest = (heads, parts.scaling, [norm.eps for norm in norms], activation, parts.symmetric)
+        rest = (heads, parts.scaling, [norm.eps for norm in norms], activation, form.symmetric)
+        features = [linears[0].out_features, linears[4].out_features]
+        quantized = (form.quant_type, form.blocksize, features, nested)
         if ops.direct(hidden_states):
             # What was checked stays so while nothing moves: a tensor that changes its dtype changes its address.
             addresses = [0 if t is None else t.data_ptr() for t in (*weights, *scales, *biases, *vectors, *nested)]
             checked = self._checked
             if checked is None or checked[0] != addresses:
-                four = None if parts.four is None else ops_encoder.FourBits(*parts.four, nested=nested)
-                given = (weights, scales, biases, vectors, heads, activation, parts.symmetric, four)
-                prepared = ops_encoder.prepare(*given)
+                given = (weights, scales, biases, vectors, heads, activation, form.symmetric)
+                prepared = ops_encoder.prepare(*given, *quantized)
                 self._checked = checked = (addresses, prepared)
             y = ops_encoder.run(hidden_states, attention_mask, checked[1], *rest, position_bias)
         else:
-            quant_type, blocksize, *features = parts.four or ("int8", 0)
             y = torch.ops.pyqkern.encoder_layer.default(
-                hidden_states, attention_mask, weights, scales, biases, vectors, *rest,
-                quant_type, blocksize, features, nested, position_bias,
-            )  # fmt: skip
+                hidden_states, attention_mask, weights, scales, biases, vectors, *rest, *quantized, position_bias
+            )
         return (y,) if self._returns_tuple else y
 
     def _fusable(self, x: Tensor, arguments: Mapping[str, Any]) -> "_Parts | None":
@@ -283,7 +296,7 @@ class QEncoderLayer(nn.Module):
             parts = _find_parts(self)
         elif parts is None or not parts.are_in(self):
             self._parts = parts = _find_parts(self)
-        if not parts.scale or not all(linear._buffers["packed"].is_cpu for linear in parts.linears):
+        if parts.format is None or not all(linear._buffers["packed"].is_cpu for linear in parts.linears):
             return None
         if parts.activation not in ACTIVATIONS:
             return None
@@ -307,10 +320,7 @@ class _Parts:
     """What the operator needs of a layer, found once; `places` tells when a part was exchanged for another since."""
 
     linears: list[Any]
-    scale: str  # the linears' buffer of scales; empty where the operator does not take them
-    nested: tuple[str, ...]  # and those of doubly quantized ones
-    symmetric: bool
-    four: tuple[str, int, int, int] | None  # quant_type, blocksize, width, wide: see ops_encoder
+    format: _Format | None  # None: the operator does not take them
     norms: list[Any]
     activation: str  # or what no kernel is there for
     heads: int
@@ -340,14 +350,8 @@ def _find_parts(layer: QEncoderLayer) -> _Parts:
     heads, activation = getattr(attention, layout.heads), _activation(_part(layer, layout.activation)) or "unknown"
     scaling = (linears[0].out_features // heads) ** -0.5
     norms = [walk(path) for path in layout.norms]
-    quantized: tuple[str, tuple[str, ...], bool, tuple[str, int, int, int] | None] = ("", (), True, None)
-    match _format(linears):
-        case ("int8", bool(symmetric)):
-            quantized = ("weight_scale", (), symmetric, None)
-        case (str(quant_type), int(blocksize), double_quant):
-            four = (quant_type, blocksize, linears[0].out_features, linears[4].out_features)
-            quantized = ("absmax", NESTED if double_quant else (), True, four)
-    return _Parts(linears, *quantized, norms, activation, heads, scaling, getattr(attention, "config", None), places)
+    config = getattr(attention, "config", None)
+    return _Parts(linears, _common_format(linears), norms, activation, heads, scaling, config, places)
 
 
 def _setting(config: Any, name: str) -> Any:

@@ -232,7 +232,7 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
         linear.weight, linear.bias = nn.Parameter(value, requires_grad=False), module.bias
         try:
             self._quantized[name] = QLinear.from_linear(linear, self._schemes[name])
-        except (TypeError, ValueError):  # stays in float for now: replace_linear says afterwards what is wrong
+        except (TypeError, ValueError):  # left in float here: replace_linear, which follows, says what is wrong
             del self._chosen[name]
             return False
         if self.bar is not None:

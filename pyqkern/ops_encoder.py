@@ -34,17 +34,6 @@ LINEARS = ("query", "key", "value", "output", "up", "down")
 
 
 @dataclass(frozen=True)
-class FourBits:
-    """What 4-bit linears have beside weights and scales; see above."""
-
-    quant_type: str
-    blocksize: int
-    width: int
-    wide: int
-    nested: Sequence[Tensor] = ()
-
-
-@dataclass(frozen=True)
 class Prepared:
     """The parts of a layer, checked, as C++ takes them: addresses, so that it must not outlive the tensors."""
 
@@ -62,11 +51,13 @@ def prepare(
     norms: Sequence[Tensor],
     heads: int,
     activation: str,
-    symmetric: bool = False,
-    four: FourBits | None = None,
+    symmetric: bool,
+    quant_type: str = "int8",
+    blocksize: int = 0,
+    features: Sequence[int] = (),
+    nested: Sequence[Tensor] = (),
 ) -> Prepared:
     """Checks all that does not depend on the input. Raises ValueError."""
-    nested = () if four is None else four.nested
     for name, tensors, count in (
         ("weights", weights, 6),
         ("scales", scales, 6),
@@ -82,7 +73,11 @@ def prepare(
     if any(tensor.dim() != 1 for tensor in (*scales, *norms)):
         raise ValueError("scales and norms must have one dimension")
     hidden = norms[0].shape[0]
-    attention, wide = (scales[0].shape[0], scales[4].shape[0]) if four is None else (four.width, four.wide)
+    if quant_type == "int8":
+        features = scales[0].shape[0], scales[4].shape[0]
+    elif len(features) != 2:
+        raise ValueError(f"features must be [width, wide] for 4-bit linears, got {list(features)}")
+    attention, wide = features
     if heads < 1 or attention % heads or not attention or not wide:
         raise ValueError(f"heads must divide the {attention} rows of the query's weight, got {heads}")
     if activation not in ACTIVATIONS:
@@ -92,17 +87,18 @@ def prepare(
         if norm.dtype not in FLOATS or norm.dtype is not dtype or norm.shape != (hidden,):
             raise ValueError(f"norms must be floats [{hidden}] of one dtype, got {norm.dtype} {tuple(norm.shape)}")
     sizes = (*((attention, hidden),) * 3, (hidden, attention), (wide, hidden), (hidden, wide))
-    if four is not None:
-        check_format(four.quant_type, four.blocksize)
+    if quant_type != "int8":
+        check_format(quant_type, blocksize)
         if not symmetric:
             raise ValueError("symmetric must be True for 4-bit linears, got False")
     linears = []
     for i, (name, n_k) in enumerate(zip(LINEARS, sizes, strict=True)):
         bias = _bias(name, biases[i], n_k[0])
-        if four is None:
+        if quant_type == "int8":
             linears.append(_int8(name, weights[i], scales[i], bias, *n_k))
         else:
-            linears.append(_4bit(name, weights[i], scales[i], bias, *n_k, four, four.nested[3 * i : 3 * i + 3]))
+            of_absmax = nested[3 * i : 3 * i + 3]
+            linears.append(_4bit(name, weights[i], scales[i], bias, *n_k, quant_type, blocksize, of_absmax))
     return Prepared(linears, [norm.data_ptr() for norm in norms], cpu.DTYPE_CODES[dtype], hidden, attention // heads)
 
 
@@ -128,21 +124,21 @@ def _int8(name: str, weight: Tensor, scale: Tensor, bias: tuple[int, int], n: in
 
 
 def _4bit(
-    name: str, weight: Tensor, absmax: Tensor, bias: tuple[int, int], n: int, k: int, four: FourBits,
+    name: str, weight: Tensor, absmax: Tensor, bias: tuple[int, int], n: int, k: int, quant_type: str, blocksize: int,
     nested: Sequence[Tensor],
 ) -> tuple[int, ...]:  # fmt: skip
-    if not cpu_4bit.in_panels(n, k, four.blocksize):
-        raise ValueError(f"the rows of {name} must be whole blocks of {four.blocksize}, and 16 or more, got [{n}, {k}]")
-    codes, stored = cpu_4bit.packed_sizes(n, k, four.blocksize)
+    if not cpu_4bit.in_panels(n, k, blocksize):
+        raise ValueError(f"the rows of {name} must be whole blocks of {blocksize}, and 16 or more, got [{n}, {k}]")
+    codes, stored = cpu_4bit.packed_sizes(n, k, blocksize)
     if weight.dtype is not torch.uint8 or weight.shape != (codes,):
         raise ValueError(
             f"the weight of {name} must be what pack_4bit makes of [{n}, {k}], got {weight.dtype} {tuple(weight.shape)}"
         )
     nested_absmax, nested_map, offset = nested or (None, None, None)
-    check_scales(absmax, nested_absmax, nested_map, offset, n * k // four.blocksize, stored, weight.device)
+    check_scales(absmax, nested_absmax, nested_map, offset, n * k // blocksize, stored, weight.device)
     addresses = [tensor.data_ptr() for tensor in nested] or [0, 0, 0]
-    record = CODEBOOKS[four.quant_type].record.data_ptr()
-    return weight.data_ptr(), absmax.data_ptr(), *bias, n, k, *addresses, four.blocksize, record
+    record = CODEBOOKS[quant_type].record.data_ptr()
+    return weight.data_ptr(), absmax.data_ptr(), *bias, n, k, *addresses, blocksize, record
 
 
 def _readable(mask: Tensor | None) -> Tensor | None:
@@ -218,12 +214,8 @@ def _encoder_layer(
     nested: Sequence[Tensor] | None = None,
     position_bias: Tensor | None = None,
 ) -> Tensor:
-    four = None
-    if quant_type != "int8":
-        if len(features) != 2:
-            raise ValueError(f"features must be [width, wide] for 4-bit linears, got {list(features)}")
-        four = FourBits(quant_type, blocksize, features[0], features[1], nested or ())
-    parts = prepare(weights, scales, biases, norms, heads, activation, symmetric, four)
+    quantized = (symmetric, quant_type, blocksize, features, nested or ())
+    parts = prepare(weights, scales, biases, norms, heads, activation, *quantized)
     return run(x, mask, parts, heads, scaling, eps, activation, symmetric, position_bias)
 
 
