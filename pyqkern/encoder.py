@@ -255,7 +255,7 @@ class QEncoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
         position_bias = named.pop(self._layout.position_bias, None)
-        parts = self._fusable(hidden_states, named)
+        parts = self._fusable(hidden_states, position_bias, named)
         if parts is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         linears, norms, heads, activation = parts.linears, parts.norms, parts.heads, parts.activation
@@ -284,7 +284,7 @@ class QEncoderLayer(nn.Module):
             )
         return (y,) if self._returns_tuple else y
 
-    def _fusable(self, x: Tensor, arguments: Mapping[str, Any]) -> "_Parts | None":
+    def _fusable(self, x: Tensor, position_bias: Tensor | None, arguments: Mapping[str, Any]) -> "_Parts | None":
         """The parts for the operator, or None where the layer has to go its old way."""
         if self.training or not x.is_cpu or x.dim() != 3 or x.dtype not in FLOATS or torch.is_autocast_enabled("cpu"):
             return None
@@ -303,8 +303,10 @@ class QEncoderLayer(nn.Module):
         for part in (*parts.linears, *parts.norms):
             if part._forward_hooks or part._forward_pre_hooks:
                 return None
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            return None
+        if torch.is_grad_enabled():
+            given = (x,) if position_bias is None else (x, position_bias)
+            if any(t.requires_grad for t in (*given, *self.parameters())):
+                return None
         if _setting(parts.config, "output_attentions"):
             return None
         return parts if _setting(parts.config, "_attn_implementation") in (None, "eager", "sdpa") else None

@@ -158,6 +158,15 @@ def test_the_position_bias_of_mpnet_counts() -> None:
     assert relative(state(optimized), state(quantized), mask) > 0.3
 
 
+def test_a_gradient_reaches_the_position_bias() -> None:
+    """Also where nothing else asks for one: the operator has no gradient, so the layers go their old way."""
+    optimized = optimize(model("mpnet")).requires_grad_(False)
+    bias = optimized.encoder.relative_attention_bias.weight.requires_grad_(True)
+    ids, mask = inputs()
+    optimized(ids, attention_mask=mask).last_hidden_state.square().sum().backward()
+    assert bias.grad is not None and bias.grad.norm() > 0
+
+
 def test_the_output_of_a_layer_is_that_of_the_operator() -> None:
     """And not the old way's: that they differ shows that it was the operator which ran."""
     optimized = optimize(model())
