@@ -19,12 +19,13 @@ from torch import Tensor
 
 from pyqkern.affine import FLOATS
 from pyqkern.qlinear import QLinear
-from pyqkern.qlinear_4bit import Linear4bit
+from pyqkern.qlinear_4bit import NESTED, Linear4bit
 from pyqkern.reference_4bit import CODEBOOKS, NESTED_BLOCKSIZE
 from pyqkern.schemes import FP4, NF4, Int8, Int8Outlier, Scheme
 
 FORMATS = ("pyqkern", "bitsandbytes", "compressed-tensors")
 _PREFIX = "weight.quant_state.bitsandbytes__"
+_LLM_INT8 = ("int8", "int8-weight-only", "int8-outlier")  # the schemes that bitsandbytes' INT8 format can hold
 
 # What has a point in its file name cannot be a buffer of that name.
 RENAMED = {
@@ -86,7 +87,7 @@ def decode(format: str, name: str, layer: QLinear, tensors: Mapping[str, Tensor]
     problems: list[str] = layer._load_problems({f"{name}.{key}": value for key, value in state.items()}, f"{name}.")
     if problems:
         raise ValueError(problems[0])
-    for key in ("weight_scale", "absmax", "nested_absmax", "nested_map", "nested_offset"):
+    for key in ("weight_scale", "absmax", *NESTED):
         value = state.get(key)
         if value is not None and value.is_floating_point() and value.numel():
             least = value.min()
@@ -184,8 +185,7 @@ def encode(format: str, name: str, layer: QLinear, own: Mapping[str, Tensor]) ->
 
 
 def check_encodable(format: str, name: str, scheme: Scheme) -> None:
-    int8 = ("int8", "int8-weight-only", "int8-outlier")
-    able = {"bitsandbytes": ("nf4", "fp4", *int8), "compressed-tensors": ("int8",)}.get(format)
+    able = {"bitsandbytes": ("nf4", "fp4", *_LLM_INT8), "compressed-tensors": ("int8",)}.get(format)
     if able is not None and scheme.name not in able:
         raise ValueError(
             f"{name}: {format} has {', '.join(able)}, not {scheme.name!r}; save with format='pyqkern' or quantize anew"
@@ -203,7 +203,7 @@ def foreign_config(format: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
     if format == "compressed-tensors":
         symmetric = all(scheme.get("symmetric", False) for scheme in schemes)
         return _compressed_tensors_config(symmetric, kept)
-    if not names <= {"int8", "int8-weight-only", "int8-outlier"} and len(names) > 1:
+    if not names <= set(_LLM_INT8) and len(names) > 1:
         raise ValueError(
             f"bitsandbytes has one scheme in a model, got {', '.join(sorted(names))}; use format='pyqkern'"
         )
@@ -266,7 +266,7 @@ def read_layers(
     """
     found: dict[Scheme, list[str]] = {}
     for key in tensors:
-        name, _, last = key.rpartition(".weight.quant_state.bitsandbytes__")
+        name, _, last = key.rpartition(f".{_PREFIX}")
         if name and format == "bitsandbytes":
             found.setdefault(_4bit_scheme(key, last, tensors[key]), []).append(name)
         elif key.endswith(".SCB") and format == "bitsandbytes":

@@ -128,6 +128,7 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: PyqkernConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._chosen: dict[str, Any] = {}  # weight's name -> the float linear that waits for it
+        self._schemes: dict[str, Scheme] = {}  # and how it is to be quantized
         self._quantized: dict[str, QLinear] = {}  # weight's name -> what became of it
         self._asked = self._reading = False  # how far transformers 4 is
 
@@ -153,17 +154,13 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._put_slots(model)
         else:
             linears, reasons = linears_to_replace(model, config.scheme, config.include, config.exclude)
-            for linear, reason in zip(linears, reasons, strict=True):
-                if reason is None:
-                    self._chosen |= {f"{name}.weight": linear.module for name in linear.names}
-            self._schemes = {
-                f"{name}.weight": config.scheme.for_layer(linear.names)
-                for linear, reason in zip(linears, reasons, strict=True)
-                if reason is None
-                for name in linear.names
-            }
+            chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
+            for linear in chosen:
+                scheme = config.scheme.for_layer(linear.names)
+                self._chosen |= {f"{name}.weight": linear.module for name in linear.names}
+                self._schemes |= {f"{name}.weight": scheme for name in linear.names}
             if self.bar is not None:
-                self.bar.reset(total=sum(reason is None for reason in reasons))
+                self.bar.reset(total=len(chosen))
         return model
 
     def _put_slots(self, model: Any) -> None:
