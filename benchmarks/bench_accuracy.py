@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pyqkern
-from pyqkern.analysis.command import label_ids
+from pyqkern.cli.analyze import label_ids
 from pyqkern.schemes import Int8, Int8Static
 
 EPOCHS, BATCH, RATE, MAX_LENGTH = 3, 32, 3e-4, 64

@@ -58,7 +58,7 @@ def load(name: str, path: Path, folder: Path | None = None) -> ModuleType:
 
 def load_kernels() -> SimpleNamespace:
     load("pyqkern_kernels", ROOT / "kernels" / "__init__.py", ROOT / "kernels")
-    names = ("affine", "device", "int8", "nf4", "row_quantize", "tuning")
+    names = ("affine", "device", "int8", "four_bit", "row_quantize", "tuning")
     modules = {name: importlib.import_module(f"pyqkern_kernels.{name}") for name in names}
     return SimpleNamespace(reference=load("pyqkern_reference", ROOT / "pyqkern" / "reference.py"), **modules)
 
@@ -307,7 +307,7 @@ def bench_int8(bench: Bench, shapes: Sequence[tuple[int, int]], rows: Sequence[i
 
 
 def bench_nf4(bench: Bench, shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> None:
-    nf4 = bench.kernels.nf4
+    nf4 = bench.kernels.four_bit
 
     def ours(m: int, k: int, n: int, nested: bool = False) -> Call:
         x = bench.normal(m, k)
@@ -351,7 +351,7 @@ def bench_nf4(bench: Bench, shapes: Sequence[tuple[int, int]], rows: Sequence[in
 
 
 def bench_memory(bench: Bench, shapes: Sequence[tuple[int, int]]) -> None:
-    affine, rows, nf4 = bench.kernels.affine, bench.kernels.row_quantize, bench.kernels.nf4
+    affine, rows, nf4 = bench.kernels.affine, bench.kernels.row_quantize, bench.kernels.four_bit
     one = torch.ones(1, device=bench.device)
 
     for m, k in shapes:
@@ -416,7 +416,7 @@ def tune(bench: Bench, shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -
     """Measures every configuration at every shape; prints them, and pyqkern keeps the fastest."""
     for k, n in shapes:
         for m in rows:
-            for kernel, module in (("int8", bench.kernels.int8), ("nf4", bench.kernels.nf4)):
+            for kernel, module in (("int8", bench.kernels.int8), ("nf4", bench.kernels.four_bit)):
                 if kernel == "nf4" and m > 64:
                     continue
                 times = module.tune(m, n, k, bench.device)

@@ -99,7 +99,7 @@ def _check_bits(module: Any, x: Tensor, result: Tensor) -> None:
     weight, scale, bias = state["weight"], state["weight_scale"], state["bias"]
     expected = reference.int8_linear(x, weight, scale, bias, "none", module.scheme.symmetric)
     if not torch.equal(result, expected):
-        raise ValueError(f"{int((result != expected).sum())} of {result.numel()} outputs differ from pyqkern.reference")
+        raise ValueError(f"{int((result != expected).sum())} of {result.numel()} outputs differ from the reference")
 
 
 def _matmul(contender: str, case: Case) -> Job:

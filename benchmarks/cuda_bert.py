@@ -16,7 +16,7 @@ class Linear(nn.Module):
         self.kernels, self.scheme, self.bias, self.n = kernels, scheme, linear.bias, linear.out_features
         weight = linear.weight.detach()
         if scheme == "nf4":
-            self.packed, self.scale = self.kernels.nf4.quantize_4bit(weight, "nf4", 64)
+            self.packed, self.scale = self.kernels.four_bit.quantize_4bit(weight, "nf4", 64)
         else:
             self.scale = weight.float().abs().amax(1) / 127
             self.packed = self.kernels.int8.int8_pack((weight.float() / self.scale[:, None]).round().to(torch.int8))
@@ -25,7 +25,7 @@ class Linear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if self.scheme == "nf4":
             weight = (self.packed, self.scale, None, None, None)
-            y = self.kernels.nf4.linear_4bit(flat, *weight, self.bias, "nf4", 64, self.n, "auto")
+            y = self.kernels.four_bit.linear_4bit(flat, *weight, self.bias, "nf4", 64, self.n, "auto")
         else:
             y = self.kernels.int8.int8_linear(flat, self.packed, self.scale, self.bias, "none", False)
         return y.view(*x.shape[:-1], self.n)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Affine quantize and dequantize, per tensor, per channel and per group: the same numbers as pyqkern.reference.
+"""Affine quantize and dequantize, per tensor, per channel and per group: the numbers of pyqkern.backends.reference.
 
     q = clamp(rint(x * (1/scale) + zero_point), qmin, qmax)        y = scale * (q - zero_point)
 

@@ -1,5 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The arithmetic that several kernels share, as device functions; operation for operation that of pyqkern.reference."""
+"""The arithmetic that several kernels share, as device functions.
+
+Operation for operation it is that of pyqkern.backends.reference.
+"""
 
 import triton
 import triton.language as tl
@@ -59,7 +62,7 @@ def gelu_tanh(x):
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """One of pyqkern.reference.ACTIVATIONS, elementwise; NaN stays NaN."""
+    """One of pyqkern.backends.reference.ACTIVATIONS, elementwise; NaN stays NaN."""
     if ACTIVATION == "relu":
         return tl.where(y < 0.0, 0.0, y)
     elif ACTIVATION == "gelu":

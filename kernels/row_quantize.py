@@ -6,9 +6,9 @@
               symmetric:  scale = max(-lo, hi) / 127, zero_point = 128
               u = clamp(rint(x * (1/scale) + zero_point), 0, 255)
 
-The codes u are those of pyqkern.reference.int8_quantize_rows. What is stored is q = u - 128, int8, because tensor cores
-multiply int8 by int8, and zero_point - 128 (nothing at all if symmetric, where it is 0). A row's scale is NaN if it
-holds NaN or an infinity. Rows of q are ceil16(K) bytes apart, so that they load in 16-byte pieces.
+The codes u are those of pyqkern.backends.reference.int8_quantize_rows. What is stored is q = u - 128, int8, because
+tensor cores multiply int8 by int8, and zero_point - 128 (nothing at all if symmetric, where it is 0). A row's scale is
+NaN if it holds NaN or an infinity. Rows of q are ceil16(K) bytes apart, so that they load in 16-byte pieces.
 """
 
 import torch

@@ -60,12 +60,12 @@ _INT8_SMALL: Table = {
         Config(64, 32, 256, 4, 3, split_k=0),
     ),
 }
-_NF4_GEMV: Table = {
+_FOUR_BIT_GEMV: Table = {
     1: (Config(1, 16, 1024, 4, 2), Config(1, 8, 1024, 4, 3), Config(1, 4, 1024, 4, 3), Config(1, 4, 256, 1, 3)),
     2: (Config(2, 16, 1024, 4, 2), Config(2, 8, 1024, 4, 3), Config(2, 4, 1024, 4, 3)),
     4: (Config(4, 16, 512, 4, 2), Config(4, 8, 1024, 4, 2), Config(4, 4, 1024, 4, 2)),
 }
-_NF4_DOT: Table = {
+_FOUR_BIT_DOT: Table = {
     16: (
         Config(16, 64, 128, 4, 3, split_k=0),
         Config(16, 32, 128, 4, 3, split_k=0),
@@ -105,8 +105,8 @@ CONFIGS: dict[str, dict[str, Table]] = {
             )
         },
     },
-    "nf4_gemv": dict.fromkeys(("80", "89", "90", "100"), _NF4_GEMV),
-    "nf4_dot": dict.fromkeys(("80", "89", "90", "100"), _NF4_DOT),
+    "four_bit_gemv": dict.fromkeys(("80", "89", "90", "100"), _FOUR_BIT_GEMV),
+    "four_bit_dot": dict.fromkeys(("80", "89", "90", "100"), _FOUR_BIT_DOT),
 }
 
 

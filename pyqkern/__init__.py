@@ -6,22 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  before _C, which runs on torch's OpenMP pool
 
-import pyqkern.ops_embedding
-import pyqkern.ops_rows  # noqa: F401  registers its operators
+import pyqkern.nn.four_bit
+import pyqkern.nn.int8  # noqa: F401  registers its classes
 from pyqkern._C import isa, isas
-from pyqkern.affine import choose_qparams_affine, dequantize_affine, pack_int4, quantize_affine, unpack_int4
-from pyqkern.calibrate import Ranges, calibrate
-from pyqkern.encoder import QEncoderLayer, optimize
-from pyqkern.nf4 import Quantized4bit, dequantize_4bit, quantize_4bit
-from pyqkern.ops import int8_matmul
-from pyqkern.qembedding import QEmbedding
-from pyqkern.qlinear import QLinear
-from pyqkern.qlinear_4bit import FP4Linear, Int4Linear, NF4Linear  # noqa: F401  registers them
-from pyqkern.qlinear_int8 import Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear  # noqa: F401  registers them
-from pyqkern.register import register
-from pyqkern.replace import replace_embedding, replace_linear
-from pyqkern.smooth import smooth
-from pyqkern.summary import summary
+from pyqkern.calibration.calibrate import Ranges, calibrate
+from pyqkern.calibration.smooth import smooth
+from pyqkern.functional.affine import choose_qparams_affine, dequantize_affine, pack_int4, quantize_affine, unpack_int4
+from pyqkern.functional.four_bit import Quantized4bit, dequantize_4bit, quantize_4bit
+from pyqkern.functional.int8 import int8_matmul
+from pyqkern.hf.register import register
+from pyqkern.models.optimize import optimize
+from pyqkern.models.replace import replace_embedding, replace_linear
+from pyqkern.models.summary import summary
+from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.encoder import QEncoderLayer
+from pyqkern.nn.linear import QLinear
 
 __version__ = version("pyqkern")
 
@@ -29,16 +28,17 @@ register()
 
 
 if TYPE_CHECKING:
-    from pyqkern.hf import PyqkernConfig, checkpoint_config
-    from pyqkern.hf_lora import lora
+    from pyqkern.hf.config import PyqkernConfig, checkpoint_config
+    from pyqkern.hf.lora import lora
 else:
 
     def __getattr__(name: str) -> Any:
         """What needs transformers or peft, which take seconds to import, is imported when it is asked for."""
         if name in ("PyqkernConfig", "checkpoint_config"):
-            return getattr(importlib.import_module("pyqkern.hf"), name)
+            importlib.import_module("pyqkern.hf.quantizer")
+            return getattr(importlib.import_module("pyqkern.hf.config"), name)
         if name == "lora":
-            return importlib.import_module("pyqkern.hf_lora").lora
+            return importlib.import_module("pyqkern.hf.lora").lora
         raise AttributeError(f"module 'pyqkern' has no attribute {name!r}")
 
 

@@ -1,6 +1,6 @@
 """The quantization schemes: one frozen dataclass each, options as fields, found by name.
 
-A new scheme is a dataclass and a name here, and a subclass of `pyqkern.qlinear.QLinear` that says `scheme=` it.
+A new scheme is a dataclass and a name here, and a subclass of `pyqkern.nn.linear.QLinear` that says `scheme=` it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyqkern.analysis.records import Records, barh
-from pyqkern.calibrate import run_batch
-from pyqkern.qlinear import QLinear
+from pyqkern.calibration.calibrate import run_batch
+from pyqkern.nn.linear import QLinear
 
 
 @dataclass(frozen=True)

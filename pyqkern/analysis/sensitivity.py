@@ -18,9 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 from pyqkern.analysis.records import Records, barh
-from pyqkern.replace import replace_linear
+from pyqkern.models.replace import replace_linear
+from pyqkern.models.summary import summary
 from pyqkern.schemes import Scheme, get_scheme
-from pyqkern.summary import summary
 
 Evaluate = Callable[[nn.Module], float]
 

@@ -1,0 +1,56 @@
+"""Every kernel in plain torch: the specification, the oracle of the tests, and what runs on a device without kernels.
+
+The functions here, in `pyqkern.backends.cpu` (C++) and in `pyqkern.kernels` (Triton) have the same arguments and the
+same results: integers equal, and the float results of the linear equal bit for bit where no GELU is fused. One line of
+arithmetic is one rounding to fp32; nothing is fused except where `fma` is written.
+"""
+
+from pyqkern.backends.reference.affine import dequantize, fma, min_max, qparams_from_range, quantize
+from pyqkern.backends.reference.four_bit import (
+    block_scales,
+    dequantize_4bit,
+    linear_4bit,
+    pack_4bit,
+    pack_scales,
+    packed_sizes,
+    quantize_4bit,
+    unpack_4bit,
+    unpack_scales,
+)
+from pyqkern.backends.reference.int8 import (
+    activate,
+    int8_linear,
+    int8_linear_static,
+    int8_matmul,
+    int8_pack,
+    int8_quantize_rows,
+    int8_unpack,
+    packed_shape,
+    panels,
+)
+
+__all__ = [
+    "activate",
+    "block_scales",
+    "dequantize",
+    "dequantize_4bit",
+    "fma",
+    "int8_linear",
+    "int8_linear_static",
+    "int8_matmul",
+    "int8_pack",
+    "int8_quantize_rows",
+    "int8_unpack",
+    "linear_4bit",
+    "min_max",
+    "pack_4bit",
+    "pack_scales",
+    "packed_shape",
+    "packed_sizes",
+    "panels",
+    "qparams_from_range",
+    "quantize",
+    "quantize_4bit",
+    "unpack_4bit",
+    "unpack_scales",
+]

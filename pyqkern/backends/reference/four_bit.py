@@ -1,0 +1,221 @@
+"""The 4-bit kernels in plain torch: codebooks, quantization in blocks, the linear. See `pyqkern.backends.reference`.
+
+A block of `blocksize` consecutive elements of the flattened tensor shares one scale, its absmax. Codes are packed two
+to a byte, the first in the high four bits: the format of bitsandbytes, bit for bit.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyqkern.backends.reference.affine import fma
+from pyqkern.backends.reference.int8 import int8_quantize_rows
+
+QUANT_TYPES = ("nf4", "fp4")
+NESTED_BLOCKSIZE = 256
+
+# The least absmax that a block is divided by; a short last block also stores it.
+LEAST_ABSMAX = 1e-38
+
+# How many k are summed before a scale is applied, at most.
+STEP = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """What the sixteen codes stand for: values fp32 [16] in units of the scale, integers = rint(values * levels)."""
+
+    values: Tensor
+    levels: float
+
+    @cached_property
+    def integers(self) -> Tensor:
+        return (self.values * self.levels).round().to(torch.int8)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The codes by ascending value; of FP4's two zeros, 0 comes before 8."""
+        return torch.argsort(self.values, stable=True)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """The 15 midpoints between neighbouring values."""
+        ascending = self.values[self.order]
+        return (ascending[:-1] + ascending[1:]) / 2
+
+    @cached_property
+    def record(self) -> Tensor:
+        """All of it as C++ takes it: struct Codebook of csrc/kernels.h."""
+        parts = (
+            self.values,
+            self.bounds,
+            self.order.float(),
+            self.integers,
+            torch.tensor([self.levels], dtype=torch.float32, device="cpu"),
+        )
+        return torch.cat([part.view(torch.uint8) for part in parts])
+
+
+def _fp4() -> Tensor:
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32) / 12
+    return torch.cat([positive, -positive])
+
+
+CODEBOOKS = {
+    # Dettmers et al., "QLoRA", 2023, appendix E.
+    "nf4": Codebook(
+        torch.tensor([
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ], dtype=torch.float32),
+        127.0,
+    ),
+    "fp4": Codebook(_fp4(), 127.0),
+    # Two's complement: the code is q & 15, its value q, the scale that of quantize_affine.
+    "int4": Codebook(torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32), 1.0),
+}  # fmt: skip
+
+
+# ---- packed codes
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes in [0, 15], any shape -> uint8 [(numel + 1) // 2], an odd last one followed by four zero bits."""
+    codes = functional.pad(codes.reshape(-1), (0, codes.numel() % 2))
+    return codes[::2] << 4 | codes[1::2]
+
+
+def unpack(packed: Tensor, numel: int) -> Tensor:
+    """uint8 [(numel + 1) // 2] -> codes uint8 [numel]."""
+    return torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], 1).reshape(-1)[:numel]
+
+
+def pack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    """The form of flat packed codes of [n, k] that this module's `linear_4bit` takes: a copy."""
+    return packed.clone()
+
+
+def unpack_4bit(lines: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    """The flat packed codes out of `pack_4bit`."""
+    return lines.clone()
+
+
+def pack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    """The scales in the order that belongs to `pack_4bit`: here the flat one."""
+    return scales.clone()
+
+
+def unpack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    return scales.clone()
+
+
+def packed_sizes(n: int, k: int, blocksize: int) -> tuple[int, int]:
+    """The lengths of what pack_4bit and pack_scales return."""
+    return (n * k + 1) // 2, -(-n * k // blocksize)
+
+
+# ---- quantize and dequantize
+
+
+def quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    """x -> packed codes uint8 [(numel + 1) // 2], absmax fp32 [ceil(numel / blocksize)].
+
+    v = clamp(x * (1/absmax), -1, 1), the nearest value of the codebook, the lower one at a midpoint. A last block that
+    is not full is divided by its absmax instead. A block with NaN or an infinity has absmax NaN or infinity.
+    """
+    book = CODEBOOKS[quant_type]
+    x = x.reshape(-1).float()
+    full = x.numel() // blocksize * blocksize
+    blocks = x[:full].view(-1, blocksize)
+    absmax = blocks.abs().amax(1)
+    v = (blocks * (1.0 / absmax.clamp(min=LEAST_ABSMAX)).unsqueeze(1)).reshape(-1)
+    if full < x.numel():
+        last = x[full:].abs().amax(0, keepdim=True).clamp(min=LEAST_ABSMAX)
+        absmax, v = torch.cat([absmax, last]), torch.cat([v, x[full:] / last])
+    v = functional.pad(v.clamp(-1, 1), (0, v.numel() % 2))
+    codes = book.order.to(v.device)[torch.bucketize(v, book.bounds.to(v.device))].to(torch.uint8)
+    return pack(codes), absmax
+
+
+def block_scales(
+    absmax: Tensor, nested_absmax: Tensor | None, nested_map: Tensor | None, offset: Tensor | None
+) -> Tensor:
+    """absmax itself, or what its uint8 codes stand for: map[absmax] * nested_absmax[block of 256] + offset."""
+    if nested_absmax is None or nested_map is None or offset is None:
+        return absmax
+    each = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
+    return nested_map[absmax.long()] * each + offset
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """value[code] * absmax of its block in fp32, rounded once to dtype."""
+    numel = math.prod(shape)
+    scales = block_scales(absmax, nested_absmax, nested_map, offset).repeat_interleave(blocksize)[:numel]
+    values = CODEBOOKS[quant_type].values.to(packed.device)[unpack(packed, numel).long()]
+    return (values * scales).to(dtype).view(*shape)
+
+
+# ---- the linear
+
+
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_map: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    n: int,
+    compute: str,
+) -> Tensor:
+    """x [..., K], weight [n, K] as quantize_4bit packs it -> [..., n] of x's dtype.
+
+    compute="fp32": x @ dequantized.T in fp32. "bf16": both rounded to bf16 first. "int8": rows of x as s8 codes q with
+    scale s, and with W the integers of the codebook
+        y[m, n] = total[m, n] * (s[m] * (1 / levels)) + bias[n],
+        total = the sum over steps of min(blocksize, 128) columns of absmax * (exact sum of q * W), by fma, ascending;
+    it takes K of whole blocks. "auto" is "fp32".
+    """
+    k = x.shape[-1]
+    scales = block_scales(absmax, nested_absmax, nested_map, offset)
+    if compute == "int8" and k % blocksize == 0:
+        y = _linear_int8(x.reshape(-1, k), packed, scales, quant_type, blocksize, n)
+        y = y if bias is None else y + bias.float()
+    else:
+        dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+        weight = dequantize_4bit(packed, scales, None, None, None, quant_type, blocksize, (n, k), dtype)
+        y = functional.linear(x.reshape(-1, k).to(dtype), weight).float()
+        y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _linear_int8(x: Tensor, packed: Tensor, scales: Tensor, quant_type: str, blocksize: int, n: int) -> Tensor:
+    book, step, k = CODEBOOKS[quant_type], min(blocksize, STEP), x.shape[-1]
+    q, scale, zero = int8_quantize_rows(x, True)
+    q = (q.double() - zero.unsqueeze(1)).view(-1, k // step, step)
+    w = book.integers.to(x.device)[unpack(packed, n * k).long()].double().view(n, k // step, step)
+    products = torch.einsum("msk,nsk->smn", q, w)
+    scales = scales.view(n, k // blocksize).repeat_interleave(blocksize // step, 1)
+    total = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
+    for s in range(k // step):
+        total = fma(products[s].float(), scales[:, s].expand_as(total), total)
+    return total * (scale * torch.tensor(1.0 / book.levels, dtype=torch.float32)).unsqueeze(1)

@@ -1,0 +1,98 @@
+"""The INT8 product and linear in plain torch. See `pyqkern.backends.reference`."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyqkern.backends import PANEL
+from pyqkern.backends.reference.affine import min_max, qparams_from_range, quantize
+
+
+def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
+    """a [M, K] int8 or uint8, w [N, K] int8 -> a @ w.T, int32 [M, N]; exact, since fp64 holds integers to 2**53."""
+    return (a.double() @ w.double().T).to(torch.int32)
+
+
+def int8_quantize_rows(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] -> codes uint8 [M, K], scale fp32 [M], zero_point int32 [M] (128 if symmetric): each row its own.
+
+    The same numbers as choose_qparams_affine and quantize_affine with dtype=torch.uint8, axis=0, except that a row with
+    NaN or an infinity has scale NaN.
+    """
+    sizes = (1, x.shape[0], x.shape[1])
+    scale, zero_point = qparams_from_range(*min_max(x, sizes), torch.uint8, symmetric)
+    return quantize(x, sizes, scale, zero_point, torch.uint8, fused=False), scale, zero_point
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """One of ACTIVATIONS, elementwise; NaN stays NaN."""
+    if activation == "none":
+        return y
+    if activation == "relu":
+        return functional.relu(y)
+    return functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+) -> Tensor:
+    """x [..., K] fp32/bf16/fp16, weight int8 [N, K], weight_scale fp32 [N], bias [N] or None -> [..., N] of x's dtype.
+
+    y[m, n] = activation((sx[m] * sw[n]) * (sum_k q[m,k] * w[n,k] - z[m] * sum_k w[n,k]) + bias[n])
+    """
+    q, scale, zero_point = int8_quantize_rows(x.reshape(-1, x.shape[-1]), symmetric)
+    product = (q.double() - zero_point.unsqueeze(1)) @ weight.double().T
+    y = (scale.unsqueeze(1) * weight_scale) * product.float()
+    if bias is not None:
+        y = y + bias.float()
+    return activate(y, activation).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def int8_linear_static(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+) -> Tensor:
+    """int8_linear with one given scale and zero point for all of x; a row with NaN or an infinity is NaN here too."""
+    x2 = x.reshape(-1, x.shape[-1])
+    sizes = (x2.shape[0], 1, x2.shape[1])
+    q = quantize(x2, sizes, input_scale.view(1), input_zero_point.view(1), torch.uint8, fused=False)
+    product = (q.double() - input_zero_point.view(1)) @ weight.double().T
+    y = (input_scale.view(1) * weight_scale) * product.float()
+    y = torch.where(x2.isfinite().all(1, keepdim=True), y, torch.nan)
+    if bias is not None:
+        y = y + bias.float()
+    return activate(y, activation).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def int8_pack(weight: Tensor) -> Tensor:
+    """The form of an int8 weight [N, K] that this module's `int8_linear` takes: a contiguous copy."""
+    return weight.clone(memory_format=torch.contiguous_format)
+
+
+def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
+    """The weight [n, k] out of `int8_pack`."""
+    return packed.clone()
+
+
+def packed_shape(n: int, k: int) -> tuple[int, ...]:
+    """The shape of `int8_pack`'s result."""
+    return (n, k)
+
+
+def panels(weight: Tensor) -> Tensor:
+    """int8 [N, K] -> int8 [ceil(N/16), ceil(K/4) + 1, 64], the form that the C++ kernels take, on every ISA.
+
+    packed[p, k // 4, 4 * j + k % 4] = weight[16 * p + j, k], zero outside of [N, K]; the last 64 bytes of a panel are
+    its 16 sums over k as int32, in the machine's byte order.
+    """
+    n, k = weight.shape
+    padded = functional.pad(weight, (0, -k % 4, 0, -n % PANEL))
+    count, quads = padded.shape[0] // PANEL, padded.shape[1] // 4
+    lines = padded.view(count, PANEL, quads, 4).transpose(1, 2).reshape(count, quads, 4 * PANEL)
+    sums = padded.sum(1, dtype=torch.int32).view(count, 1, PANEL).view(torch.int8)
+    return torch.cat([lines, sums], 1)

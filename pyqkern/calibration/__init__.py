@@ -1,0 +1,1 @@
+"""Ranges of activations, and moving outliers into the weights."""

@@ -1,0 +1,178 @@
+"""smooth: moves outliers from activations into weights, without changing what the model computes.
+
+Between two layers, what comes out of the first in channel j is divided by s[j], and the second's column j is multiplied
+by it: s[j] = absmax(activation[j])**alpha / absmax(weight[:, j])**(1 - alpha), from Xiao et al., "SmoothQuant", 2022.
+s is rounded to powers of two, so that the float model gives the same bits as before.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyqkern.calibration.calibrate import Range
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer and the linears that read its output channels one to one, all by qualified name.
+
+    before: an nn.Linear, nn.LayerNorm or another module with a weight (and a bias) per output channel, into which 1/s
+    goes. With shared=True something else reads the same output too, as the residual branch behind a BERT's LayerNorm
+    does: then `before` keeps its weight, and x * (1/s) is computed in front of each of the linears.
+    """
+
+    before: str
+    after: tuple[str, ...]
+    shared: bool = False
+
+
+# One encoder layer each: the linears that read the layer's input, V, the output projection, the LayerNorm behind the
+# attention, and the first linear of the feed-forward part.
+_KNOWN = (
+    # BERT, RoBERTa, ELECTRA and what is derived from them
+    (
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention.self.value", "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense",
+    ),
+    # MPNet
+    (
+        ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        "attention.attn.v", "attention.attn.o", "attention.LayerNorm", "intermediate.dense",
+    ),
+    # DistilBERT
+    (
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        "attention.v_lin", "attention.out_lin", "sa_layer_norm", "ffn.lin1",
+    ),
+)  # fmt: skip
+
+
+class InputScale:
+    """A forward pre-hook: multiplies the input by a vector. It stays on the layer when replace_linear quantizes it."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor  # fp32 [in_features]
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = arguments[0]
+        if self.factor.device != x.device:
+            self.factor = self.factor.to(x.device)
+        return (x * self.factor.to(x.dtype), *arguments[1:])
+
+
+def find_pairs(model: nn.Module) -> list[Pair]:
+    """The pairs of each encoder layer of a BERT, RoBERTa, DistilBERT, ELECTRA or MPNet, wherever it is in the model.
+
+    Where q, k and v read the output of the LayerNorm of the layer before, `before` is "": no weight of it is changed.
+    """
+    names = {name: module for name, module in model.named_modules()}
+    pairs = []
+    for name in names:
+        prefix = f"{name}." if name else ""
+        for inputs, value, output, norm, first in _KNOWN:
+            parts = [prefix + part for part in (*inputs, value, output, norm, first)]
+            if not all(part in names for part in parts):
+                continue
+            *qkv, v, out, layer_norm, ffn = parts
+            pairs.append(Pair("", tuple(qkv), shared=True))
+            pairs.append(Pair(v, (out,)))
+            pairs.append(Pair(layer_norm, (ffn,), shared=True))
+    return pairs
+
+
+def smooth(
+    model: nn.Module,
+    ranges: Mapping[str, Range],
+    alpha: float = 0.5,
+    *,
+    pairs: Iterable[Pair] | None = None,
+    shared: bool = True,
+) -> list[Pair]:
+    """Smooths a float model in place and returns the pairs it treated. To be done before replace_linear.
+
+    ranges: of each input channel, from `calibrate(model, batches, "minmax", per_channel=True)`, of this very model.
+    alpha: how much of the difficulty goes from the activations into the weights, within [0, 1].
+    pairs: which layers; by default those of `find_pairs`, which knows BERT, RoBERTa, DistilBERT, ELECTRA and MPNet.
+    shared: False leaves out the pairs whose scale costs a multiplication at run time, and keeps those that are free:
+    in a BERT, V and the output projection.
+
+    In front of shared pairs' linears stands a hook (`InputScale`), which torch.save(model) keeps and a state_dict does
+    not. Raises ValueError for pairs that do not fit, ranges that lack a linear or are not per channel, and for a model
+    in which no pair is known; nothing has been changed then.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be within [0, 1], got {alpha}")
+    chosen = list(find_pairs(model) if pairs is None else pairs)
+    if not chosen:
+        raise ValueError(
+            f"pairs must name the layers of this model: none are known in {type(model).__name__}; "
+            'give pairs=[Pair("norm", ("linear", ...)), ...]'
+        )
+    chosen = [pair for pair in chosen if shared or not pair.shared]
+    modules = dict(model.named_modules())
+    done: set[int] = set()
+    work = []
+    for pair in chosen:
+        linears = [_linear(modules, name) for name in pair.after]
+        key = id(linears[0])
+        if key in done:  # ALBERT: one layer under many names
+            continue
+        done.add(key)
+        before = None if pair.shared else _before(modules, pair, linears[0].in_features)
+        work.append((before, linears, _scales(pair, linears, ranges, alpha)))
+    with torch.no_grad():
+        for before, linears, scale in work:
+            _apply(before, linears, scale)
+    return chosen
+
+
+def _linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
+    module = modules.get(name)
+    if type(module) is not nn.Linear:
+        what = "no module" if module is None else f"a {type(module).__name__}"
+        raise ValueError(f"a pair's linears must be nn.Linear in the model, got {what} of the name {name!r}")
+    return module
+
+
+def _before(modules: Mapping[str, nn.Module], pair: Pair, channels: int) -> nn.Module:
+    module = modules.get(pair.before)
+    weight = None if module is None else module._parameters.get("weight")
+    if module is None or weight is None or weight.shape[0] != channels:
+        got = "no such module" if module is None else "no weight" if weight is None else f"weight {tuple(weight.shape)}"
+        raise ValueError(f"{pair.before!r} must have a weight [{channels}, ...] for {pair.after[0]!r}, got {got}")
+    return module
+
+
+def _scales(pair: Pair, linears: Sequence[nn.Linear], ranges: Mapping[str, Range], alpha: float) -> Tensor:
+    """s, fp32 [channels]: powers of two, so that multiplying and dividing by them changes no mantissa."""
+    name, channels = pair.after[0], linears[0].in_features
+    if any(linear.in_features != channels for linear in linears):
+        raise ValueError(f"the linears of a pair must have the same in_features, got {pair.after}")
+    if name not in ranges:
+        raise ValueError(f"ranges must have {name!r}, which calibration did not reach; leave its pair out")
+    activation = ranges[name].absmax
+    if activation.shape != (channels,):
+        raise ValueError(
+            f"ranges[{name!r}] must be per channel [{channels}], got {list(activation.shape)}; "
+            'calibrate(model, batches, "minmax", per_channel=True)'
+        )
+    weight = torch.stack([linear.weight.detach().float().abs().amax(0) for linear in linears]).amax(0).cpu()
+    used = (activation > 0) & (weight > 0)
+    scale = activation.clamp(min=1e-5).pow(alpha) / weight.clamp(min=1e-5).pow(1 - alpha)
+    # What all channels have in common would only move the range as a whole.
+    center = scale[used].log2().mean() if used.any() else torch.zeros(())
+    return torch.where(used, torch.exp2((scale.log2() - center).round().clamp(-20, 20)), 1.0)
+
+
+def _apply(before: nn.Module | None, linears: Sequence[nn.Linear], scale: Tensor) -> None:
+    for linear in linears:
+        linear.weight.mul_(scale.to(linear.weight))
+        if before is None:
+            linear.register_forward_pre_hook(InputScale(1 / scale))
+    if before is not None:
+        for parameter in (before._parameters["weight"], before._parameters.get("bias")):
+            if parameter is not None:
+                s = scale.to(parameter)
+                parameter.div_(s.view(-1, *[1] * (parameter.dim() - 1)))

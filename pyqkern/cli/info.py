@@ -1,0 +1,46 @@
+"""`pyqkern info`: versions, instruction sets, threads and CUDA, as pyqkern sees them."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+import pyqkern
+from pyqkern import _C
+
+
+def describe() -> dict[str, str]:
+    """What `pyqkern info` prints, by name."""
+    return {
+        "pyqkern": pyqkern.__version__,
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "isas": ", ".join(pyqkern.isas()),
+        "isa in use": f"{pyqkern.isa()} (PYQKERN_ISA chooses another)",
+        "threads": f"{_C.threads()} (torch.set_num_threads sets them)",
+        "openmp": _C.openmp() or "none: the kernels run on one thread",
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu() -> str:
+    """The CPU's name where the system tells it, and how many this process may use."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    return name

@@ -1,0 +1,19 @@
+"""`int8_matmul`, the exact integer product."""
+
+import torch
+from torch import Tensor
+
+
+def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
+    """The exact integer product a @ w.T, on every ISA and device.
+
+    a: int8 or uint8 [..., M, K], w: int8 [N, K]; every value, -128 and 255 included, any strides, sizes from 0.
+    Returns int32 [..., M, N].
+
+    Raises ValueError for shapes, devices, and K past 131071 (int8) or 65793 (uint8), where an int32 sum could wrap;
+    TypeError for dtypes.
+    """
+    for name, tensor in (("a", a), ("w", w)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    return torch.ops.pyqkern.int8_matmul(a, w)

@@ -1,0 +1,193 @@
+"""The linears and embeddings of a model: where they are, and why one cannot be replaced."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.linear import QLinear
+
+Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+# Where the reason is left on a layer that was kept.
+KEPT = "_pyqkern_kept"
+
+# Where optimize leaves the reason on an encoder layer that it did not fuse.
+UNFUSED = "_pyqkern_unfused"
+
+
+@dataclass
+class Layer:
+    """One linear or embedding of a model, and everywhere it is used."""
+
+    module: Any
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+
+# ---- what there is to replace
+
+
+def conv1d() -> type | None:
+    """The Conv1D of transformers, which GPT-2 has for linears; None where no model can have one yet."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def linear_types() -> tuple[type[nn.Module], ...]:
+    return tuple(kind for kind in (nn.Linear, QLinear, conv1d()) if kind is not None)
+
+
+def as_linear(module: Any) -> nn.Linear:
+    """The module itself, or an nn.Linear that shares the parameters of a Conv1D."""
+    if isinstance(module, nn.Linear):
+        return module
+    in_features, out_features = module.weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta").train(module.training)
+    linear.weight = nn.Parameter(module.weight.detach().t(), requires_grad=False)
+    linear.bias = module.bias
+    return linear
+
+
+def find_linears(model: nn.Module) -> list[Layer]:
+    return find_layers(model, linear_types())
+
+
+def find_layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[Layer]:
+    """Every module of these types, each once, in the order of their first names."""
+    found: dict[int, Layer] = {}
+    for name, parent, attribute, module in _walk(model, "", (model,), types):
+        layer = found.setdefault(id(module), Layer(module))
+        layer.names.append(name)
+        if (parent, attribute) not in layer.places:
+            layer.places.append((parent, attribute))
+    if isinstance(model, types):
+        found.setdefault(id(model), Layer(model, [""]))
+    return list(found.values())
+
+
+def _walk(
+    module: nn.Module, prefix: str, path: tuple[nn.Module, ...], types: tuple[type[nn.Module], ...]
+) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """(qualified name, parent, attribute, module) under every name; modules that hold themselves are not followed."""
+    if isinstance(module, QEmbedding):
+        return  # its table is no layer of the model
+    for attribute, child in module._modules.items():
+        if child is None or any(child is ancestor for ancestor in path):
+            continue
+        if isinstance(child, types):
+            yield prefix + attribute, module, attribute, child
+        yield from _walk(child, f"{prefix}{attribute}.", (*path, child), types)
+
+
+# ---- which of them are replaced
+
+
+def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, exclude: Pattern) -> list[str | None]:
+    """Why each linear is kept; None where it is to be replaced."""
+    included = [True] * len(linears) if include is None else _matches("include", include, linears)
+    excluded = _matches("exclude", exclude, linears)
+    owners = weight_owners(model)
+    reasons: list[str | None] = []
+    for linear, take, leave in zip(linears, included, excluded, strict=True):
+        reason = structural_reason(linear.module, owners)
+        if reason is None and leave:
+            reason = "excluded"
+        if reason is None and not take:
+            reason = "not included"
+        reasons.append(reason)
+    return reasons
+
+
+def embedding_reasons(
+    model: nn.Module, embeddings: list[Layer], include: Pattern | None, exclude: Pattern
+) -> list[str | None]:
+    """Why each embedding is kept; None where it is to be replaced."""
+    included = [True] * len(embeddings) if include is None else _matches("include", include, embeddings, "an embedding")
+    excluded = _matches("exclude", exclude, embeddings, "an embedding")
+    owners = weight_owners(model, (nn.Embedding, *linear_types()))
+    for layer in find_linears(model):
+        weight = layer.module._parameters.get("weight")
+        if weight is not None and structural_reason(layer.module, {}) is not None:
+            owners.setdefault(_key(weight), (f"{layer.names[0]}.weight", layer.module))
+    return [
+        _embedding_structural_reason(layer.module, owners)
+        or ("excluded" if leave else None if take else "not included")
+        for layer, take, leave in zip(embeddings, included, excluded, strict=True)
+    ]
+
+
+def _embedding_structural_reason(module: Any, owners: dict[int, tuple[str, nn.Module]]) -> str | None:
+    if isinstance(module, QEmbedding):
+        return "already quantized"
+    weight = module._parameters.get("weight")
+    if parametrize.is_parametrized(module) or weight is None:
+        return "parametrized: its weight is computed from other parameters"
+    if type(module) is not nn.Embedding:
+        return f"subclass of nn.Embedding: {type(module).__name__}, whose forward may be its own"
+    if "forward" in vars(module):
+        return "patched: its forward was replaced"
+    if module.max_norm is not None:
+        return "max_norm: it changes its weight as it runs"
+    owner = owners.get(_key(weight)) if weight.numel() else None
+    return f"its weight is shared with {owner[0]}" if owner is not None else None
+
+
+def _matches(argument: str, pattern: Pattern, linears: list[Layer], kind: str = "a linear") -> list[bool]:
+    """Which linears a pattern picks. A pattern that picks none is a mistake and raises."""
+    if callable(pattern):
+        return [any(pattern(name, linear.module) for name in linear.names) for linear in linears]
+    patterns = [pattern] if isinstance(pattern, str) or not isinstance(pattern, Iterable) else list(pattern)
+    names = [name for linear in linears for name in linear.names]
+    for one in patterns:
+        if not isinstance(one, str):
+            raise TypeError(f"{argument} must be name patterns or a predicate (name, module), got {one!r}")
+        if not any(fnmatchcase(name, one) for name in names):
+            inside = any(name.startswith(one + ".") for name in names)
+            kinds = kind.split()[1] + "s"
+            hint = f"use {one + '.*'!r} for what is inside of it" if inside else f"the {kinds} are {_some(names)}"
+            raise ValueError(f"{argument} must match the name of {kind}, got {one!r}; {hint}")
+    return [any(fnmatchcase(name, one) for name in linear.names for one in patterns) for linear in linears]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
+
+
+def _key(tensor: Tensor) -> int:
+    """The same for tensors that share memory; on the meta device, where there is none, the tensor itself."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
+
+
+def weight_owners(model: nn.Module, but: tuple[type[nn.Module], ...] | None = None) -> dict[int, tuple[str, nn.Module]]:
+    """Each parameter of a module that is not of the types `but`, by default linears, -> its name and the module."""
+    return {
+        _key(parameter): (f"{name}.{key}" if name else key, module)
+        for name, module in model.named_modules()
+        if not isinstance(module, but or linear_types())
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.numel()
+    }
+
+
+def structural_reason(module: nn.Module, owners: dict[int, tuple[str, nn.Module]]) -> str | None:
+    """Why this linear cannot be replaced, whatever the patterns say."""
+    if isinstance(module, QLinear):
+        return "already quantized"
+    weight = module._parameters.get("weight")
+    if parametrize.is_parametrized(module) or weight is None:
+        return "parametrized: its weight is computed from other parameters"
+    if type(module) is not nn.Linear and type(module) is not conv1d():
+        return f"subclass of nn.Linear: {type(module).__name__}, whose owner may read its weight"
+    if "forward" in vars(module):
+        return "patched: its forward was replaced"
+    owner = owners.get(_key(weight)) if weight.numel() else None
+    if owner is not None:
+        name, holder = owner
+        return f"tied to {'the embedding ' if isinstance(holder, nn.Embedding) else ''}{name}"
+    return None

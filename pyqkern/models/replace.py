@@ -1,0 +1,180 @@
+"""replace_linear and replace_embedding, which quantize a model in place."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from pyqkern.models.find import (
+    KEPT,
+    Layer,
+    Pattern,
+    _reasons,
+    as_linear,
+    embedding_reasons,
+    find_layers,
+    find_linears,
+    linear_types,
+)
+from pyqkern.nn.embedding import QEmbedding, check_embedding_scheme
+from pyqkern.nn.linear import QLinear
+from pyqkern.schemes import Scheme, get_scheme
+
+# What hooks on a module are made of. The quantized layer takes over the very dicts, so that handles stay valid.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def replace_linear(
+    model: nn.Module,
+    scheme: str | Scheme = "int8",
+    *,
+    include: Pattern | None = None,
+    exclude: Pattern = (),
+) -> nn.Module:
+    """Replaces the linears of `model` by quantized ones, in place, and returns it; a bare nn.Linear gives a QLinear.
+
+    A linear is an nn.Linear, or a Conv1D of transformers, which is one with a transposed weight.
+
+    scheme: a name, or a scheme object where its defaults do not do (see `pyqkern.schemes`).
+    include, exclude: which linears, as name patterns (fnmatch on the qualified name, "encoder.*.dense") or a predicate
+    (name, module) -> bool. exclude wins. A linear with several names is one module, and any of its names counts.
+
+    Kept in float, with the reason in `summary`: what is excluded; a weight shared with an embedding or another module;
+    a parametrized or patched layer; a subclass of nn.Linear (nn.MultiheadAttention reads the weight of its own). A
+    linear used in two places stays one shared module. Hooks, train mode and the bias's requires_grad carry over.
+
+    Raises ValueError for a scheme that does not exist, a pattern that matches no linear, NaN or infinite weights, or a
+    layer too wide for the scheme, and TypeError for dtypes, each naming the layer. Every layer is quantized once on
+    trial before the first is changed, so that after such an error the model is as it was. What is left to stop the
+    second pass is an interrupt or the lack of memory; the model then works with the layers done so far quantized, and
+    calling again completes it. Extra memory: about one layer, since each float weight is dropped as its layer is done.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    scheme = get_scheme(scheme)
+    linears, reasons = linears_to_replace(model, scheme, include, exclude)
+    chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
+    for linear in chosen:
+        _quantized(linear, scheme)
+    for linear, reason in zip(linears, reasons, strict=True):
+        if reason is not None and not isinstance(linear.module, QLinear):
+            setattr(linear.module, KEPT, reason)
+    result = model
+    for linear in chosen:
+        module = _quantized(linear, scheme)
+        result = put(linear, module, result)
+        linear.module = module
+    _attach(result)
+    return result
+
+
+def linears_to_replace(
+    model: nn.Module, scheme: Scheme, include: Pattern | None = None, exclude: Pattern = ()
+) -> tuple[list[Layer], list[str | None]]:
+    """Every linear of the model, and why replace_linear would keep it; None where it would not."""
+    linears = find_linears(model)
+    reasons = _reasons(model, linears, include, exclude)
+    return linears, [
+        reason if reason is not None else scheme.reason_to_keep(linear.names)
+        for linear, reason in zip(linears, reasons, strict=True)
+    ]
+
+
+def _attach(model: nn.Module) -> None:
+    """So that save_pretrained writes how the model is quantized, if it is one of transformers."""
+    hf = sys.modules.get("pyqkern.hf.quantizer")
+    if hf is not None:
+        hf.attach(model)
+
+
+def replace_embedding(
+    model: nn.Module, scheme: str | Scheme = "int8", *, include: Pattern | None = None, exclude: Pattern = ()
+) -> nn.Module:
+    """Replaces the embeddings of `model` by quantized ones, in place, and returns it; linears tied to them go along.
+
+    scheme: "int8" (a scale per row), "nf4", "fp4", "int4", "int8-weight-only", or a scheme object.
+    include, exclude: as in `replace_linear`, for the names of embeddings.
+
+    A linear whose weight is the embedding's, as a language model's output head is, becomes a QLinear of the same
+    scheme, and the embedding reads its rows from that module. Kept in float, with the reason in `summary`: what is
+    excluded; subclasses of nn.Embedding; max_norm; a weight that something else shares.
+
+    Raises as `replace_linear`. Every embedding is quantized before the first is replaced, so that after an error the
+    model is as it was; the quantized copies are the extra memory.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    scheme = check_embedding_scheme(scheme)
+    embeddings = find_layers(model, (nn.Embedding, QEmbedding))
+    reasons = embedding_reasons(model, embeddings, include, exclude)
+    chosen = [layer for layer, reason in zip(embeddings, reasons, strict=True) if reason is None]
+    plans = _plan_tables(model, chosen, scheme)
+    for layer, reason in zip(embeddings, reasons, strict=True):
+        if reason is not None and not isinstance(layer.module, QEmbedding):
+            setattr(layer.module, KEPT, reason)
+    result = model
+    for layer, module in plans:
+        result = put(layer, module, result)
+    _attach(result)
+    return result
+
+
+def _plan_tables(model: nn.Module, embeddings: list[Layer], scheme: Scheme) -> list[tuple[Layer, nn.Module]]:
+    """What takes the place of what: the embeddings, and before them the linears tied to them."""
+    linears = [layer for layer in find_layers(model, linear_types()) if not isinstance(layer.module, QLinear)]
+    plans: list[tuple[Layer, nn.Module]] = []
+    tables: dict[int, QLinear] = {}
+    for layer in embeddings:
+        weight = layer.module.weight
+        if id(weight) not in tables:
+            heads = [_quantized(head, scheme) for head in linears if head.module.weight is weight]
+            plans += zip([head for head in linears if head.module.weight is weight], heads, strict=True)
+            with _named(layer):
+                tables[id(weight)] = heads[0] if heads else QEmbedding.from_embedding(layer.module, scheme).table
+        module = QEmbedding(tables[id(weight)], layer.module.padding_idx).train(layer.module.training)
+        _hand_over_hooks(layer.module, module)
+        plans.append((layer, module))
+    return plans
+
+
+def put(layer: Layer, module: nn.Module, model: nn.Module) -> nn.Module:
+    """Puts the module where the layer is; returns the model, which is the module where the model was the layer."""
+    for parent, attribute in layer.places:
+        parent._modules[attribute] = module
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fused path would multiply with the dequantized weights instead of calling the layers.
+            parent.activation_relu_or_gelu = 0
+    return module if layer.module is model else model
+
+
+def _quantized(layer: Layer, scheme: Scheme) -> QLinear:
+    """The quantized linear, with the hooks of the float one. Errors name the layer."""
+    with _named(layer):
+        module = QLinear.from_linear(as_linear(layer.module), scheme.for_layer(layer.names))
+    _hand_over_hooks(layer.module, module)
+    return module
+
+
+@contextmanager
+def _named(layer: Layer) -> Iterator[None]:
+    """Puts the layer's name before a TypeError's or ValueError's message."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name = layer.names[0]
+        message = f"{name}: {error}; or leave it in float with exclude={[name]}" if name else str(error)
+        raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
+
+
+def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(old, hooks))

@@ -1,0 +1,178 @@
+"""summary: what became of each linear, embedding and encoder layer of a model, and its bytes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pyqkern.models.find import (
+    KEPT,
+    UNFUSED,
+    Layer,
+    as_linear,
+    embedding_reasons,
+    find_layers,
+    find_linears,
+    linear_types,
+    structural_reason,
+    weight_owners,
+)
+from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.linear import QLinear
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One linear or embedding: its names (several where it is shared), weight shape, bytes in float and as it is."""
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, int]
+    scheme: str | None
+    reason: str | None
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class EncoderRecord:
+    """One encoder layer that `optimize` has seen: None as reason where it is one operator, else why it is not."""
+
+    name: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The linears (`records`) and embeddings of a model, one record each, and the totals; prints as a table.
+
+    encoders: the encoder layers that `optimize` fused, or did not.
+
+    Bytes are counted from the tensors themselves, each once: a head tied to an embedding has all of them.
+    `bytes_before` is what the same layers take in float, in the model's dtype. `other_bytes` is everything else.
+    """
+
+    records: list[LayerRecord]
+    other_bytes: int
+    embeddings: list[LayerRecord] = field(default_factory=list)
+    encoders: list[EncoderRecord] = field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        """The whole model with every linear and embedding in float."""
+        return self.other_bytes + sum(record.bytes_before for record in (*self.records, *self.embeddings))
+
+    @property
+    def bytes_after(self) -> int:
+        """The whole model as it is."""
+        return self.other_bytes + sum(record.bytes_after for record in (*self.records, *self.embeddings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON or a data frame."""
+        return {
+            "records": [asdict(record) for record in self.records],
+            "embeddings": [asdict(record) for record in self.embeddings],
+            "encoders": [asdict(record) for record in self.encoders],
+            "other_bytes": self.other_bytes,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    def __str__(self) -> str:
+        rows = [("layer", "shape", "scheme", "before", "after")]
+        for record in (*self.records, *self.embeddings):
+            name = record.name or "(the model)"
+            if record.aliases:
+                name += f" (= {', '.join(record.aliases)})"
+            shape = "x".join(str(size) for size in record.shape)
+            what = record.scheme or f"kept: {record.reason}"
+            rows.append((name, shape, what, said_bytes(record.bytes_before), said_bytes(record.bytes_after)))
+        totals = [("linears", self.records)] + ([("embeddings", self.embeddings)] if self.embeddings else [])
+        for kind, records in totals:
+            quantized = sum(record.scheme is not None for record in records)
+            before, after = sum(r.bytes_before for r in records), sum(r.bytes_after for r in records)
+            rows.append(
+                (f"{quantized} of {len(records)} {kind} quantized", "", "", said_bytes(before), said_bytes(after))
+            )
+        rows.append(("everything else", "", "", said_bytes(self.other_bytes), said_bytes(self.other_bytes)))
+        rows.append(("the model", "", "", said_bytes(self.bytes_before), said_bytes(self.bytes_after)))
+        count = len(totals) + 2
+        return "\n".join([table(rows[:-count], rows[-count:], left=3), *self._encoder_lines()])
+
+    def _encoder_lines(self) -> list[str]:
+        if not self.encoders:
+            return []
+        fused = sum(record.reason is None for record in self.encoders)
+        kept = [f"{record.name} not fused: {record.reason}" for record in self.encoders if record.reason is not None]
+        return [f"{fused} of {len(self.encoders)} encoder layers are one operator each", *kept]
+
+
+def table(rows: Sequence[tuple[str, ...]], totals: Sequence[tuple[str, ...]], left: int) -> str:
+    """Rows under their header, and totals, between rules; `left` columns to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, *totals, strict=True)]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:]), rule, *map(line, totals)])
+
+
+def said_bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 10_000 else f"{count} B"
+
+
+def summary(model: nn.Module) -> Summary:
+    """Every linear and embedding of the model: name, shape, scheme or reason it is kept, bytes before and after."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    counted: set[tuple[int, int]] = set()
+    linears, owners = find_linears(model), weight_owners(model)
+    reasons = [structural_reason(layer.module, owners) for layer in linears]
+    records = [_record(layer, reason, counted) for layer, reason in zip(linears, reasons, strict=True)]
+    embeddings = find_layers(model, (nn.Embedding, QEmbedding))
+    reasons = embedding_reasons(model, embeddings, None, ())
+    return Summary(
+        records,
+        embeddings=[_record(layer, reason, counted) for layer, reason in zip(embeddings, reasons, strict=True)],
+        other_bytes=sum(_count(module, counted) for module in model.modules()),
+        encoders=[
+            EncoderRecord(name, vars(module).get(UNFUSED))
+            for name, module in model.named_modules()
+            if UNFUSED in vars(module) or getattr(module, "is_fused", False)
+        ],
+    )
+
+
+def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> LayerRecord:
+    module, tied = layer.module, False
+    if isinstance(module, QEmbedding):
+        module = module.table
+        packed: Any = module.packed
+        tied = (packed.data_ptr(), packed.numel()) in counted
+    after = sum(_count(part, counted) for part in module.modules())
+    if isinstance(module, QLinear):
+        shape, scheme, reason = (module.out_features, module.in_features), module.scheme.name, None
+        bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
+        before = 0 if tied else math.prod(shape) * module.dtype.itemsize + bias
+    else:
+        weight = as_linear(module).weight if isinstance(module, linear_types()) else module.weight
+        shape, scheme, before = (weight.shape[0], weight.shape[1]), None, after
+        reason = reason or getattr(module, KEPT, "not replaced yet")
+    return LayerRecord(layer.names[0], tuple(layer.names[1:]), shape, scheme, reason, before, after)
+
+
+def _count(module: nn.Module, counted: set[tuple[int, int]]) -> int:
+    """Bytes of the module's own tensors, those that have been counted already left out."""
+    total = 0
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is None:
+            continue
+        key = (id(tensor), 0) if tensor.is_meta or not tensor.numel() else (tensor.data_ptr(), tensor.numel())
+        if key not in counted:
+            counted.add(key)
+            total += tensor.numel() * tensor.element_size()
+    return total

@@ -1,0 +1,1 @@
+"""The quantized modules. Importing this package registers a class for every scheme."""

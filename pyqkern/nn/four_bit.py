@@ -1,0 +1,180 @@
+"""The linears with 4-bit weights: NF4Linear, FP4Linear and Int4Linear, the schemes "nf4", "fp4" and "int4"."""
+
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from pyqkern.backends.reference.four_bit import NESTED_BLOCKSIZE
+from pyqkern.functional.affine import choose_qparams_affine, pack_int4, quantize_affine
+from pyqkern.functional.four_bit import dynamic_map, quantize_absmax
+from pyqkern.nn.linear import QLinear
+from pyqkern.ops import four_bit as ops_four_bit
+from pyqkern.ops.checks import FLOATS
+from pyqkern.schemes import FP4, NF4, Int4, Scheme, get_scheme
+
+NESTED = ("nested_absmax", "nested_map", "nested_offset")
+
+
+class Linear4bit(QLinear):
+    """What the three have in common. Codes and scales: `pyqkern.functional`.
+
+    Buffers: packed and absmax, codes and scales as the device's kernels take them (not saved); with double quantization
+    nested_absmax, nested_map and nested_offset.
+    state_dict: weight uint8 [(numel + 1) // 2, 1] and absmax [ceil(numel / blocksize)], both in row-major order of the
+    weight, the nested buffers, bias: the same on every ISA and device.
+
+    The CPU's form is a permutation: rows of 16 channels, the last ones filled up. Where a row is no whole number of
+    blocks, and below 16 channels, it is the flat one, and the layer computes in fp32 whatever `compute` says.
+    """
+
+    quant_type: ClassVar[str]
+    scheme: NF4 | FP4 | Int4
+    packed: Tensor
+    absmax: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: str | Scheme | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, get_scheme(scheme or self.quant_type), device, dtype)
+        numel = in_features * out_features
+        blocks = -(-numel // self.blocksize)
+        codes = torch.zeros((numel + 1) // 2, dtype=torch.uint8, device=device)
+        scales = torch.zeros(blocks, device=device, dtype=torch.uint8 if self.double_quant else torch.float32)
+        nested: tuple[Tensor, ...] = ()
+        if self.double_quant:
+            groups = -(-blocks // NESTED_BLOCKSIZE)
+            nested = (
+                torch.zeros(groups, dtype=torch.float32, device=device),
+                dynamic_map().to(device or "cpu"),
+                torch.zeros((), dtype=torch.float32, device=device),
+            )
+        self._take(codes, scales, nested)
+
+    @property
+    def blocksize(self) -> int:
+        return self.scheme.group_size if isinstance(self.scheme, Int4) else self.scheme.blocksize
+
+    @property
+    def double_quant(self) -> bool:
+        return not isinstance(self.scheme, Int4) and self.scheme.double_quant
+
+    def _take(self, codes: Tensor, scales: Tensor, nested: tuple[Tensor, ...]) -> None:
+        """Takes over flat codes and scales."""
+        self.register_buffer("packed", self._pack("weight", codes), persistent=False)
+        self.register_buffer("absmax", self._pack("absmax", scales), persistent=False)
+        for name, buffer in zip(NESTED, nested or (None,) * 3, strict=True):
+            self.register_buffer(name, buffer)
+
+    def _quantize(self, weight: Tensor) -> None:
+        packed, absmax = torch.ops.pyqkern.quantize_4bit(weight.detach(), self.quant_type, self.blocksize)
+        nested: tuple[Tensor, ...] = ()
+        if self.double_quant and absmax.numel():
+            absmax, *rest = quantize_absmax(absmax)
+            nested = tuple(rest)
+        elif self.double_quant:
+            absmax, nested = absmax.to(torch.uint8), (absmax, dynamic_map().to(absmax.device), absmax.new_zeros(()))
+        self._take(packed, absmax, nested)
+
+    def _codes(self) -> Tensor:
+        """The flat packed codes, uint8 [(numel + 1) // 2]."""
+        return torch.ops.pyqkern.unpack_4bit(self.packed, self.out_features, self.in_features, self.blocksize)
+
+    def _scales(self) -> Tensor:
+        kernels = ops_four_bit.kernels_of(self.absmax.device)
+        return kernels.unpack_scales(self.absmax, self.out_features, self.in_features, self.blocksize)
+
+    def _nested(self) -> tuple[Tensor | None, ...]:
+        return tuple(self._buffers[name] for name in NESTED)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
+        return self.rows(torch.arange(self.out_features, device=self.packed.device))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        sizes = (self.out_features, self.in_features)
+        return torch.ops.pyqkern.embedding_4bit(
+            ids, self.packed, self.absmax, *self._nested(), self.quant_type, self.blocksize, *sizes, self.dtype
+        )
+
+    def _linear(self, x: Tensor) -> Tensor:
+        scheme = self.scheme
+        buffers = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
+        blocksize = scheme.group_size if isinstance(scheme, Int4) else scheme.blocksize
+        return ops_four_bit.linear_4bit(
+            x, buffers["packed"], buffers["absmax"], buffers["nested_absmax"], buffers["nested_map"],
+            buffers["nested_offset"], self._parameters["bias"], self.quant_type, blocksize, self.out_features,
+            scheme.compute,
+        )  # fmt: skip
+
+    _packed: ClassVar[dict[str, str]] = {"weight": "packed", "absmax": "absmax"}
+
+    def _plain(self, key: str) -> Tensor:
+        return self._codes().unsqueeze(1) if key == "weight" else self._scales()
+
+    def _pack(self, key: str, value: Tensor) -> Tensor:
+        sizes = (self.out_features, self.in_features, self.blocksize)
+        if key == "weight":
+            return torch.ops.pyqkern.pack_4bit(value.reshape(-1), *sizes)
+        scales: Tensor = ops_four_bit.kernels_of(value.device).pack_scales(value.reshape(-1), *sizes)
+        return scales
+
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        numel = self.out_features * self.in_features
+        blocks = -(-numel // self.blocksize)
+        expected: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
+            "weight": (((numel + 1) // 2, 1), (torch.uint8,)),
+            "absmax": ((blocks,), (torch.uint8 if self.double_quant else torch.float32,)),
+            "bias": ((self.out_features,), FLOATS),
+        }
+        if self.double_quant:
+            expected["nested_absmax"] = ((-(-blocks // NESTED_BLOCKSIZE),), (torch.float32,))
+            expected["nested_map"] = ((256,), (torch.float32,))
+            expected["nested_offset"] = ((), (torch.float32,))
+        return expected
+
+
+class NF4Linear(Linear4bit, scheme=NF4):
+    """NF4 weights with one absmax per block of the flattened weight; `weight` and absmax equal bitsandbytes'."""
+
+    quant_type = "nf4"
+
+
+class FP4Linear(Linear4bit, scheme=FP4):
+    """FP4 weights with one absmax per block of the flattened weight; `weight` and absmax equal bitsandbytes'."""
+
+    quant_type = "fp4"
+
+
+class Int4Linear(Linear4bit, scheme=Int4):
+    """Uniform int4 weights, symmetric, one scale per group of in_features: absmax holds the scales, absmax / 7."""
+
+    quant_type = "int4"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: str | Scheme | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        group_size = cast(Int4, get_scheme(scheme or self.quant_type)).group_size
+        if in_features % group_size:
+            ways = [str(size) for size in (32, 64, 128) if in_features % size == 0]
+            way = f"use {' or '.join(ways)}" if ways else 'use "nf4", whose blocks cross rows'
+            raise ValueError(f"group_size must divide in_features={in_features}, got {group_size}; {way}")
+        super().__init__(in_features, out_features, bias, scheme, device, dtype)
+
+    def _quantize(self, weight: Tensor) -> None:
+        group_size = self.blocksize
+        scale, _ = choose_qparams_affine(weight, group_size=group_size, symmetric=True, bits=4)
+        self._take(pack_int4(quantize_affine(weight, scale, group_size=group_size, bits=4)), scale.reshape(-1), ())

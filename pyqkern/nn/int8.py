@@ -1,0 +1,199 @@
+"""The linears with INT8 weights: Int8Linear, and those with static, float or partly float activations."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, reference
+from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
+from pyqkern.nn.linear import QLinear
+from pyqkern.ops import int8 as ops_int8
+from pyqkern.ops.checks import FLOATS
+from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Int8WeightOnly
+
+
+def least_error_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    """Of scale * 1.00, 0.99, ... 0.30, for each output channel that whose quantization errs least, in squares summed.
+
+    weight [out_features, in_features], scale fp32 [out_features] = absmax / 127. Ties go to the greater scale.
+    """
+    best, least = scale, torch.full_like(scale, torch.inf)
+    for percent in range(100, 29, -1):
+        candidate = (scale * (percent / 100)).clamp(min=FLT_MIN)
+        codes = (weight.float() * (1 / candidate)[:, None]).round().clamp(-127, 127)
+        error = (codes * candidate[:, None] - weight.float()).square().sum(1)
+        best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
+    return best
+
+
+class Int8Linear(QLinear, scheme=Int8):
+    """INT8 weights with one scale per output channel, INT8 activations quantized per token inside the operator.
+
+    weight = weight_scale[n] * q[n, k], q = rint(w / scale) in [-127, 127], scale = absmax / 127 (1 for a row of zeros).
+
+    Buffers: packed, the q as the device's kernels take them (not saved); weight_scale fp32 [out_features].
+    state_dict: weight int8 [out_features, in_features], weight_scale, bias: the same on every ISA and device.
+    """
+
+    scheme: Int8
+    packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: Int8 | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_features > INT8_LINEAR_MAX_K:
+            raise ValueError(
+                f"in_features must be at most {INT8_LINEAR_MAX_K} for int8 (255 * 127 * in_features < 2**31), "
+                f"got {in_features}; keep the layer in float"
+            )
+        super().__init__(in_features, out_features, bias, scheme or Int8(), device, dtype)
+        weight = torch.zeros((out_features, in_features), dtype=torch.int8, device=device)
+        self.register_buffer("packed", torch.ops.pyqkern.int8_pack(weight), persistent=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
+
+    def _quantize(self, weight: Tensor) -> None:
+        self.weight_scale, _ = choose_qparams_affine(weight, axis=0, symmetric=True)
+        if self.scheme.clip_weights:
+            self.weight_scale = least_error_scale(weight, self.weight_scale)
+        codes = quantize_affine(weight, self.weight_scale, axis=0).clamp(min=-127)
+        self.packed = torch.ops.pyqkern.int8_pack(codes)
+
+    def _unpack(self) -> Tensor:
+        return torch.ops.pyqkern.int8_unpack(self.packed, self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
+        # The operator, not dequantize_affine: this runs inside of compiled graphs.
+        return torch.ops.pyqkern.dequantize_affine(self._unpack(), self.weight_scale, None, (0,), None, self.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return torch.ops.pyqkern.int8_embedding(ids, self.packed, self.weight_scale, self.in_features, self.dtype)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
+        bias, symmetric = self._parameters["bias"], self.scheme.symmetric
+        return ops_int8.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", symmetric)
+
+    _packed: ClassVar[dict[str, str]] = {"weight": "packed"}
+
+    def _plain(self, key: str) -> Tensor:
+        return self._unpack()
+
+    def _pack(self, key: str, value: Tensor) -> Tensor:
+        return torch.ops.pyqkern.int8_pack(value)
+
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        return {
+            "weight": ((self.out_features, self.in_features), (torch.int8,)),
+            "weight_scale": ((self.out_features,), (torch.float32,)),
+            "bias": ((self.out_features,), FLOATS),
+        }
+
+
+_int8_linear_outlier = torch.ops.pyqkern.int8_linear_outlier.default
+
+
+class Int8StaticLinear(Int8Linear, scheme=Int8Static):
+    """Int8Linear whose activations all have one scale and zero point, known beforehand: no pass for their range.
+
+    Buffers beside those of Int8Linear, both saved: input_scale fp32 [1], input_zero_point int32 [1].
+    Values beyond the calibrated range saturate.
+    """
+
+    scheme: Int8Static  # type: ignore[assignment]
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        scheme: Int8Static | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, scheme or Int8Static(), device, dtype)  # type: ignore[arg-type]
+        self.register_buffer("input_scale", torch.ones(1, dtype=torch.float32, device=device))
+        self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
+
+    def _quantize(self, weight: Tensor) -> None:
+        self.scheme.reason_to_keep([""])
+        assert self.scheme.ranges is not None
+        if list(self.scheme.ranges) != [""]:
+            raise ValueError(
+                f"ranges must hold the one entry '' for a single linear, got {list(self.scheme.ranges)[:4]}; "
+                "use scheme.for_layer([name]), or replace_linear on the model"
+            )
+        bounds = self.scheme.ranges[""]
+        if bounds.lo.numel() != 1:
+            raise ValueError(
+                f"int8-static takes one range per tensor, got one per channel ({bounds.lo.numel()}); "
+                "calibrate with per_channel=False"
+            )
+        self.scheme = Int8Static(clip_weights=self.scheme.clip_weights)  # the range lives on in the buffers
+        super()._quantize(weight)
+        lo, hi = bounds.lo.reshape(1), bounds.hi.reshape(1)
+        scale, zero_point = reference.qparams_from_range(lo, hi, torch.uint8, False)
+        self.input_scale, self.input_zero_point = scale.to(weight.device), zero_point.to(weight.device)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        buffers = self._buffers
+        return ops_int8.int8_linear_static(
+            x,
+            buffers["packed"],  # type: ignore[arg-type]
+            buffers["weight_scale"],  # type: ignore[arg-type]
+            self._parameters["bias"],
+            "none",
+            buffers["input_scale"],  # type: ignore[arg-type]
+            buffers["input_zero_point"],  # type: ignore[arg-type]
+        )
+
+    def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        problems = super()._load_problems(state_dict, prefix)
+        scale, zero = (state_dict.get(prefix + name) for name in ("input_scale", "input_zero_point"))
+        if scale is not None:
+            fits = tuple(scale.shape) == (1,) and scale.dtype is torch.float32
+            if not fits or (not scale.is_meta and not 0 < scale.item() < float("inf")):
+                problems.append(f"{prefix}input_scale must be one float32 > 0 and finite, got {_said(scale)}")
+        if zero is not None:
+            fits = tuple(zero.shape) == (1,) and zero.dtype is torch.int32
+            if not fits or (not zero.is_meta and not 0 <= zero.item() <= 255):
+                problems.append(f"{prefix}input_zero_point must be one int32 within [0, 255], got {_said(zero)}")
+        return problems
+
+
+def _said(tensor: Tensor) -> str:
+    what = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return what if tensor.numel() != 1 or tensor.is_meta else f"{what} with {tensor.item()}"
+
+
+class Int8WeightOnlyLinear(Int8Linear, scheme=Int8WeightOnly):
+    """INT8 weights, dequantized in each call; x and the product stay in x's dtype."""
+
+    scheme: Int8WeightOnly  # type: ignore[assignment]
+
+    def _linear(self, x: Tensor) -> Tensor:
+        bias = self._parameters["bias"]
+        weight = torch.ops.pyqkern.dequantize_affine(self._unpack(), self.weight_scale, None, (0,), None, x.dtype)
+        return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+class Int8OutlierLinear(Int8Linear, scheme=Int8Outlier):
+    """Int8Linear except for the input columns that hold a magnitude above the threshold, which go through float."""
+
+    scheme: Int8Outlier  # type: ignore[assignment]
+
+    def _linear(self, x: Tensor) -> Tensor:
+        bias, scheme = self._parameters["bias"], self.scheme
+        return _int8_linear_outlier(x, self.packed, self.weight_scale, bias, scheme.threshold, scheme.symmetric)

@@ -1,0 +1,220 @@
+"""QLinear, what every quantized linear is an instance of."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pyqkern.ops.checks import FLOATS
+from pyqkern.schemes import Scheme, get_scheme
+
+
+class QLinear(nn.Module):
+    """A linear layer with quantized weights: y = x @ weight.T + bias, x [..., in_features] -> [..., out_features].
+
+    Made by `QLinear.from_linear(linear, scheme)`, or empty by a subclass's constructor, to load a state_dict into.
+    y has x's dtype (fp32, bf16 or fp16), or the autocast dtype. `weight` is a dequantized copy, made when asked for;
+    `dtype` is that copy's, and follows `.to(dtype)`.
+
+    A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
+    `_linear`, `weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain` and `_pack`. Its
+    constructor takes what this one takes, on any device.
+    """
+
+    _classes: ClassVar[dict[type[Scheme], type["QLinear"]]] = {}
+
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    dtype: torch.dtype
+    bias: nn.Parameter | None
+
+    def __init_subclass__(cls, scheme: type[Scheme] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if scheme is not None:
+            QLinear._classes[scheme] = cls
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.dtype = dtype or torch.get_default_dtype()
+        values = torch.zeros(out_features, device=device, dtype=self.dtype) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, scheme: str | Scheme = "int8") -> "QLinear":
+        """A quantized copy of `linear`, on its device. The bias is the same Parameter, not a copy.
+
+        Raises ValueError if the weight holds NaN or an infinity, is on the meta device or is too wide for the scheme,
+        TypeError for other modules or dtypes than fp32, bf16 and fp16.
+        """
+        scheme = get_scheme(scheme)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        if weight.dtype not in FLOATS:
+            raise TypeError(
+                f"weight must be float32, bfloat16 or float16, got {weight.dtype}; convert it with .float()"
+            )
+        if weight.is_meta:
+            raise ValueError("weight must hold values, got a tensor on the meta device; load the weights first")
+        if weight.numel() and not all(end.isfinite() for end in weight.detach().aminmax()):
+            raise ValueError("weight must be finite, got NaN or an infinity in it; repair it first")
+        subclass = cls._classes[type(scheme)]
+        # Made in inference mode, the buffers could not be loaded into later.
+        with torch.inference_mode(False), torch.no_grad():
+            self = subclass(
+                linear.in_features, linear.out_features, linear.bias is not None, scheme, "meta", weight.dtype
+            )
+            self.bias = linear.bias
+            self._quantize(weight)
+        return self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x must be [..., in_features={self.in_features}], got shape {tuple(x.shape)}")
+        bias = self._parameters["bias"]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _StraightThrough.apply(x, bias, self)
+        return self._linear(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
+        raise NotImplementedError
+
+    def _quantize(self, weight: Tensor) -> None:
+        """Takes over a float weight [out_features, in_features]."""
+        raise NotImplementedError
+
+    def _linear(self, x: Tensor) -> Tensor:
+        """The layer without a gradient."""
+        raise NotImplementedError
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """weight[ids] in `dtype`, [*ids.shape, in_features], of which only these rows are dequantized: an embedding."""
+        raise NotImplementedError
+
+    # A subclass stores some keys of its state_dict in a form that each type of device has for itself:
+
+    _packed: ClassVar[dict[str, str]] = {}  # key -> buffer, which is not saved
+
+    def _plain(self, key: str) -> Tensor:
+        """What the state_dict has under `key`, out of the buffer."""
+        raise NotImplementedError
+
+    def _pack(self, key: str, value: Tensor) -> Tensor:
+        """The buffer's form of `value`, for the device on which it is."""
+        raise NotImplementedError
+
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+        """Shape and possible dtypes of the state_dict's keys."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QLinear":
+        """.to(), .half(), .cuda(): buffers move, but keep their dtype; the scales are fp32 whatever the model is."""
+        tensors = (*self._buffers.values(), *self._parameters.values())
+        device = next(tensor.device for tensor in tensors if tensor is not None)
+        moved = fn(torch.empty(0, dtype=self.dtype, device=device))
+        self.dtype, moves = moved.dtype, moved.device.type != device.type
+        for key, name in self._packed.items() if moves else ():
+            self._buffers[name] = self._plain(key)
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        for key, name in self._packed.items() if moves else ():
+            value = self._buffers[name]
+            assert value is not None
+            self._buffers[name] = self._pack(key, value)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for key in self._packed:
+            destination[prefix + key] = self._plain(key)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads all of the layer, or, where a key has the wrong shape or dtype, nothing of it."""
+        problems = self._load_problems(state_dict, prefix)
+        if problems:
+            error_msgs.extend(problems)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name, buffer in self._packed.items():
+            key = prefix + name
+            if key not in state_dict:
+                if strict:
+                    missing_keys.append(key)
+                continue
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+            old = self._buffers[buffer]
+            assert old is not None
+            if assign:
+                self._buffers[buffer] = self._pack(name, state_dict[key])
+            elif not old.is_meta:
+                old.copy_(self._pack(name, state_dict[key].to(old.device)))
+
+    def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        problems = []
+        for name, (shape, dtypes) in self._expected().items():
+            value = state_dict.get(prefix + name)
+            if value is None or (name == "bias" and self.bias is None):
+                continue
+            if tuple(value.shape) != shape or value.dtype not in dtypes:
+                wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                problems.append(
+                    f"{prefix}{name} must be {wanted} {list(shape)}, got {str(value.dtype).removeprefix('torch.')} "
+                    f"{list(value.shape)}; a float checkpoint is loaded before replace_linear, a quantized one after"
+                )
+        return problems
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, scheme={self.scheme.name}"
+        )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The layer in grad mode: the quantizations count as the identity, so that grad_x = grad_y @ weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QLinear) -> Tensor:
+        ctx.layer, ctx.x_dtype = layer, x.dtype
+        return layer._linear(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ ctx.layer.weight.to(grad.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.layer.bias.dtype)
+        return grad_x, grad_bias, None

@@ -1,0 +1,83 @@
+"""Checks that several operators make, and how a tensor is cut into channels."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyqkern.backends import QRANGE, Sizes
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_float(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16, got {_short(dtype)}; convert it first, e.g. to float32"
+        )
+
+
+def check_qtype(name: str, dtype: torch.dtype, bits: int = 8) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits}")
+    if dtype not in QRANGE:
+        raise TypeError(f"{name} must be torch.int8 or torch.uint8, got {_short(dtype)}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cut(
+    shape: Sequence[int], axis: Sequence[int] | None, group_size: int | None
+) -> tuple[Sequence[int], tuple[int, ...]]:
+    """(view, kept): the shape to look at the tensor in, and which of its dimensions keep their own scale, in order."""
+    if axis is None and group_size is None:
+        return shape, ()
+    ndim = len(shape)
+    axes = [] if axis is None else [_dimension(a, ndim) for a in axis]
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"axis must not name a dimension twice, got {tuple(axis or ())}")
+    if group_size is None:
+        return shape, tuple(axes)
+    if len(axes) > 1:
+        raise ValueError(f"axis must be one dimension when group_size is given, got {tuple(axes)}")
+    along = axes[0] if axes else _dimension(-1, ndim)
+    size = shape[along]
+    if group_size < 1 or size % group_size:
+        ways = ", ".join(str(d) for d in range(min(size, 512), 1, -1) if size % d == 0) or "1"
+        raise ValueError(f"group_size must divide x.shape[{along}]={size}, got {group_size}; use one of {ways}")
+    view = (*shape[:along], size // group_size, group_size, *shape[along + 1 :])
+    return view, tuple(d for d in range(ndim + 1) if d != along + 1)
+
+
+def _dimension(axis: int, ndim: int) -> int:
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis must be within [-{ndim}, {ndim - 1}] for {ndim} dimensions, got {axis}")
+    return axis % ndim
+
+
+def to_channels(x: Tensor, view: Sequence[int], kept: tuple[int, ...]) -> tuple[Tensor, Sizes, tuple[int, ...] | None]:
+    """x as a contiguous tensor that `sizes` = (outer, channels, inner) describes, and the permutation that it took.
+
+    Kept dimensions that lie beside each other need no permutation, and a contiguous x then no copy.
+    """
+    if not kept:
+        return x.contiguous(), (1, 1, x.numel()), None
+    first, last = kept[0], kept[-1] + 1
+    if kept == tuple(range(first, last)):
+        sizes = (math.prod(view[:first]), math.prod(view[first:last]), math.prod(view[last:]))
+        return x.contiguous(), sizes, None
+    order = kept + tuple(d for d in range(len(view)) if d not in kept)
+    x = x.reshape(view).permute(order).contiguous()
+    channels = math.prod(x.shape[: len(kept)])
+    return x, (1, channels, math.prod(x.shape[len(kept) :])), order
+
+
+def from_channels(y: Tensor, shape: Sequence[int], order: tuple[int, ...] | None) -> Tensor:
+    """Undoes `to_channels` for a result of the same number of elements."""
+    if order is None:
+        return y
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return y.permute(inverse).reshape(shape)

