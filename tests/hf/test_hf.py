@@ -240,7 +240,7 @@ def test_loading_needs_no_argument_in_a_process_that_imports_pyqkern(
 
 
 def test_a_transformers_that_does_not_fit_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyqkern.hf", None)  # importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "pyqkern.hf.quantizer", None)  # importing it raises ImportError
     with pytest.warns(UserWarning, match="pyqkern cannot be used by transformers' from_pretrained"):
         register()
 

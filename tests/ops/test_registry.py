@@ -222,9 +222,9 @@ def test_cpu_and_cuda_tensors_mixed_are_refused(name: str, call: tuple[object, .
 
 def test_the_packed_shape_on_cuda() -> None:
     """What kernels/int8.py documents: rows of K rounded up to 16, and rows for N int32 sums."""
-    assert ops_int8.cuda.packed_shape(40, 96) == (40 + 2, 96)
-    assert ops_int8.cuda.packed_shape(3, 17) == (3 + 1, 32)
-    assert ops_int8.cuda.packed_shape(0, 0) == (0, 16)
+    assert cuda.packed_shape(40, 96) == (40 + 2, 96)
+    assert cuda.packed_shape(3, 17) == (3 + 1, 32)
+    assert cuda.packed_shape(0, 0) == (0, 16)
 
 
 def test_mixed_devices_raise() -> None:
