@@ -7,7 +7,7 @@
 
 #include "api.h"
 #include "parallel.h"
-#include "tensors.h"
+#include "python/tensors.h"
 
 namespace py = pybind11;
 using namespace pyqkern;
@@ -18,7 +18,7 @@ using Address = uintptr_t;
 
 template <class T> T* at(Address a) { return reinterpret_cast<T*>(a); }
 
-Weight4 weight_4bit(Address packed, Address absmax, Address nested, Address map, float offset, size_t N, size_t K, size_t blocksize,
+Weight4Bit weight_4bit(Address packed, Address absmax, Address nested, Address map, float offset, size_t N, size_t K, size_t blocksize,
                     Address book) {
   return {at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize, at<Codebook>(book)};
 }
@@ -96,42 +96,42 @@ PYBIND11_MODULE(_C, m) {
   }, nogil);
 
   m.def("quantize_4bit", [](Address x, int dtype, size_t n, size_t blocksize, Address book, Address packed, Address absmax) {
-    nf4_quantize(at<void>(x), dtype, n, blocksize, *at<Codebook>(book), at<uint8_t>(packed), at<float>(absmax));
+    four_bit_quantize(at<void>(x), dtype, n, blocksize, *at<Codebook>(book), at<uint8_t>(packed), at<float>(absmax));
   }, nogil);
   m.def("dequantize_4bit", [](Address packed, Address absmax, Address nested, Address map, float offset, size_t blocksize,
                               Address book, size_t n, Address y, int dtype) {
-    nf4_dequantize(at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, blocksize,
+    four_bit_dequantize(at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, blocksize,
                    *at<Codebook>(book), n, at<void>(y), dtype);
   }, nogil);
-  m.def("pack_4bit", [](Address flat, size_t N, size_t K, Address lines) {
-    nf4_pack(at<uint8_t>(flat), N, K, at<uint8_t>(lines));
+  m.def("pack_4bit", [](Address flat, size_t N, size_t K, Address packed) {
+    four_bit_pack(at<uint8_t>(flat), N, K, at<uint8_t>(packed));
   }, nogil);
-  m.def("unpack_4bit", [](Address lines, size_t N, size_t K, Address flat) { nf4_unpack(at<uint8_t>(lines), N, K, at<uint8_t>(flat)); }, nogil);
+  m.def("unpack_4bit", [](Address packed, size_t N, size_t K, Address flat) { four_bit_unpack(at<uint8_t>(packed), N, K, at<uint8_t>(flat)); }, nogil);
   m.def("weight_4bit", [](Address packed, Address absmax, Address nested, Address map, float offset, size_t N, size_t K,
                           size_t blocksize, Address book, Address y, int dtype) {
-    nf4_weight(weight_4bit(packed, absmax, nested, map, offset, N, K, blocksize, book), at<void>(y), dtype);
+    four_bit_weight(weight_4bit(packed, absmax, nested, map, offset, N, K, blocksize, book), at<void>(y), dtype);
   }, nogil);
   m.def("finish_bf16", [](Address product, Address bias, int bias_dtype, size_t M, size_t N, Address y, int dtype) {
-    nf4_finish_bf16(at<uint16_t>(product), at<void>(bias), bias_dtype, M, N, at<void>(y), dtype);
+    four_bit_finish_bf16(at<uint16_t>(product), at<void>(bias), bias_dtype, M, N, at<void>(y), dtype);
   }, nogil);
   m.def("linear_4bit", [](Address x, int dtype, Address packed, Address absmax, Address nested, Address map, float offset,
                           size_t N, size_t K, size_t blocksize, Address book, Address bias, int bias_dtype, size_t M, Address y,
                           bool as_int8) {
-    const Weight4 w = weight_4bit(packed, absmax, nested, map, offset, N, K, blocksize, book);
-    nf4_linear(at<void>(x), dtype, w, at<void>(bias), bias_dtype, M, at<void>(y), as_int8);
+    const Weight4Bit w = weight_4bit(packed, absmax, nested, map, offset, N, K, blocksize, book);
+    four_bit_linear(at<void>(x), dtype, w, at<void>(bias), bias_dtype, M, at<void>(y), as_int8);
   }, nogil);
 
   m.def("int8_gather", [](Address packed, size_t K, Address rows, size_t M, Address out) {
     int8_gather(at<int8_t>(packed), K, at<int64_t>(rows), M, at<int8_t>(out));
   }, nogil);
-  m.def("gather_4bit", [](Address lines, Address scales, size_t scale_bytes, size_t N, size_t K, size_t blocksize, Address rows,
+  m.def("gather_4bit", [](Address packed, Address scales, size_t scale_bytes, size_t N, size_t K, size_t blocksize, Address rows,
                           size_t M, Address codes, Address row_scales) {
-    nf4_gather(at<uint8_t>(lines), at<uint8_t>(scales), scale_bytes, N, K, blocksize, at<int64_t>(rows), M, at<uint8_t>(codes),
+    four_bit_gather(at<uint8_t>(packed), at<uint8_t>(scales), scale_bytes, N, K, blocksize, at<int64_t>(rows), M, at<uint8_t>(codes),
                at<uint8_t>(row_scales));
   }, nogil);
   m.def("dequantize_rows_4bit", [](Address packed, Address absmax, size_t K, size_t blocksize, Address book, Address rows,
                                    size_t M, Address y, int dtype) {
-    nf4_dequantize_rows(at<uint8_t>(packed), at<float>(absmax), K, blocksize, *at<Codebook>(book), at<int64_t>(rows), M,
+    four_bit_dequantize_rows(at<uint8_t>(packed), at<float>(absmax), K, blocksize, *at<Codebook>(book), at<int64_t>(rows), M,
                         at<void>(y), dtype);
   }, nogil);
 }
