@@ -32,21 +32,27 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512vnni": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     }
 
-SOURCES = ("affine", "bindings", "dispatch", "embedding", "encoder", "int8", "nf4", "parallel", "tensors")
-HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h")) + sorted(Path("csrc").glob("*.inl"))]
+SOURCES = [str(path) for folder in ("csrc", "csrc/python") for path in sorted(Path(folder).glob("*.cpp"))]
+HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*")) if path.suffix in (".h", ".inl")]
 
 setup(
     libraries=[
         (
             f"pyqkern_{isa}",
-            {"sources": [f"csrc/isa_{isa}.cpp"], "obj_deps": {"": HEADERS}, "cflags": [*KERNELS, *flags]},
+            {
+                "sources": [f"csrc/kernels/isa_{isa}.cpp"],
+                "include_dirs": ["csrc"],
+                "obj_deps": {"": HEADERS},
+                "cflags": [*KERNELS, *flags],
+            },
         )
         for isa, flags in ISAS.items()
     ],
     ext_modules=[
         Pybind11Extension(
             "pyqkern._C",
-            [f"csrc/{name}.cpp" for name in SOURCES],
+            SOURCES,
+            include_dirs=["csrc"],
             depends=HEADERS,
             extra_compile_args=COMMON,
             libraries=["dl", "pthread"],

@@ -55,7 +55,8 @@ void min_max(const void* x, int dtype, size_t outer, size_t channels, size_t inn
     float* part = static_cast<float*>(scratch(kRowScales, 2 * pieces * sizeof(float)));
     parallel_for(pieces, threads(), [&](size_t i) {
       const size_t size = std::min(n - i * kPiece, kPiece);
-      k.min_max(static_cast<const char*>(x) + i * kPiece * dtype_size(dtype), dtype, 1, 1, size, 0, 1, part + i, part + pieces + i);
+      k.min_max(static_cast<const char*>(x) + i * kPiece * dtype_size(dtype), dtype, 1, 1, size, 0, 1, part + i,
+                part + pieces + i);
     });
     lo[0] = part[0], hi[0] = part[pieces];
     for (size_t i = 1; i < pieces; ++i) {

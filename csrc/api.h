@@ -1,14 +1,18 @@
-// The operations on whole tensors: affine.cpp, int8.cpp and nf4.cpp cut them into pieces for the kernels and the threads.
-// Pointers are to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels.h.
+// The operations on whole tensors: affine.cpp, int8.cpp, four_bit.cpp, embedding.cpp and encoder.cpp cut them into
+// pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix two ISAs. Pointers are
+// to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
 #pragma once
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace pyqkern {
 
 void quantize(const void* x, int dtype, size_t outer, Channels c, uint8_t* q, int qtype);
 void dequantize(const uint8_t* q, int qtype, size_t outer, Channels c, void* y, int dtype);
 void min_max(const void* x, int dtype, size_t outer, size_t channels, size_t inner, float* lo, float* hi);
+
+// A bias [n] in fp32: as it is, or widened into a buffer of this thread until the next call. nullptr stays nullptr.
+const float* widened(const Kernels& k, const void* bias, int dtype, size_t n);
 
 // w int8 [N, K] to and from packed int8 [panels(N), quads(K) + 1, 64].
 void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed);
@@ -17,8 +21,8 @@ void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w);
 // y int32 [M, N] = a [M, K] (int8 or uint8) times the transpose of w int8 [N, K].
 void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, size_t N, size_t K, int32_t* y);
 
-// y [M, N] = the INT8 linear of x [M, K], both of `dtype`; bias [N] of bias_dtype or nullptr. x_scale, x_zero: one scale
-// and zero point for all of x; nullptr: every row its own.
+// y [M, N] = the INT8 linear of x [M, K], both of `dtype`; bias [N] of bias_dtype or nullptr. x_scale, x_zero: one
+// scale and zero point for all of x; nullptr: every row its own.
 void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_scale, const void* bias, int bias_dtype,
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
                  const int32_t* x_zero);
@@ -33,9 +37,9 @@ struct Scales {
   float offset;
 };
 
-// A 4-bit weight [N, K]. Where in_panels says so, packed and scales are in the order of kernels.h; elsewhere flat, in the
-// order of nf4_quantize.
-struct Weight4 {
+// A 4-bit weight [N, K]. Where in_panels says so, packed and scales are in the order of kernels.h; elsewhere flat, in
+// the order of four_bit_quantize.
+struct Weight4Bit {
   const uint8_t* packed;
   Scales scales;
   size_t N, K, blocksize;
@@ -43,15 +47,15 @@ struct Weight4 {
 };
 bool in_panels(size_t N, size_t K, size_t blocksize);
 
-// One linear of an encoder layer: an INT8 weight [N, K] as int8_pack makes it with one scale per row, or, where `packed` is
-// nullptr, one of 4 bits in panels; bias [N] of bias_dtype or nullptr.
+// One linear of an encoder layer: an INT8 weight [N, K] as int8_pack makes it with one scale per row, or, where
+// `packed` is nullptr, one of 4 bits in panels; bias [N] of bias_dtype or nullptr.
 struct EncoderLinear {
   const int8_t* packed;
   const float* scale;
   const void* bias;
   int bias_dtype;
   size_t N, K;
-  Weight4 four;
+  Weight4Bit four;
 };
 
 // A post-LayerNorm encoder layer: h = norm(x + output(attention)), y = norm(h + down(activation(up(h)))).
@@ -61,9 +65,9 @@ struct EncoderLayer {
   int norm_dtype;
   float eps[2];
   size_t heads, head_size;
-  float scaling;        // of the scores
+  float scaling;  // of the scores
   int activation;
-  bool symmetric;       // how activations are quantized; for 4 bits always
+  bool symmetric;  // how activations are quantized; for 4 bits always
 };
 
 // An attention mask [batch, heads, length, length]: true where a key is seen, or fp32 added to the scores. Strides in
@@ -75,39 +79,45 @@ struct Mask {
 };
 
 // y [batch, length, hidden size] of x, both of `dtype`; NaN in the mask throws std::invalid_argument. Tokens that are
-// padding, which no query sees, cost nothing, and are zeros in y. bias: fp32, added to the scores beside the mask; a query
-// that NaN is added to gives NaN.
-void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const Mask& bias, const EncoderLayer& layer,
-                   void* y);
+// padding, which no query sees, cost nothing, and are zeros in y. bias: fp32, added to the scores beside the mask; a
+// query that NaN is added to gives NaN.
+void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const Mask& bias,
+                   const EncoderLayer& layer, void* y);
 
 // x [n] to and from codes, two to a byte; blocksize is a power of two from 32 to 4096.
-void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed, float* absmax);
-void nf4_dequantize(const uint8_t* packed, const Scales& scales, size_t blocksize, const Codebook& book, size_t n, void* y, int dtype);
+void four_bit_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed,
+                       float* absmax);
+void four_bit_dequantize(const uint8_t* packed, const Scales& scales, size_t blocksize, const Codebook& book, size_t n,
+                         void* y, int dtype);
 
-// The flat codes [N * K / 2] to and from lines; rows past N are filled with zeros.
-void nf4_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* lines);
-void nf4_unpack(const uint8_t* lines, size_t N, size_t K, uint8_t* flat);
+// The flat codes [N * K / 2] to and from panels; rows past N are filled with zeros.
+void four_bit_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* packed);
+void four_bit_unpack(const uint8_t* packed, size_t N, size_t K, uint8_t* flat);
 
 // The weight [N, K] dequantized, row-major.
-void nf4_weight(const Weight4& w, void* y, int dtype);
+void four_bit_weight(const Weight4Bit& w, void* y, int dtype);
 
 // y [M, N] = product [M, N] in bf16, plus bias [N] of bias_dtype or nullptr.
-void nf4_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y, int dtype);
+void four_bit_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y,
+                          int dtype);
 
-// y [M, N] = the 4-bit linear of x [M, K], both of `dtype`; with as_int8 the rows are quantized and the products integers,
-// if the weight is in panels.
-void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, int bias_dtype, size_t M, void* y, bool as_int8);
+// y [M, N] = the 4-bit linear of x [M, K], both of `dtype`; with as_int8 the rows are quantized and the products
+// integers, if the weight is in panels.
+void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* bias, int bias_dtype, size_t M, void* y,
+                     bool as_int8);
 
-// y fp32 [rows, N] = activation(the 4-bit linear of rows that are quantized already, symmetric), for a weight in panels; has
-// the bits of nf4_linear with as_int8. Works on the calling thread alone.
-void nf4_rows(const QRows& q, size_t rows, const Weight4& w, const float* bias, int activation, float* y);
+// y fp32 [rows, N] = activation(the 4-bit linear of rows that are quantized already, symmetric), for a weight in
+// panels; has the bits of four_bit_linear with as_int8. Works on the calling thread alone.
+void four_bit_rows(const Kernels& k, const QRows& q, size_t rows, const Weight4Bit& w, const float* bias,
+                   int activation, float* y);
 
-// Rows of a packed weight: out[m] = W[rows[m]], every rows[m] < N. K > 0. int8 [M, K]; 4-bit, for weights in panels, flat
-// codes [M, K / 2] and scales [M, K / blocksize] of scale_bytes each; nf4_dequantize_rows, for flat ones, y [M, K].
+// Rows of a packed weight: out[m] = W[rows[m]], every rows[m] < N. K > 0. int8 [M, K]; 4-bit, for weights in panels,
+// flat codes [M, K / 2] and scales [M, K / blocksize] of scale_bytes each; four_bit_dequantize_rows, for flat ones, y
+// [M, K].
 void int8_gather(const int8_t* packed, size_t K, const int64_t* rows, size_t M, int8_t* out);
-void nf4_gather(const uint8_t* lines, const uint8_t* scales, size_t scale_bytes, size_t N, size_t K, size_t blocksize,
-                const int64_t* rows, size_t M, uint8_t* codes, uint8_t* row_scales);
-void nf4_dequantize_rows(const uint8_t* packed, const float* absmax, size_t K, size_t blocksize, const Codebook& book,
-                         const int64_t* rows, size_t M, void* y, int dtype);
+void four_bit_gather(const uint8_t* packed, const uint8_t* scales, size_t scale_bytes, size_t N, size_t K,
+                     size_t blocksize, const int64_t* rows, size_t M, uint8_t* codes, uint8_t* row_scales);
+void four_bit_dequantize_rows(const uint8_t* packed, const float* absmax, size_t K, size_t blocksize,
+                              const Codebook& book, const int64_t* rows, size_t M, void* y, int dtype);
 
 }  // namespace pyqkern

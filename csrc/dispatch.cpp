@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -24,44 +24,32 @@ const Kernels* const kBuilt[] = {&scalar::table};
 #endif
 const size_t kBuiltCount = sizeof kBuilt / sizeof *kBuilt;
 
-#if defined(__x86_64__)
 namespace {
 
-// Read from the CPU itself: compilers differ in which names __builtin_cpu_supports knows.
-struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false;
-
-  Features() {
-    unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
-    const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
-    if (!osxsave || !avx) return;
-    unsigned low, high;  // XCR0: which registers the operating system saves
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
-    const unsigned leaves = a;
-    avx2 = ymm && fma && f16c && (b >> 5 & 1);
-    const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
-    avx512vnni = avx2 && zmm && f && dq && bw && vl && vnni;
-    if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avxvnni = avx2 && (a >> 4 & 1);
-  }
-};
-
-}  // namespace
-#endif
-
-bool supported(const Kernels& k) {
 #if defined(__x86_64__)
-  static const Features cpu;
-  if (&k == &avx512vnni::table) return cpu.avx512vnni;
-  if (&k == &avxvnni::table) return cpu.avxvnni;
-  if (&k == &avx2::table) return cpu.avx2;
-#endif
-  return &k == &scalar::table;
+// The CpuFeatures of this machine, read from the CPU itself: compilers differ in which names __builtin_cpu_supports
+// knows.
+unsigned cpu_features() {
+  unsigned a, b, c, d, features = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return features;
+  const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, f16c = c >> 29 & 1;
+  if (!osxsave || !avx) return features;
+  unsigned low, high;  // XCR0: which registers the operating system saves
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  const bool ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return features;
+  const bool avx2 = b >> 5 & 1, f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1,
+             vnni = c >> 11 & 1;
+  if (ymm && avx2 && fma && f16c) features |= kAvx2;
+  if (zmm && f && dq && bw && vl) features |= kAvx512;
+  if (zmm && vnni) features |= kAvx512Vnni;
+  const unsigned leaves = a;
+  if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ymm && (a >> 4 & 1)) features |= kAvxVnni;
+  return features;
 }
-
-namespace {
+#else
+unsigned cpu_features() { return 0; }
+#endif
 
 std::atomic<const Kernels*> in_use{nullptr};
 
@@ -72,7 +60,8 @@ const Kernels& find(const char* name, const char* source) {
     if (!strcmp(kBuilt[i]->name, name)) return *kBuilt[i];
     usable += (usable.empty() ? "" : ", ") + std::string(kBuilt[i]->name);
   }
-  throw std::invalid_argument(std::string(source) + " must name an ISA that this CPU runs, got '" + name + "'; use one of: " + usable);
+  throw std::invalid_argument(std::string(source) + " must name an ISA that this CPU runs, got '" + name +
+                              "'; use one of: " + usable);
 }
 
 const Kernels& best() {
@@ -82,6 +71,11 @@ const Kernels& best() {
 }
 
 }  // namespace
+
+bool supported(const Kernels& k) {
+  static const unsigned features = cpu_features();
+  return (k.needs & ~features) == 0;
+}
 
 const Kernels& kernels() {
   const Kernels* k = in_use.load(std::memory_order_acquire);
@@ -94,7 +88,7 @@ const Kernels& kernels() {
 }
 
 const char* set_isa(const char* name) {
-  const Kernels& wanted = find(name, "isa"), &previous = kernels();
+  const Kernels &wanted = find(name, "isa"), &previous = kernels();
   in_use.store(&wanted, std::memory_order_release);
   return previous.name;
 }

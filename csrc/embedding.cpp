@@ -23,13 +23,14 @@ void int8_gather(const int8_t* packed, size_t K, const int64_t* rows, size_t M, 
   });
 }
 
-void nf4_gather(const uint8_t* lines, const uint8_t* scales, size_t scale_bytes, size_t N, size_t K, size_t blocksize,
-                const int64_t* rows, size_t M, uint8_t* codes, uint8_t* row_scales) {
+void four_bit_gather(const uint8_t* packed, const uint8_t* scales, size_t scale_bytes, size_t N, size_t K,
+                     size_t blocksize, const int64_t* rows, size_t M, uint8_t* codes, uint8_t* row_scales) {
   const size_t blocks = K / blocksize;
   parallel_for(M, count_for(M * K), [&](size_t m) {
     const size_t n = static_cast<size_t>(rows[m]), strip = n / kStrip, within = n % kStrip;
     const size_t count = std::min(kStrip / kPanel, panels(N) - strip * (kStrip / kPanel));  // panels of this strip
-    const uint8_t* line = lines + strip * (kStrip / kPanel) * (K / 8) * kLine + within / kPanel * kLine + within % kPanel * 4;
+    const uint8_t* line =
+        packed + strip * (kStrip / kPanel) * (K / 8) * kLine + within / kPanel * kLine + within % kPanel * 4;
     uint8_t* y = codes + m * K / 2;
     for (size_t k = 0; k < K; k += 8, line += count * kLine, y += 4) {
       for (size_t j = 0; j < 2; ++j) {  // columns 2j, 2j+1 are in the low four bits, 4 + 2j and 5 + 2j in the high ones
@@ -43,12 +44,13 @@ void nf4_gather(const uint8_t* lines, const uint8_t* scales, size_t scale_bytes,
   });
 }
 
-void nf4_dequantize_rows(const uint8_t* packed, const float* absmax, size_t K, size_t blocksize, const Codebook& book,
-                         const int64_t* rows, size_t M, void* y, int dtype) {
+void four_bit_dequantize_rows(const uint8_t* packed, const float* absmax, size_t K, size_t blocksize,
+                              const Codebook& book, const int64_t* rows, size_t M, void* y, int dtype) {
   const Kernels& k = kernels();
   parallel_for(M, count_for(M * K), [&](size_t m) {
     const size_t begin = static_cast<size_t>(rows[m]) * K;
-    k.nf4_dequantize(packed, absmax, blocksize, book, begin, begin + K, static_cast<char*>(y) + m * K * dtype_size(dtype), dtype, false);
+    k.four_bit_dequantize(packed, absmax, blocksize, book, begin, begin + K,
+                          static_cast<char*>(y) + m * K * dtype_size(dtype), dtype, false);
   });
 }
 

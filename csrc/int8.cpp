@@ -7,10 +7,10 @@
 namespace pyqkern {
 namespace {
 
-constexpr size_t kBlockBytes = 288 << 10;    // quantized rows that stay in L2 beside a strip of the weight
-constexpr size_t kStripPanels = 12;          // columns of a piece: a multiple of every tile width
-constexpr size_t kDotColumns = 64;           // columns of a piece where nothing is packed
-constexpr size_t kTileRows = 24;             // rows of a block: a multiple of every tile height
+constexpr size_t kBlockBytes = 288 << 10;  // quantized rows that stay in L2 beside a strip of the weight
+constexpr size_t kStripPanels = 12;        // columns of a piece: a multiple of every tile width
+constexpr size_t kDotColumns = 64;         // columns of a piece where nothing is packed
+constexpr size_t kTileRows = 24;           // rows of a block: a multiple of every tile height
 
 QRows rows_at(const QRows& r, size_t m, size_t row_bytes) {
   return {static_cast<char*>(r.q) + m * row_bytes, r.scale + m, r.zero + m};
@@ -19,14 +19,14 @@ QRows rows_at(const QRows& r, size_t m, size_t row_bytes) {
 // Room for `rows` quantized rows, kept by this thread.
 QRows row_buffer(size_t rows, size_t row_bytes) {
   char* scales = static_cast<char*>(scratch(kRowScales, rows * 8));
-  return {scratch(kRows, rows * row_bytes), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(scales + rows * 4)};
+  return {scratch(kRows, rows * row_bytes), reinterpret_cast<float*>(scales),
+          reinterpret_cast<int32_t*>(scales + rows * 4)};
 }
 
 // fill(m, rows, out) quantizes rows [m, m + rows) into out; the product and the tail follow.
 template <class Fill>
-void product(size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tail, const Fill& fill) {
+void product(const Kernels& k, size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tail, const Fill& fill) {
   if (M == 0 || N == 0 || K == 0) return;  // Python answers these
-  const Kernels& k = kernels();
   const size_t row_bytes = 4 * quads(K) * k.row_element_bytes, all = panels(N);
   auto columns = [&](const QRows& q, const Tail& t, size_t rows_from, size_t rows, size_t begin, size_t end) {
     auto f = rows <= k.gemv_rows ? k.int8_gemv : k.int8_gemm;
@@ -66,20 +66,21 @@ void product(size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tai
   });
 }
 
-const float* widen(const void* bias, int dtype, size_t N) {
-  if (!bias || dtype == kFloat32) return static_cast<const float*>(bias);
-  float* out = static_cast<float*>(scratch(kBias, N * sizeof(float)));
-  kernels().widen(bias, dtype, N, out);
-  return out;
+void pack(const Kernels& k, const int8_t* w, size_t N, size_t K, int8_t* packed) {
+  parallel_for(panels(N), N * K <= kSerialInt8Ops ? 1 : threads(),
+               [&](size_t p) { k.int8_pack(w, N, K, p, packed + p * panel_bytes(K)); });
 }
 
 }  // namespace
 
-void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed) {
-  const Kernels& k = kernels();
-  parallel_for(panels(N), N * K <= kSerialInt8Ops ? 1 : threads(),
-               [&](size_t p) { k.int8_pack(w, N, K, p, packed + p * panel_bytes(K)); });
+const float* widened(const Kernels& k, const void* bias, int dtype, size_t n) {
+  if (!bias || dtype == kFloat32) return static_cast<const float*>(bias);
+  float* values = static_cast<float*>(scratch(kBias, n * sizeof(float)));
+  k.widen(bias, dtype, n, values);
+  return values;
 }
+
+void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed) { pack(kernels(), w, N, K, packed); }
 
 void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w) {
   parallel_for(N, N * K <= kSerialInt8Ops ? 1 : threads(), [&](size_t n) {
@@ -99,8 +100,8 @@ void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, 
     });
   }
   int8_t* packed = static_cast<int8_t*>(scratch(kPacked, panels(N) * panel_bytes(K)));
-  int8_pack(w, N, K, packed);
-  product(M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N, N},
+  pack(k, w, N, K, packed);
+  product(k, M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N, N},
           [&](size_t m, size_t rows, const QRows& q) { k.int8_load_rows(a + m * K, is_unsigned, rows, K, q); });
 }
 
@@ -108,7 +109,7 @@ void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
                  const int32_t* x_zero) {
   const Kernels& k = kernels();
-  product(M, N, K, packed, Tail{w_scale, widen(bias, bias_dtype, N), activation, dtype, y, N, N},
+  product(k, M, N, K, packed, Tail{w_scale, widened(k, bias, bias_dtype, N), activation, dtype, y, N, N},
           [&](size_t m, size_t rows, const QRows& q) {
             const char* from = static_cast<const char*>(x) + m * K * dtype_size(dtype);
             if (x_scale) k.int8_quantize_rows_static(from, dtype, rows, K, *x_scale, *x_zero, q);

@@ -11,8 +11,8 @@
 namespace pyqkern {
 namespace {
 
-// The OpenMP runtime that torch has loaded into the global scope (libgomp; LLVM's libomp and Intel's libiomp5 export the
-// same entry points). Looked up by name, because linking one could bring a second pool into the process.
+// The OpenMP runtime that torch has loaded into the global scope (libgomp; LLVM's libomp and Intel's libiomp5 export
+// the same entry points). Looked up by name, because linking one could bring a second pool into the process.
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
   int (*max_threads)() = nullptr;

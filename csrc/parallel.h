@@ -17,8 +17,8 @@ const char* openmp_path();
 // Runs f(context) once on each of `count` threads, the caller being one of them.
 void parallel_region(int count, void (*f)(void*), void* context);
 
-// work(i) for i in [0, n), on up to `count` threads, each taking the next i when it is done: cores are shared with other
-// programs, so equal shares would wait for the slowest.
+// work(i) for i in [0, n), on up to `count` threads, each taking the next i when it is done: cores are shared with
+// other programs, so equal shares would wait for the slowest.
 template <class Work> void parallel_for(size_t n, int count, const Work& work) {
   if (static_cast<size_t>(count) > n) count = static_cast<int>(n);
   if (count <= 1) {
@@ -31,14 +31,17 @@ template <class Work> void parallel_for(size_t n, int count, const Work& work) {
     size_t n;
     const Work& work;
   } context{{0}, {false}, n, work};
-  parallel_region(count, [](void* p) {
-    Context& c = *static_cast<Context*>(p);
-    try {
-      for (size_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.n;) c.work(i);
-    } catch (const std::bad_alloc&) {  // the only exception there is; none may leave the region
-      c.out_of_memory = true;
-    }
-  }, &context);
+  parallel_region(
+      count,
+      [](void* p) {
+        Context& c = *static_cast<Context*>(p);
+        try {
+          for (size_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.n;) c.work(i);
+        } catch (const std::bad_alloc&) {  // the only exception there is; none may leave the region
+          c.out_of_memory = true;
+        }
+      },
+      &context);
   if (context.out_of_memory) throw std::bad_alloc();
 }
 

@@ -9,7 +9,7 @@
 #include <new>
 
 #include "api.h"
-#include "tensors.h"
+#include "python/tensors.h"
 
 namespace pyqkern {
 namespace {
@@ -26,7 +26,10 @@ struct DLTensor {
 enum { kDLCPU = 1, kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4 };
 
 struct ExchangeApi {
-  struct { uint32_t major, minor; void* previous; } header;
+  struct {
+    uint32_t major, minor;
+    void* previous;
+  } header;
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
@@ -62,13 +65,14 @@ struct View : DLTensor {
   }
 };
 
-constexpr size_t kMaxK = 66311;  // 255 * 127 * K < 2^31
-
-// int8_linear(x, packed, weight_scale, bias or None, y, activation, symmetric[, x_scale, x_zero]) -> whether y was written
+// int8_linear(x, packed, weight_scale, bias or None, y, activation, symmetric[, x_scale, x_zero]) -> whether y was
+// written
 PyObject* int8_linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
   View x, packed, scale, bias, y, x_scale, x_zero;
   const bool is_static = count == 9;
-  if (!api || (count != 7 && !is_static) || !x.read(args[0]) || !packed.read(args[1]) || !scale.read(args[2]) || !y.read(args[4])) Py_RETURN_FALSE;
+  if (!api || (count != 7 && !is_static) || !x.read(args[0]) || !packed.read(args[1]) || !scale.read(args[2]) ||
+      !y.read(args[4]))
+    Py_RETURN_FALSE;
   if (x.ndim < 1 || scale.ndim != 1 || packed.ndim != 3 || x.dtype() < 0 || scale.dtype() != kFloat32) Py_RETURN_FALSE;
   const size_t K = static_cast<size_t>(x.shape[x.ndim - 1]), M = x.elements() / K, N = scale.elements();
   if (packed.code != kDLInt || packed.bits != 8 || static_cast<size_t>(packed.shape[0]) != panels(N) ||
@@ -88,27 +92,25 @@ PyObject* int8_linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count
     Py_RETURN_FALSE;
 
   bool out_of_memory = false;
-  Py_BEGIN_ALLOW_THREADS
-  try {
+  Py_BEGIN_ALLOW_THREADS try {
     int8_linear(x.data, x.dtype(), static_cast<const int8_t*>(packed.data), static_cast<const float*>(scale.data),
-                has_bias ? bias.data : nullptr, has_bias ? bias.dtype() : 0, M, N, K, y.data, static_cast<int>(activation), symmetric,
-                is_static ? static_cast<const float*>(x_scale.data) : nullptr,
+                has_bias ? bias.data : nullptr, has_bias ? bias.dtype() : 0, M, N, K, y.data,
+                static_cast<int>(activation), symmetric, is_static ? static_cast<const float*>(x_scale.data) : nullptr,
                 is_static ? static_cast<const int32_t*>(x_zero.data) : nullptr);
-  } catch (const std::bad_alloc&) {
-    out_of_memory = true;
-  }
-  Py_END_ALLOW_THREADS
-  if (out_of_memory) return PyErr_NoMemory();
+  } catch (const std::bad_alloc&) { out_of_memory = true; }
+  Py_END_ALLOW_THREADS if (out_of_memory) return PyErr_NoMemory();
   Py_RETURN_TRUE;
 }
 
-// linear_4bit(x, packed, absmax, nested_absmax, nested_map, offset (or None, all three), bias or None, y, codebook, blocksize,
-// as_int8) -> whether y was written. `codebook` is the address of a Codebook.
+// linear_4bit(x, packed, absmax, nested_absmax, nested_map, offset (or None, all three), bias or None, y, codebook,
+// blocksize, as_int8) -> whether y was written. `codebook` is the address of a Codebook.
 PyObject* linear_4bit_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
   View x, packed, absmax, nested, map, offset, bias, y;
-  if (!api || count != 11 || !x.read(args[0]) || !packed.read(args[1]) || !absmax.read(args[2]) || !y.read(args[7])) Py_RETURN_FALSE;
+  if (!api || count != 11 || !x.read(args[0]) || !packed.read(args[1]) || !absmax.read(args[2]) || !y.read(args[7]))
+    Py_RETURN_FALSE;
   if (x.ndim < 1 || y.ndim < 1 || x.dtype() < 0 || y.dtype() != x.dtype()) Py_RETURN_FALSE;
-  const size_t K = static_cast<size_t>(x.shape[x.ndim - 1]), N = static_cast<size_t>(y.shape[y.ndim - 1]), M = x.elements() / K;
+  const size_t K = static_cast<size_t>(x.shape[x.ndim - 1]), N = static_cast<size_t>(y.shape[y.ndim - 1]),
+               M = x.elements() / K;
   const size_t blocksize = PyLong_AsSize_t(args[9]);
   const void* book = PyLong_AsVoidPtr(args[8]);
   if (PyErr_Occurred() || !book || blocksize < 32 || blocksize > 4096 || blocksize & (blocksize - 1)) {
@@ -117,9 +119,9 @@ PyObject* linear_4bit_tensors(PyObject*, PyObject* const* args, Py_ssize_t count
   }
   if (y.elements() != M * N) Py_RETURN_FALSE;
   const size_t blocks = (N * K + blocksize - 1) / blocksize, rows = panels(N) * kPanel;
-  const bool lines = in_panels(N, K, blocksize), is_nested = args[3] != Py_None;
-  if (packed.code != kDLUInt || packed.bits != 8 || packed.elements() != (lines ? rows * K / 2 : (N * K + 1) / 2) ||
-      absmax.elements() != (lines ? rows * K / blocksize : blocks))
+  const bool panelled = in_panels(N, K, blocksize), is_nested = args[3] != Py_None;
+  if (packed.code != kDLUInt || packed.bits != 8 || packed.elements() != (panelled ? rows * K / 2 : (N * K + 1) / 2) ||
+      absmax.elements() != (panelled ? rows * K / blocksize : blocks))
     Py_RETURN_FALSE;
   if (!is_nested ? absmax.dtype() != kFloat32 || args[4] != Py_None || args[5] != Py_None
                  : absmax.code != kDLUInt || absmax.bits != 8 || !nested.read(args[3]) || nested.dtype() != kFloat32 ||
@@ -131,18 +133,17 @@ PyObject* linear_4bit_tensors(PyObject*, PyObject* const* args, Py_ssize_t count
   if (has_bias && (!bias.read(args[6]) || bias.dtype() < 0 || bias.ndim != 1 || bias.elements() != N)) Py_RETURN_FALSE;
   Scales scales{absmax.data, nullptr, nullptr, 0};
   if (is_nested)
-    scales = {absmax.data, static_cast<const float*>(nested.data), static_cast<const float*>(map.data), *static_cast<const float*>(offset.data)};
-  const Weight4 w{static_cast<const uint8_t*>(packed.data), scales, N, K, blocksize, static_cast<const Codebook*>(book)};
+    scales = {absmax.data, static_cast<const float*>(nested.data), static_cast<const float*>(map.data),
+              *static_cast<const float*>(offset.data)};
+  const Weight4Bit w{static_cast<const uint8_t*>(packed.data), scales, N, K, blocksize,
+                     static_cast<const Codebook*>(book)};
 
   bool out_of_memory = false;
-  Py_BEGIN_ALLOW_THREADS
-  try {
-    nf4_linear(x.data, x.dtype(), w, has_bias ? bias.data : nullptr, has_bias ? bias.dtype() : 0, M, y.data, as_int8);
-  } catch (const std::bad_alloc&) {
-    out_of_memory = true;
-  }
-  Py_END_ALLOW_THREADS
-  if (out_of_memory) return PyErr_NoMemory();
+  Py_BEGIN_ALLOW_THREADS try {
+    four_bit_linear(x.data, x.dtype(), w, has_bias ? bias.data : nullptr, has_bias ? bias.dtype() : 0, M, y.data,
+                    as_int8);
+  } catch (const std::bad_alloc&) { out_of_memory = true; }
+  Py_END_ALLOW_THREADS if (out_of_memory) return PyErr_NoMemory();
   Py_RETURN_TRUE;
 }
 
@@ -155,11 +156,16 @@ PyObject* use_exchange(PyObject*, PyObject* capsule) {
 }
 
 PyMethodDef methods[] = {
-    {"int8_linear_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(int8_linear_tensors)), METH_FASTCALL,
-     "(x, packed, weight_scale, bias or None, y, activation, symmetric[, x_scale, x_zero]) -> whether y was written; False: take the other way."},
-    {"linear_4bit_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_4bit_tensors)), METH_FASTCALL,
-     "(x, packed, absmax, nested_absmax, nested_map, offset, bias or None, y, codebook, blocksize, as_int8) -> whether y was written."},
-    {"use_exchange", use_exchange, METH_O, "Takes torch.Tensor.__dlpack_c_exchange_api__; returns whether it can be used."},
+    {"int8_linear_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(int8_linear_tensors)),
+     METH_FASTCALL,
+     "(x, packed, weight_scale, bias or None, y, activation, symmetric[, x_scale, x_zero]) -> whether y was written; "
+     "False: take the other way."},
+    {"linear_4bit_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_4bit_tensors)),
+     METH_FASTCALL,
+     "(x, packed, absmax, nested_absmax, nested_map, offset, bias or None, y, codebook, blocksize, as_int8) -> whether "
+     "y was written."},
+    {"use_exchange", use_exchange, METH_O,
+     "Takes torch.Tensor.__dlpack_c_exchange_api__; returns whether it can be used."},
     {nullptr, nullptr, 0, nullptr},
 };
 

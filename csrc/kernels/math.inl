@@ -2,8 +2,8 @@
 // Coefficients: minimax fits of this project (weighted least squares, Lawson), rounded to fp32.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "kernels/kernels.h"
+#include "simd/simd.h"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
@@ -11,7 +11,7 @@ namespace PYQKERN_ISA {
 // e^x for x in [-87.3, 88.7], clamped there; <= 1 ulp. NaN gives NaN.
 INLINE f32 exp(f32 x) {
   x = min(set1(88.72283f), max(set1(-87.33654f), x));  // this order of operands lets NaN through
-  const i32 n = round(x * 1.44269504f);
+  const i32 n = round(x * kLog2E);
   const f32 nf = to_float(n);
   f32 r = fma(nf, set1(-0.693145752f), x);  // ln 2 in two parts, the first with trailing zeros
   r = fma(nf, set1(-1.42860677e-6f), r);
@@ -26,27 +26,31 @@ INLINE f32 exp(f32 x) {
   return p * as_f32((n - half + 127) << 23);
 }
 
-// E(a) = erf(a / sqrt 2) / 2 on sixteen intervals of 91/256 around the multiples of that: polynomials in a less the multiple,
-// the highest power first. They err by 1.43 * 2^-24. The last one ends at 1/2, so that GELU is 0 or x from there on.
+// E(a) = erf(a / sqrt 2) / 2 on sixteen intervals of 91/256 around the multiples of that: polynomials in a less the
+// multiple, the highest power first. They err by 1.43 * 2^-24. The last one ends at 1/2, so that GELU is 0 or x from
+// there on.
 alignas(64) static const float kGeluTable[5][16] = {
-    {0.00439242367f, 0.0158003848f, 0.0227285214f, 0.0186089948f, 0.00843164977f, -0.000894017634f, -0.00558234844f, -0.00594244758f,
-     -0.00421607215f, -0.00231519481f, -0.00103644235f, -0.000387787411f, -0.000122991827f, -3.33634634e-05f, -7.78770573e-06f, 2.68174244e-05f},
-    {-0.0671702698f, -0.0542551167f, -0.0255182963f, 0.00498007471f, 0.0244818907f, 0.0294217281f, 0.0242213104f, 0.0156407878f,
-     0.00830907654f, 0.00371510279f, 0.00141607958f, 0.000463859004f, 0.000131281136f, 3.22246888e-05f, 6.87955571e-06f, 3.52076609e-06f},
-    {4.30231048e-05f, -0.0665625334f, -0.110140979f, -0.120462887f, -0.103211902f, -0.0730635002f, -0.0437586121f, -0.02245491f,
-     -0.00994766038f, -0.00382300606f, -0.00127880566f, -0.000373203889f, -9.5188916e-05f, -2.12470313e-05f, -4.15456725e-06f, -1.3101868e-06f},
+    {0.00439242367f, 0.0158003848f, 0.0227285214f, 0.0186089948f, 0.00843164977f, -0.000894017634f, -0.00558234844f,
+     -0.00594244758f, -0.00421607215f, -0.00231519481f, -0.00103644235f, -0.000387787411f, -0.000122991827f,
+     -3.33634634e-05f, -7.78770573e-06f, 2.68174244e-05f},
+    {-0.0671702698f, -0.0542551167f, -0.0255182963f, 0.00498007471f, 0.0244818907f, 0.0294217281f, 0.0242213104f,
+     0.0156407878f, 0.00830907654f, 0.00371510279f, 0.00141607958f, 0.000463859004f, 0.000131281136f, 3.22246888e-05f,
+     6.87955571e-06f, 3.52076609e-06f},
+    {4.30231048e-05f, -0.0665625334f, -0.110140979f, -0.120462887f, -0.103211902f, -0.0730635002f, -0.0437586121f,
+     -0.02245491f, -0.00994766038f, -0.00382300606f, -0.00127880566f, -0.000373203889f, -9.5188916e-05f,
+     -2.12470313e-05f, -4.15456725e-06f, -1.3101868e-06f},
     {0.398941338f, 0.374515027f, 0.309853673f, 0.22592704f, 0.14517872f, 0.0822165683f, 0.0410332009f, 0.0180479903f,
-     0.00699578878f, 0.00238976791f, 0.000719419273f, 0.000190858496f, 4.46209851e-05f, 9.19305148e-06f, 1.66904192e-06f, 2.36713603e-07f},
+     0.00699578878f, 0.00238976791f, 0.000719419273f, 0.000190858496f, 4.46209851e-05f, 9.19305148e-06f,
+     1.66904192e-06f, 2.36713603e-07f},
     {2.38747e-09f, 0.138880774f, 0.261438519f, 0.356879979f, 0.422468722f, 0.462244153f, 0.483529955f, 0.493581891f,
-     0.497770697f, 0.499311f, 0.499810785f, 0.499953896f, 0.499990046f, 0.499998093f, 0.499999672f, 0.49999994f}
-};
+     0.497770697f, 0.499311f, 0.499810785f, 0.499953896f, 0.499990046f, 0.499998093f, 0.499999672f, 0.49999994f}};
 
 // 0.5 * x * (1 + erf(x / sqrt 2)) as x/2 + |x| * E(|x|); errs by 4 * 2^-24 * |x| at most.
 INLINE f32 gelu(f32 x) {
   const f32 a = as_f32(as_i32(x) & 0x7fffffff);
-  const f32 inside = min(set1(5.50976515f), a);  // this order of operands lets NaN through
-  const f32 shifted = fma(inside, set1(2.81318688f), set1(12582912.0f));  // 1.5 * 2^23: the lowest bits are the interval
-  const f32 t = fma(shifted - 12582912.0f, set1(-0.35546875f), inside);
+  const f32 inside = min(set1(5.50976515f), a);                         // this order of operands lets NaN through
+  const f32 shifted = fma(inside, set1(2.81318688f), set1(kRounding));  // the lowest bits are the interval
+  const f32 t = fma(shifted - kRounding, set1(-0.35546875f), inside);
   f32 p = lookup(load_table(kGeluTable[0]), as_i32(shifted), 0);
   for (int i = 1; i < 5; ++i) p = fma(p, t, lookup(load_table(kGeluTable[i]), as_i32(shifted), 0));
   return fma(x, set1(0.5f), a * p);

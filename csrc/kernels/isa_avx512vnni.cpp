@@ -1,2 +1,2 @@
 #define PYQKERN_ISA avx512vnni
-#include "table.inl"
+#include "kernels/table.inl"

@@ -5,22 +5,27 @@
 //             symmetric:  scale = max(-lo, hi) / 127, zero = 128, code in [1, 255]
 //             q = clamp(rint(x * (1/scale) + zero));   a row of zeros has scale 1; NaN or inf in it makes scale NaN
 //   static    scale and zero are given, the same for every row: no pass for lo and hi; q and NaN as above
-//   sum       S[m][n] = sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k], exact while it fits an int32: K <= 66311
-//   tail      y = activation((scale[m] * w_scale[n]) * float(S) + bias[n]), each operation rounded, then rounded to y's type
+//   sum       S[m][n] = sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k], exact while it fits an int32: K <= kMaxK
+//   tail      y = activation((scale[m] * w_scale[n]) * float(S) + bias[n]), each operation rounded, then rounded to y's
+//   type
 //
 // The product keeps a tile of MR rows by NV vectors of columns in registers over all of K. No blocking over K: up to
-// K = 3072 a strip of NV vectors stays in L2, and beyond that it is still read once for the 100 rows or more of a block.
+// K = 3072 a strip of NV vectors stays in L2, and beyond that it is still read once for the 100 rows or more of a
+// block.
 #pragma once
 
-#include "affine.inl"
-#include "math.inl"
+#include "kernels/affine.inl"
+#include "kernels/math.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
 
 // ---- quantized rows
 
-struct RowScale { float scale; int32_t zero; };
+struct RowScale {
+  float scale;
+  int32_t zero;
+};
 
 INLINE RowScale row_scale(float least, float greatest, bool symmetric) {
   float lo = least < 0 ? least : 0.0f, hi = greatest > 0 ? greatest : 0.0f;
@@ -28,8 +33,8 @@ INLINE RowScale row_scale(float least, float greatest, bool symmetric) {
   float levels = symmetric ? 127.0f : 255.0f;
   float extent = symmetric ? (-lo > hi ? -lo : hi) : hi - lo;
   float scale = extent / levels;
-  if (extent > 3.4028234663852886e38f) scale = hi / levels - lo / levels;
-  if (scale < 1.1754943508222875e-38f) scale = extent == 0 ? 1.0f : 1.1754943508222875e-38f;
+  if (extent > kGreatest) scale = hi / levels - lo / levels;
+  if (scale < kLeastNormal) scale = extent == 0 ? 1.0f : kLeastNormal;
   if (symmetric) return {scale, 128};
   float zero = __builtin_rintf(-lo / scale);
   return {scale, zero > 255 ? 255 : (int32_t)zero};
@@ -67,12 +72,14 @@ template <class T> INLINE void quantize_row(const T* x, size_t K, float inverse,
   }
 }
 
-template <class T> static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows& out) {
+template <class T> static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric,
+                                                const QRows& out) {
   float least, greatest;
   range_of(x, K, &least, &greatest);
   for (size_t m = 0; m < rows; ++m, x += ldx) {
     const RowScale s = row_scale(least, greatest, symmetric);
-    if (m + 1 < rows) range_of(x + ldx, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
+    if (m + 1 < rows)
+      range_of(x + ldx, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
     ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
     if (s.scale == s.scale) quantize_row(x, K, 1.0f / s.scale, s.zero, q);
     else memset(q, 0, 4 * quads(K) * sizeof(ROW_T));  // any codes: NaN times their sum is NaN
@@ -81,7 +88,8 @@ template <class T> static void quantize_rows_of(const T* x, size_t ldx, size_t r
   }
 }
 
-static void int8_quantize_rows(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows& out) {
+static void int8_quantize_rows(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric,
+                               const QRows& out) {
   if (dtype == kFloat32) quantize_rows_of((const float*)x, ldx, rows, K, symmetric, out);
   else if (dtype == kBFloat16) quantize_rows_of((const bf16*)x, ldx, rows, K, symmetric, out);
   else quantize_rows_of((const fp16*)x, ldx, rows, K, symmetric, out);
@@ -99,7 +107,8 @@ template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScal
     return round(clamp(v * inv_scale + zero, f32{}, top));
   };
   auto codes = [&](const T* p, ROW_T* out) {
-    const i32 a = code(p, bad[0]), b = code(p + LANES, bad[1]), c = code(p + 2 * LANES, bad[2]), d = code(p + 3 * LANES, bad[3]);
+    const i32 a = code(p, bad[0]), b = code(p + LANES, bad[1]), c = code(p + 2 * LANES, bad[2]),
+              d = code(p + 3 * LANES, bad[3]);
     store_row(out, a, b, c, d, set1(s.zero));
   };
   size_t k = 0;
@@ -118,7 +127,8 @@ template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScal
   return true;
 }
 
-template <class T> static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale s, const QRows& out) {
+template <class T> static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale s,
+                                                       const QRows& out) {
   for (size_t m = 0; m < rows; ++m, x += K) {
     const bool finite = quantize_row_static(x, K, s, (ROW_T*)out.q + m * 4 * quads(K));
     out.scale[m] = finite ? s.scale : __builtin_nanf("");
@@ -126,7 +136,8 @@ template <class T> static void quantize_rows_static_of(const T* x, size_t rows, 
   }
 }
 
-static void int8_quantize_rows_static(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero, const QRows& out) {
+static void int8_quantize_rows_static(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero,
+                                      const QRows& out) {
   const RowScale s{scale, zero};
   if (dtype == kFloat32) quantize_rows_static_of((const float*)x, rows, K, s, out);
   else if (dtype == kBFloat16) quantize_rows_static_of((const bf16*)x, rows, K, s, out);
@@ -172,19 +183,11 @@ static void int8_pack(const int8_t* w, size_t N, size_t K, size_t panel, int8_t*
 // ---- the tail
 
 constexpr size_t VECTORS = kPanel / COLS;  // vectors of columns in a panel
-// Tile: MR rows by NV vectors of columns; NV covers whole panels, or a part of one. 24 accumulators of 32 registers, 12 of 16.
-#if defined(__AVX512F__)
-constexpr int MR = 8, NV = 3;
-#elif defined(__AVX2__)
-constexpr int MR = 6, NV = 2;
-#else
-constexpr int MR = 4, NV = 2;
-#endif
 static_assert((VECTORS == 1 ? SUMS == 1 : VECTORS % NV == 0 && NV % SUMS == 0), "tile");
 
-
 // Applies the tail to `rows` rows of V vectors of columns, the last of them `part` wide: sum_at(r, v) are the sums.
-// What belongs to the columns is loaded once; `column_sums` points at those of the first column, `stride` apart by panel.
+// What belongs to the columns is loaded once; `column_sums` points at those of the first column, `stride` apart by
+// panel.
 template <class T, int ACTIVATION, int V, class SumAt>
 INLINE void apply_tail(SumAt sum_at, size_t rows, size_t part, const int8_t* column_sums, size_t stride, const QRows& a,
                        size_t m, size_t n0, const Tail& t) {
@@ -200,24 +203,25 @@ INLINE void apply_tail(SumAt sum_at, size_t rows, size_t part, const int8_t* col
       i32 s = sum_at(r, v);
       if (!CENTERED) s -= set1(a.zero[m + r]) * k;
       const f32 value = activate<ACTIVATION>((set1(a.scale[m + r]) * w) * to_float(s) + b);
-      if (whole) store(y, value); else store_part(y, value, part);
+      if (whole) store(y, value);
+      else store_part(y, value, part);
     }
   }
 }
 
 // The same from memory: rows [m, m + rows) of columns [n0, n0 + n), which are those of one tile.
 template <class T, int ACTIVATION>
-static void tail_tile(const int32_t* sum, size_t ld_sum, const int8_t* column_sums, size_t stride, const QRows& a, size_t m,
-                      size_t rows, size_t n0, size_t n, const Tail& t) {
+static void tail_tile(const int32_t* sum, size_t ld_sum, const int8_t* column_sums, size_t stride, const QRows& a,
+                      size_t m, size_t rows, size_t n0, size_t n, const Tail& t) {
   for (size_t j = 0; j < n; j += LANES)
     apply_tail<T, ACTIVATION, 1>([&](size_t r, int) { return load(sum + r * ld_sum + j); }, rows,
-                                 n - j < LANES ? n - j : LANES, column_sums + j / kPanel * stride + j % kPanel * 4, stride,
-                                 a, m, n0 + j, t);
+                                 n - j < LANES ? n - j : LANES, column_sums + j / kPanel * stride + j % kPanel * 4,
+                                 stride, a, m, n0 + j, t);
 }
 
 // The same for exact sums: nothing but the zero point.
-static void tail_sums(const int32_t* sum, size_t ld_sum, const int8_t* column_sums, size_t stride, const QRows& a, size_t m,
-                      size_t rows, size_t n0, size_t n, const Tail& t) {
+static void tail_sums(const int32_t* sum, size_t ld_sum, const int8_t* column_sums, size_t stride, const QRows& a,
+                      size_t m, size_t rows, size_t n0, size_t n, const Tail& t) {
   int32_t* y = (int32_t*)t.y + m * t.ld + n0;
   for (size_t j = 0; j < n; j += LANES) {
     const size_t part = n - j < LANES ? n - j : LANES;
@@ -225,12 +229,14 @@ static void tail_sums(const int32_t* sum, size_t ld_sum, const int8_t* column_su
     for (size_t r = 0; r < rows; ++r) {
       i32 s = load(sum + r * ld_sum + j);
       if (!CENTERED) s -= set1(a.zero[m + r]) * k;
-      if (part == LANES) store(y + r * t.ld + j, s); else store_part(y + r * t.ld + j, s, part);
+      if (part == LANES) store(y + r * t.ld + j, s);
+      else store_part(y + r * t.ld + j, s, part);
     }
   }
 }
 
-typedef void (*TailFunction)(const int32_t*, size_t, const int8_t*, size_t, const QRows&, size_t, size_t, size_t, size_t, const Tail&);
+typedef void (*TailFunction)(const int32_t*, size_t, const int8_t*, size_t, const QRows&, size_t, size_t, size_t,
+                             size_t, const Tail&);
 
 template <class T> INLINE TailFunction tail_of(int activation) {
   return activation == kNone   ? tail_tile<T, kNone>
@@ -241,7 +247,9 @@ template <class T> INLINE TailFunction tail_of(int activation) {
 
 static TailFunction tail_of(const Tail& t) {
   if (!t.w_scale) return tail_sums;
-  return t.dtype == kFloat32 ? tail_of<float>(t.activation) : t.dtype == kBFloat16 ? tail_of<bf16>(t.activation) : tail_of<fp16>(t.activation);
+  return t.dtype == kFloat32    ? tail_of<float>(t.activation)
+         : t.dtype == kBFloat16 ? tail_of<bf16>(t.activation)
+                                : tail_of<fp16>(t.activation);
 }
 
 // ---- the product
@@ -251,11 +259,12 @@ INLINE const int8_t* vector_at(const int8_t* packed, size_t K, size_t v) {
   return packed + v / VECTORS * panel_bytes(K) + v % VECTORS * COLS * 4;
 }
 
-// c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. On the way it
-// asks for AHEAD panels of the weight, a line of each in each step: a model's weights come from memory, not from the cache.
+// c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. On the
+// way it asks for AHEAD panels of the weight, a line of each in each step: a model's weights come from memory, not from
+// the cache.
 template <int R, int V, int AHEAD, class B>
-INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const B* __restrict b, size_t stride, size_t step,
-                 size_t Q, const int8_t* ahead) {
+INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const B* __restrict b, size_t stride,
+                 size_t step, size_t Q, const int8_t* ahead) {
   for (size_t q = 0; q < Q; ++q, a += 4, b += step, ahead += kLine) {
     for (int p = 0; p < AHEAD; ++p) __builtin_prefetch(ahead + p * stride, 0, 1);
     b_t bv[V];
@@ -270,8 +279,8 @@ INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const 
 // The tail of a tile: straight from the registers in the common case, else through memory, lest every case be compiled
 // for every tile.
 template <int R, int V>
-INLINE void finish(acc_t (&c)[R][V], const int8_t* column_sums, size_t stride, const QRows& a, size_t m, size_t n0, const Tail& t,
-                   TailFunction tail) {
+INLINE void finish(acc_t (&c)[R][V], const int8_t* column_sums, size_t stride, const QRows& a, size_t m, size_t n0,
+                   const Tail& t, TailFunction tail) {
   constexpr int COLUMNS = V * COLS;
   const size_t n = t.N - n0 < COLUMNS ? t.N - n0 : COLUMNS;
   auto sum_at = [&](size_t r, int v) { return sums(&c[r][v * SUMS]); };
@@ -295,7 +304,10 @@ struct Strip {
 };
 
 // Panels of the next strip, to be asked for by one tile.
-struct Ahead { const int8_t* from; size_t panels; };
+struct Ahead {
+  const int8_t* from;
+  size_t panels;
+};
 constexpr size_t STRIP_PANELS = NV > VECTORS ? NV / VECTORS : 1;
 static_assert(STRIP_PANELS <= 3, "tile_and_tail asks for three at most");
 
@@ -316,7 +328,8 @@ static void tile_and_tail(const Strip& s, size_t m, Ahead ahead) {
   } else {
     tile<R, V, 0>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
   }
-  finish<R, V>(c, s.b + Q * kLine, panel, s.a, m, s.n0, s.t, s.tail);  // behind its last quad, a panel has its column sums
+  finish<R, V>(c, s.b + Q * kLine, panel, s.a, m, s.n0, s.t,
+               s.tail);  // behind its last quad, a panel has its column sums
 }
 
 template <int V, int R = MR>
@@ -333,7 +346,8 @@ INLINE void widen_strip(const int8_t* b, size_t Q, int16_t* wide) {
     for (int i = 0; i < NV * 4 * COLS; ++i) *wide++ = b[i];
 }
 
-static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end, const Tail& t) {
+static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+                      const Tail& t) {
   const size_t stop = end * kPanel < t.N ? end * kPanel : t.N;
   const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
   const size_t tiles = (rows + MR - 1) / MR;
@@ -358,14 +372,14 @@ static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const in
 
 // ---- few rows: the weight comes from memory, and one pass over it is what counts
 
-constexpr size_t GEMV_ROWS = 4, DOT_ROWS = ROW_K ? 4 : 0;
 constexpr size_t PREFETCH = 2048;  // bytes ahead
 
 // One panel. U quads at a time with sums of their own, so that the latency of dot is hidden.
 template <int R>
-static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed, size_t n0, const Tail& t, TailFunction tail) {
+static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed, size_t n0, const Tail& t,
+                       TailFunction tail) {
   constexpr int V = VECTORS < 2 ? VECTORS : 2;
-  constexpr int U = R * V * 4 <= (LANES == 16 ? 16 : 8) ? 4 : R * V * 2 <= 8 ? 2 : 1;
+  constexpr int U = R * V * 4 <= GEMV_SUMS ? 4 : R * V * 2 <= 8 ? 2 : 1;
   const size_t Q = quads(K), lda = 4 * Q;
   for (size_t v0 = 0; v0 < VECTORS; v0 += V) {
     const ROW_T* row = (const ROW_T*)a.q + m0 * lda;
@@ -391,7 +405,8 @@ static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed
   }
 }
 
-static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end, const Tail& t) {
+static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+                      const Tail& t) {
   const TailFunction tail = tail_of(t);
   for (size_t panel = begin; panel < end; ++panel, packed += panel_bytes(K)) {
     const size_t n0 = panel * kPanel;
@@ -438,7 +453,8 @@ static void dot_columns(const QRows& a, size_t K, const int8_t* w, size_t N, siz
     }
 }
 
-static void int8_dot(const QRows& a, size_t rows, size_t K, const int8_t* w, size_t N, size_t begin, size_t end, int32_t* y) {
+static void int8_dot(const QRows& a, size_t rows, size_t K, const int8_t* w, size_t N, size_t begin, size_t end,
+                     int32_t* y) {
   for (size_t n = begin; n < end; n += 4) {
     if (rows == 1) dot_columns<1>(a, K, w, N, n, y);
     else if (rows == 2) dot_columns<2>(a, K, w, N, n, y);

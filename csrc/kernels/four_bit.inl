@@ -1,14 +1,16 @@
 // 4-bit weights with one scale per block: NF4, FP4 and uniform int4, which differ in their Codebook alone.
 //
 //   quantize    v = clamp(x * (1/absmax), -1, 1), code of the nearest value; contracts and layouts in kernels.h
-//   linear      y = sum over steps of scale * (sum over k of a step of x * value), a step being a block or 128 columns of one.
-//               Both sums run in the order of k, by fma from zero, for few rows and for many: a row's result does not depend
-//               on its batch, nor on the ISA. A weight whose rows are no whole blocks, or less than a panel, goes by nf4_dot.
+//   linear      y = sum over steps of scale * (sum over k of a step of x * value), a step being a block or 128 columns
+//   of one.
+//               Both sums run in the order of k, by fma from zero, for few rows and for many: a row's result does not
+//               depend on its batch, nor on the ISA. A weight whose rows are no whole blocks, or less than a panel,
+//               goes by four_bit_dot.
 //   as integers the rows are quantized to s8 (symmetric), the values to integer/levels; the inner sum is exact, below
 //               2^24 (127 * 127 * 128), so that its conversion to float is exact too.
 #pragma once
 
-#include "int8.inl"
+#include "kernels/int8.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
@@ -18,7 +20,8 @@ namespace PYQKERN_ISA {
 constexpr float LEAST_ABSMAX = 1e-38f;
 
 // Codes of a block of n elements, one to a byte.
-template <class T> INLINE void quantize_block(const T* x, size_t n, float absmax, bool divide, const Codebook& book, uint8_t* codes) {
+template <class T> INLINE void quantize_block(const T* x, size_t n, float absmax, bool divide, const Codebook& book,
+                                              uint8_t* codes) {
   const float least = absmax > LEAST_ABSMAX ? absmax : LEAST_ABSMAX;
   const f32 divisor = set1(least), inv = set1(1.0f / least);
   f32 bound[15];
@@ -40,8 +43,8 @@ template <class T> INLINE void quantize_block(const T* x, size_t n, float absmax
 }
 
 template <class T>
-static void quantize_blocks(const T* x, size_t n, size_t blocksize, const Codebook& book, size_t begin, size_t end, uint8_t* packed,
-                            float* absmax) {
+static void quantize_blocks(const T* x, size_t n, size_t blocksize, const Codebook& book, size_t begin, size_t end,
+                            uint8_t* packed, float* absmax) {
   const T zero{};
   uint8_t codes[4096];
   for (size_t b = begin; b < end; ++b) {
@@ -58,8 +61,8 @@ static void quantize_blocks(const T* x, size_t n, size_t blocksize, const Codebo
   }
 }
 
-static void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, size_t begin, size_t end,
-                         uint8_t* packed, float* absmax) {
+static void four_bit_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, size_t begin,
+                              size_t end, uint8_t* packed, float* absmax) {
   if (dtype == kFloat32) quantize_blocks((const float*)x, n, blocksize, book, begin, end, packed, absmax);
   else if (dtype == kBFloat16) quantize_blocks((const bf16*)x, n, blocksize, book, begin, end, packed, absmax);
   else quantize_blocks((const fp16*)x, n, blocksize, book, begin, end, packed, absmax);
@@ -79,17 +82,21 @@ INLINE size_t dequantize_vectors(const uint8_t* packed, size_t n, const float* v
   return j;
 }
 
-template <class T> INLINE size_t dequantize_vectors(const uint8_t* packed, size_t n, const T* values, T* y, bool streamed) {
+template <class T> INLINE size_t dequantize_vectors(const uint8_t* packed, size_t n, const T* values, T* y,
+                                                    bool streamed) {
   const halves32 table = load_halves(&values->bits);
   size_t j = 0;
-  if (streamed) for (; j + 32 <= n; j += 32) stream_halves(table, packed + j / 2, y + j);
-  else for (; j + 32 <= n; j += 32) store_halves(table, packed + j / 2, y + j);
+  if (streamed)
+    for (; j + 32 <= n; j += 32) stream_halves(table, packed + j / 2, y + j);
+  else
+    for (; j + 32 <= n; j += 32) store_halves(table, packed + j / 2, y + j);
   return j;
 }
 
 // n elements of one block, from element i of the flat tensor on. A block has sixteen values: each is rounded once.
 template <class T>
-INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float absmax, const Codebook& book, T* y, bool streamed) {
+INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float absmax, const Codebook& book, T* y,
+                             bool streamed) {
   T values[16];
   for (int c = 0; c < 16; c += LANES) store(values + c, load(book.value + c) * set1(absmax));
   size_t j = 0;
@@ -99,37 +106,41 @@ INLINE void dequantize_block(const uint8_t* packed, size_t i, size_t n, float ab
 }
 
 template <class T>
-static void dequantize_blocks(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook& book, size_t begin,
-                              size_t end, T* y, bool streamed) {
-  const size_t mask = blocksize - 1, shift = (size_t)__builtin_ctzll(blocksize);  // a division costs as much as half a block
+static void dequantize_blocks(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook& book,
+                              size_t begin, size_t end, T* y, bool streamed) {
+  const size_t mask = blocksize - 1,
+               shift = (size_t)__builtin_ctzll(blocksize);  // a division costs as much as half a block
   streamed = streamed && (uintptr_t)y % 64 == 0 && (begin & mask) == 0;
   for (size_t i = begin, n; i < end; i += n, y += n) {
     n = blocksize - (i & mask) < end - i ? blocksize - (i & mask) : end - i;
-    if (streamed) __builtin_prefetch(packed + i / 2 + AHEAD), __builtin_prefetch((const char*)(absmax + (i >> shift)) + AHEAD);
+    if (streamed)
+      __builtin_prefetch(packed + i / 2 + AHEAD), __builtin_prefetch((const char*)(absmax + (i >> shift)) + AHEAD);
     dequantize_block(packed, i, n, absmax[i >> shift], book, y, streamed);
   }
   if (streamed) stream_end();
 }
 
-static void nf4_dequantize(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook& book, size_t begin, size_t end,
-                           void* y, int dtype, bool streamed) {
+static void four_bit_dequantize(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook& book,
+                                size_t begin, size_t end, void* y, int dtype, bool streamed) {
   if (dtype == kFloat32) dequantize_blocks(packed, absmax, blocksize, book, begin, end, (float*)y, streamed);
   else if (dtype == kBFloat16) dequantize_blocks(packed, absmax, blocksize, book, begin, end, (bf16*)y, streamed);
   else dequantize_blocks(packed, absmax, blocksize, book, begin, end, (fp16*)y, streamed);
 }
 
-// Four lines, 32 columns of sixteen rows, at a time: first the codes of a row's eight columns in their order, then the rows.
-static void nf4_unpack_panel(const uint8_t* lines, size_t stride, size_t K, uint8_t* flat, size_t ld) {
-  for (size_t k = 0; k < K; k += 32, lines += 4 * stride) {
+// Four lines, 32 columns of sixteen rows, at a time: first the codes of a row's eight columns in their order, then the
+// rows.
+static void four_bit_unpack_panel(const uint8_t* packed, size_t stride, size_t K, uint8_t* flat, size_t ld) {
+  for (size_t k = 0; k < K; k += 32, packed += 4 * stride) {
     uint8_t flat_lines[4][kLine];
     const int8_t* line[4];
     for (int i = 0; i < 4; ++i) {
       line[i] = (const int8_t*)flat_lines[i];
       for (size_t j = 0; j < kLine; j += 4 * LANES) {
-        const u32 codes = (u32)load((const int32_t*)(lines + i * stride + j));
+        const u32 codes = (u32)load((const int32_t*)(packed + i * stride + j));
         const u32 low = codes & 0x0f0f0f0fu, high = codes >> 4 & 0x0f0f0f0fu;  // columns 0 to 3, and 4 to 7
-        const u32 a = low << 4 | low >> 8, b = high << 4 | high >> 8;            // a pair in bytes 0 and 2
-        store((int32_t*)(flat_lines[i] + j), (i32)((a & 0xffu) | (a >> 8 & 0xff00u) | (b & 0xffu) << 16 | (b << 8 & 0xff000000u)));
+        const u32 a = low << 4 | low >> 8, b = high << 4 | high >> 8;          // a pair in bytes 0 and 2
+        store((int32_t*)(flat_lines[i] + j),
+              (i32)((a & 0xffu) | (a >> 8 & 0xff00u) | (b & 0xffu) << 16 | (b << 8 & 0xff000000u)));
       }
     }
     for (size_t n = 0; n < kPanel; n += 4) transpose_quads(line, 4 * n, (int8_t*)flat + n * ld + k / 2, ld);
@@ -144,11 +155,11 @@ constexpr size_t PREFETCH_4BIT = 8192;  // bytes ahead
 // The bit at which column k%8 of a line's lane starts.
 INLINE constexpr int shift_of(int k) { return 8 * (k % 4) + 4 * (k / 4); }
 
-// V vectors of a strip over B steps side by side, whose sums are independent: that hides the latency of fma. `line` points at
-// the first step's first vector, lines are `stride` apart; scale[b] belongs to step b.
+// V vectors of a strip over B steps side by side, whose sums are independent: that hides the latency of fma. `line`
+// points at the first step's first vector, lines are `stride` apart; scale[b] belongs to step b.
 template <int R, int V, int B>
-static void gemv_steps(const float* x, size_t ldx, size_t size, const uint8_t* line, size_t stride, const table16& table,
-                       const float* const* scale, size_t offset, float* total) {
+static void gemv_steps(const float* x, size_t ldx, size_t size, const uint8_t* line, size_t stride,
+                       const table16& table, const float* const* scale, size_t offset, float* total) {
   f32 acc[B][R][V] = {};
   const size_t step_bytes = size / 8 * stride;
   for (size_t k = 0; k < size; k += 8, line += stride, x += 8)
@@ -174,9 +185,9 @@ static void gemv_steps(const float* x, size_t ldx, size_t size, const uint8_t* l
 }
 
 template <int R>
-static void gemv_strip(const float* x, size_t K, const uint8_t* packed, const float* scale, size_t blocksize, size_t panels,
-                       const Codebook& book, float* total) {
-  constexpr int B = LANES == 16 && R == 1 ? 2 : 1;
+static void gemv_strip(const float* x, size_t K, const uint8_t* packed, const float* scale, size_t blocksize,
+                       size_t panels, const Codebook& book, float* total) {
+  constexpr int B = R == 1 ? GEMV_STEPS_4BIT : 1;
   const table16 table = load_table(book.value);
   const size_t size = step_of(blocksize), vectors = panels * PANEL_VECTORS, stride = panels * kLine;
   memset(total, 0, R * kStrip * sizeof(float));
@@ -187,25 +198,27 @@ static void gemv_strip(const float* x, size_t K, const uint8_t* packed, const fl
     const uint8_t* line = packed + k / 8 * stride;
     for (size_t v = 0, width; v < vectors; v += width) {
       width = vectors - v >= 4 ? 4 : 1;
-      auto f = count == B ? (width == 4 ? gemv_steps<R, 4, B> : gemv_steps<R, 1, B>) : (width == 4 ? gemv_steps<R, 4, 1> : gemv_steps<R, 1, 1>);
+      auto f = count == B ? (width == 4 ? gemv_steps<R, 4, B> : gemv_steps<R, 1, B>)
+                          : (width == 4 ? gemv_steps<R, 4, 1> : gemv_steps<R, 1, 1>);
       f(x + k, K, size, line + v * LANES * 4, stride, table, scales, v * LANES, total + v * LANES);
     }
   }
 }
 
-static void nf4_gemv(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale, size_t blocksize, size_t panels,
-                     const Codebook& book, float* total) {
+static void four_bit_gemv(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale,
+                          size_t blocksize, size_t panels, const Codebook& book, float* total) {
   if (rows == 1) gemv_strip<1>(x, K, packed, scale, blocksize, panels, book, total);
   else if (rows == 2) gemv_strip<2>(x, K, packed, scale, blocksize, panels, book, total);
   else if (rows == 3) gemv_strip<3>(x, K, packed, scale, blocksize, panels, book, total);
   else gemv_strip<4>(x, K, packed, scale, blocksize, panels, book, total);
 }
 
-// The same of integers, one step after the other: V vectors of a strip. Codes of columns 0 to 3 and 4 to 7 of a line have sums
-// of their own where one row alone would wait for its additions.
+// The same of integers, one step after the other: V vectors of a strip. Codes of columns 0 to 3 and 4 to 7 of a line
+// have sums of their own where one row alone would wait for its additions.
 template <int R, int V>
-static void gemv_int8_step(const int8_t* x, size_t ldx, const int32_t* minus_sums, size_t steps, size_t size, const uint8_t* line,
-                           size_t stride, const nibbles_t& table, const float* scale, float* total) {
+static void gemv_int8_step(const int8_t* x, size_t ldx, const int32_t* minus_sums, size_t steps, size_t size,
+                           const uint8_t* line, size_t stride, const nibbles_t& table, const float* scale,
+                           float* total) {
   constexpr int H = R == 1 ? 2 : 1;
   i32 acc[R][V][H] = {};
   if (OFFSET)
@@ -234,9 +247,9 @@ static void gemv_int8_step(const int8_t* x, size_t ldx, const int32_t* minus_sum
 }
 
 template <int R>
-static void gemv_int8_strip(const int8_t* x, const int32_t* minus_sums, size_t K, const uint8_t* packed, const float* scale,
-                            size_t blocksize, size_t panels, const Codebook& book, float* total) {
-  constexpr int V = LANES == 16 || R == 1 ? 4 : 2;
+static void gemv_int8_strip(const int8_t* x, const int32_t* minus_sums, size_t K, const uint8_t* packed,
+                            const float* scale, size_t blocksize, size_t panels, const Codebook& book, float* total) {
+  constexpr int V = R == 1 ? 4 : GEMV_VECTORS_INT8;
   const nibbles_t table = load_nibbles(book.integer);
   const size_t size = step_of(blocksize), vectors = panels * PANEL_VECTORS, stride = panels * kLine;
   memset(total, 0, R * kStrip * sizeof(float));
@@ -245,15 +258,21 @@ static void gemv_int8_strip(const int8_t* x, const int32_t* minus_sums, size_t K
     const uint8_t* line = packed + k / 8 * stride;
     size_t v = 0;
     for (; v + V <= vectors; v += V)
-      gemv_int8_step<R, V>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table, scales + v * LANES, total + v * LANES);
+      gemv_int8_step<R, V>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table,
+                           scales + v * LANES, total + v * LANES);
     for (; v < vectors; ++v)
-      gemv_int8_step<R, 1>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table, scales + v * LANES, total + v * LANES);
+      gemv_int8_step<R, 1>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table,
+                           scales + v * LANES, total + v * LANES);
   }
 }
 
-static void nf4_gemv_int8(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed, const float* scale,
-                          size_t blocksize, size_t panels, const Codebook& book, float* total) {
-  auto f = rows == 1 ? gemv_int8_strip<1> : rows == 2 ? gemv_int8_strip<2> : rows == 3 ? gemv_int8_strip<3> : gemv_int8_strip<4>;
+static void four_bit_gemv_int8(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed,
+                               const float* scale, size_t blocksize, size_t panels, const Codebook& book,
+                               float* total) {
+  auto f = rows == 1   ? gemv_int8_strip<1>
+           : rows == 2 ? gemv_int8_strip<2>
+           : rows == 3 ? gemv_int8_strip<3>
+                       : gemv_int8_strip<4>;
   f(x, minus_sums, K, packed, scale, blocksize, panels, book, total);
 }
 
@@ -290,8 +309,8 @@ static void dot_tile(const float* x, size_t ldx, size_t K, const float* w, size_
     }
 }
 
-static void nf4_dot(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total) {
-  constexpr int R = LANES == 16 ? 4 : 1;
+static void four_bit_dot(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total) {
+  constexpr int R = DOT_ROWS_4BIT;
   size_t m = 0;
   for (; m + R <= rows; m += R) dot_tile<R>(x + m * ldx, ldx, K, w, ldw, total + m * kStrip);
   for (; m < rows; ++m) dot_tile<1>(x + m * ldx, ldx, K, w, ldw, total + m * kStrip);
@@ -299,47 +318,43 @@ static void nf4_dot(const float* x, size_t ldx, size_t rows, size_t K, const flo
 
 // ---- many rows: a step of a strip is expanded once, into L1, for all of them
 
-static void nf4_expand(const uint8_t* packed, size_t size, size_t panels, const Codebook& book, float* values) {
+static void four_bit_expand(const uint8_t* packed, size_t size, size_t panels, const Codebook& book, float* values) {
   const table16 table = load_table(book.value);
   for (size_t k = 0; k < size; k += 8, values += 8 * kStrip)
     for (size_t v = 0; v < kStrip / LANES; ++v) {
       const bool there = v < panels * PANEL_VECTORS;
       const i32 codes = there ? load((const int32_t*)packed + (k / 8 * panels * PANEL_VECTORS + v) * LANES) : i32{};
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) store(values + j * kStrip + v * LANES, there ? lookup(table, codes, shift_of(j)) : f32{});
+      for (int j = 0; j < 8; ++j)
+        store(values + j * kStrip + v * LANES, there ? lookup(table, codes, shift_of(j)) : f32{});
     }
 }
 
-constexpr int ROWS_4BIT = 6;
-#if defined(__AVX512F__)
-constexpr int TILE_VECTORS = 4;
-#else
-constexpr int TILE_VECTORS = 2;
-#endif
-
 template <int R>
 static void gemm_tile(const float* x, size_t ldx, size_t size, const float* values, const float* scale, float* total) {
-  for (size_t v0 = 0; v0 < kStrip; v0 += TILE_VECTORS * LANES, values += TILE_VECTORS * LANES) {
-    f32 acc[R][TILE_VECTORS] = {};
+  for (size_t v0 = 0; v0 < kStrip; v0 += VECTORS_4BIT * LANES, values += VECTORS_4BIT * LANES) {
+    f32 acc[R][VECTORS_4BIT] = {};
     for (size_t k = 0; k < size; ++k) {
-      f32 w[TILE_VECTORS];
-      for (int v = 0; v < TILE_VECTORS; ++v) w[v] = load(values + k * kStrip + v * LANES);
+      f32 w[VECTORS_4BIT];
+      for (int v = 0; v < VECTORS_4BIT; ++v) w[v] = load(values + k * kStrip + v * LANES);
       for (int r = 0; r < R; ++r) {
         const f32 a = set1(x[r * ldx + k]);
-        for (int v = 0; v < TILE_VECTORS; ++v) acc[r][v] = fma(a, w[v], acc[r][v]);
+        for (int v = 0; v < VECTORS_4BIT; ++v) acc[r][v] = fma(a, w[v], acc[r][v]);
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < TILE_VECTORS; ++v) {
+      for (int v = 0; v < VECTORS_4BIT; ++v) {
         float* t = total + r * kStrip + v0 + v * LANES;
         store(t, fma(acc[r][v], load(scale + v0 + v * LANES), load(t)));
       }
   }
 }
 
-static void nf4_gemm(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale, float* total) {
+static void four_bit_gemm(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale,
+                          float* total) {
   size_t m = 0;
-  for (; m + ROWS_4BIT <= rows; m += ROWS_4BIT) gemm_tile<ROWS_4BIT>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
+  for (; m + ROWS_4BIT <= rows; m += ROWS_4BIT)
+    gemm_tile<ROWS_4BIT>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
   for (; m + 2 <= rows; m += 2) gemm_tile<2>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
   if (m < rows) gemm_tile<1>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
 }
@@ -347,7 +362,8 @@ static void nf4_gemm(const float* x, size_t ldx, size_t rows, size_t size, const
 // ---- many rows as integers
 
 // u8 codes carry 128 too much, so that sums start at -128 times those of the weight; centred codes start at zero.
-static void nf4_expand_int8(const uint8_t* packed, size_t size, size_t panels, const Codebook& book, int8_t* integers, int32_t* minus_sums) {
+static void four_bit_expand_int8(const uint8_t* packed, size_t size, size_t panels, const Codebook& book,
+                                 int8_t* integers, int32_t* minus_sums) {
   memset(minus_sums, 0, kStrip * sizeof(int32_t));
   for (size_t k = 0; k < size; k += 8, integers += 8 * kStrip) {
     for (size_t p = 0; p < kStrip / kPanel; ++p) {
@@ -371,11 +387,9 @@ static void nf4_expand_int8(const uint8_t* packed, size_t size, size_t panels, c
 }
 
 // Totals stay in registers over the steps, beside the sums of one step.
-constexpr int ROWS_INT8 = LANES == 16 ? 6 : 4, VECTORS_INT8 = 2;
-
 template <int R>
-static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps, const int8_t* integers, const int32_t* minus_sums,
-                           const float* scale, float* total) {
+static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps, const int8_t* integers,
+                           const int32_t* minus_sums, const float* scale, float* total) {
   constexpr int V = VECTORS_INT8 / SUMS;
   for (size_t n = 0; n < kStrip; n += VECTORS_INT8 * COLS) {
     f32 t[R][V];
@@ -387,7 +401,8 @@ static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps
         const acc_t start = CENTERED ? acc_t{} : (acc_t)load(minus_sums + step * kStrip + n + v * COLS);
         for (int r = 0; r < R; ++r) c[r][v] = start;
       }
-      tile<R, VECTORS_INT8, false>(c, a + step * size, lda, integers + step * size * kStrip + n * 4, COLS * 4, kStrip * 4, size / 4, nullptr);
+      tile<R, VECTORS_INT8, 0>(c, a + step * size, lda, integers + step * size * kStrip + n * 4, COLS * 4, kStrip * 4,
+                               size / 4, nullptr);
       for (int v = 0; v < V; ++v) {
         const f32 s = load(scale + step * kStrip + n + v * LANES);
         for (int r = 0; r < R; ++r) t[r][v] = fma(to_float(sums(&c[r][v * SUMS])), s, t[r][v]);
@@ -398,11 +413,13 @@ static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps
   }
 }
 
-static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows, size_t size, size_t steps, const int8_t* integers,
-                          const int32_t* minus_sums, const float* scale, float* total) {
+static void four_bit_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows, size_t size, size_t steps,
+                               const int8_t* integers, const int32_t* minus_sums, const float* scale, float* total) {
   const size_t lda = 4 * quads(K);
   const ROW_T* a = (const ROW_T*)rows_of.q + k0;
-  auto tiles = [&](auto f, size_t m) { f(a + m * lda, lda, size, steps, integers, minus_sums, scale, total + m * kStrip); };
+  auto tiles = [&](auto f, size_t m) {
+    f(a + m * lda, lda, size, steps, integers, minus_sums, scale, total + m * kStrip);
+  };
   size_t m = 0;
   for (; m + ROWS_INT8 <= rows && rows - m != 8; m += ROWS_INT8) tiles(gemm_int8_tile<ROWS_INT8>, m);
   for (; m + 4 <= rows; m += 4) tiles(gemm_int8_tile<4>, m);  // 8 = 4 + 4: two rows alone would wait for their sums
@@ -413,8 +430,8 @@ static void nf4_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows
 // ---- the tail
 
 template <class T>
-static void finish_rows(const float* total, const float* row_scale, const float* bias, int activation, size_t rows, size_t n0,
-                        size_t columns, size_t N, T* y) {
+static void finish_rows(const float* total, const float* row_scale, const float* bias, int activation, size_t rows,
+                        size_t n0, size_t columns, size_t N, T* y) {
   for (size_t m = 0; m < rows; ++m, total += kStrip)
     for (size_t j = 0; j < columns; j += LANES) {
       const size_t n = n0 + j, part = columns - j < LANES ? columns - j : LANES;
@@ -422,12 +439,13 @@ static void finish_rows(const float* total, const float* row_scale, const float*
       if (row_scale) v *= set1(row_scale[m]);
       if (bias) v += part == LANES ? load(bias + n) : load_part(bias + n, part);
       v = activate(activation, v);
-      if (part == LANES) store(y + m * N + n, v); else store_part(y + m * N + n, v, part);
+      if (part == LANES) store(y + m * N + n, v);
+      else store_part(y + m * N + n, v, part);
     }
 }
 
-static void nf4_finish(const float* total, const float* row_scale, const float* bias, int activation, size_t rows, size_t n0,
-                       size_t columns, size_t N, void* y, int dtype) {
+static void four_bit_finish(const float* total, const float* row_scale, const float* bias, int activation, size_t rows,
+                            size_t n0, size_t columns, size_t N, void* y, int dtype) {
   if (dtype == kFloat32) finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (float*)y);
   else if (dtype == kBFloat16) finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (bf16*)y);
   else finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (fp16*)y);
@@ -437,11 +455,15 @@ template <class T> static void finish_bf16_rows(const bf16* product, const float
   for (size_t m = 0; m < rows; ++m, product += N, y += N) {
     size_t n = 0;
     for (; n + LANES <= N; n += LANES) store(y + n, bias ? load(product + n) + load(bias + n) : load(product + n));
-    if (n < N) store_part(y + n, bias ? load_part(product + n, N - n) + load_part(bias + n, N - n) : load_part(product + n, N - n), N - n);
+    if (n < N)
+      store_part(y + n,
+                 bias ? load_part(product + n, N - n) + load_part(bias + n, N - n) : load_part(product + n, N - n),
+                 N - n);
   }
 }
 
-static void nf4_finish_bf16(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype) {
+static void four_bit_finish_bf16(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y,
+                                 int dtype) {
   if (dtype == kFloat32) finish_bf16_rows((const bf16*)product, bias, rows, N, (float*)y);
   else if (dtype == kBFloat16) finish_bf16_rows((const bf16*)product, bias, rows, N, (bf16*)y);
   else finish_bf16_rows((const bf16*)product, bias, rows, N, (fp16*)y);

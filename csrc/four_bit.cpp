@@ -8,19 +8,23 @@
 namespace pyqkern {
 namespace {
 
-constexpr size_t kSerial = 1 << 15;       // elements: below this a second thread costs more than it brings
-constexpr size_t kPiece = 1 << 16;        // elements of a piece, a multiple of every blocksize
-constexpr size_t kStream = 16 << 20;      // bytes written: beyond what stays in the cache, stores go past it
-constexpr size_t kSerialOps = 1 << 20;    // multiply-adds
-constexpr size_t kGemvRows = 4;           // rows that read the codes themselves, every one for itself
-constexpr size_t kColumns = 1024;         // columns of a panel that are unpacked at a time: 8 KB, which stay in L1
-constexpr size_t kChunk = 256;            // columns of a strip that are integers at a time: 16 KB, which stay in L1
-constexpr size_t kBlockRows = 192;        // rows that share an expanded step: their totals are 48 KB
+constexpr size_t kSerial = 1 << 15;     // elements: below this a second thread costs more than it brings
+constexpr size_t kPiece = 1 << 16;      // elements of a piece, a multiple of every blocksize
+constexpr size_t kStream = 16 << 20;    // bytes written: beyond what stays in the cache, stores go past it
+constexpr size_t kSerialOps = 1 << 20;  // multiply-adds
+constexpr size_t kGemvRows = 4;         // rows that read the codes themselves, every one for itself
+constexpr size_t kColumns = 1024;       // columns of a panel that are unpacked at a time: 8 KB, which stay in L1
+constexpr size_t kChunk = 256;          // columns of a strip that are integers at a time: 16 KB, which stay in L1
+constexpr size_t kBlockRows = 192;      // rows that share an expanded step: their totals are 48 KB
 
 size_t strips(size_t N) { return (N + kStrip - 1) / kStrip; }
-size_t panels_of(size_t N, size_t strip) { return std::min<size_t>(kStrip / kPanel, panels(N) - strip * (kStrip / kPanel)); }
+size_t panels_of(size_t N, size_t strip) {
+  return std::min<size_t>(kStrip / kPanel, panels(N) - strip * (kStrip / kPanel));
+}
 
-const uint8_t* strip_codes(const Weight4& w, size_t strip) { return w.packed + strip * (kStrip / kPanel) * (w.K / 8) * kLine; }
+const uint8_t* strip_codes(const Weight4Bit& w, size_t strip) {
+  return w.packed + strip * (kStrip / kPanel) * (w.K / 8) * kLine;
+}
 
 // The scale of block `at` (of the flat weight, or in the order of panels): q and nested, or fp32 as it is.
 float scale_at(const Scales& s, size_t stored, size_t block) {
@@ -30,7 +34,7 @@ float scale_at(const Scales& s, size_t stored, size_t block) {
 }
 
 // The scales of a strip, fp32 [K/blocksize][panels][16]: as they lie in the weight, or computed until the next call.
-const float* strip_scales(const Weight4& w, size_t strip) {
+const float* strip_scales(const Weight4Bit& w, size_t strip) {
   const size_t blocks = w.K / w.blocksize, count = panels_of(w.N, strip) * kPanel, start = strip * blocks * kStrip;
   if (!w.scales.nested) return static_cast<const float*>(w.scales.absmax) + start;
   float* buffer = static_cast<float*>(scratch(kScales, blocks * kStrip * sizeof(float)));
@@ -43,21 +47,22 @@ const float* strip_scales(const Weight4& w, size_t strip) {
 }
 
 // Rows [m, m + rows) of one strip of a weight in flat form: four of its rows are dequantized at a time.
-void flat_totals(const Weight4& w, const float* absmax, const float* x, size_t strip, size_t rows, float* total) {
+void flat_totals(const Kernels& k, const Weight4Bit& w, const float* absmax, const float* x, size_t strip, size_t rows,
+                 float* total) {
   const size_t K = w.K, wide = (K + 15) / 16 * 16, count = std::min(kStrip, w.N - strip * kStrip);
   float* values = static_cast<float*>(scratch(kStep, 4 * wide * sizeof(float)));
   std::fill(values, values + 4 * wide, 0.0f);
   for (size_t j = 0; j < count; j += 4) {
     for (size_t i = 0; i < std::min<size_t>(4, count - j); ++i) {
       const size_t at = (strip * kStrip + j + i) * K;
-      kernels().nf4_dequantize(w.packed, absmax, w.blocksize, *w.book, at, at + K, values + i * wide, kFloat32, false);
+      k.four_bit_dequantize(w.packed, absmax, w.blocksize, *w.book, at, at + K, values + i * wide, kFloat32, false);
     }
-    kernels().nf4_dot(x, K, rows, K, values, wide, total + j);
+    k.four_bit_dot(x, K, rows, K, values, wide, total + j);
   }
 }
 
-// What all pieces of one call share: fp32 rows, or quantized ones, a few of them as s8 with -128 times their sums over each
-// step; fp32 scales of a flat weight.
+// What all pieces of one call share: fp32 rows, or quantized ones, a few of them as s8 with -128 times their sums over
+// each step; fp32 scales of a flat weight.
 struct Shared {
   const float* x;
   const QRows* q;
@@ -66,12 +71,13 @@ struct Shared {
   const float* flat_scales;
 };
 
-// Few quantized rows for nf4_gemv_int8.
+// Few quantized rows for four_bit_gemv_int8.
 void signed_rows(const QRows& q, bool bytes, size_t rows, size_t K, size_t step, int8_t* few, int32_t* minus_sums) {
   for (size_t i = 0; i < rows * K; i += step) {
     int32_t sum = 0;
     for (size_t j = i; j < i + step; ++j) {
-      few[j] = static_cast<int8_t>(bytes ? static_cast<const uint8_t*>(q.q)[j] ^ 0x80 : static_cast<const int16_t*>(q.q)[j]);
+      few[j] =
+          static_cast<int8_t>(bytes ? static_cast<const uint8_t*>(q.q)[j] ^ 0x80 : static_cast<const int16_t*>(q.q)[j]);
       sum += few[j];
     }
     minus_sums[i / step] = -128 * sum;
@@ -80,24 +86,24 @@ void signed_rows(const QRows& q, bool bytes, size_t rows, size_t K, size_t step,
 
 // Ways to fill total [rows][kStrip] with rows [m, m + rows) of one strip.
 
-void fp32_totals(const Weight4& w, const float* x, size_t strip, const float* scales, size_t rows, float* total) {
-  const Kernels& k = kernels();
+void fp32_totals(const Kernels& k, const Weight4Bit& w, const float* x, size_t strip, const float* scales, size_t rows,
+                 float* total) {
   const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize);
   const uint8_t* packed = strip_codes(w, strip);
-  if (rows <= kGemvRows) return k.nf4_gemv(x, rows, w.K, packed, scales, w.blocksize, count, *w.book, total);
+  if (rows <= kGemvRows) return k.four_bit_gemv(x, rows, w.K, packed, scales, w.blocksize, count, *w.book, total);
   float* values = static_cast<float*>(scratch(kStep, (kStepMax + 1) * kStrip * sizeof(float)));
   float* scale = values + kStepMax * kStrip;  // of this step, filled up to a whole strip
   std::fill(scale, scale + kStrip, 0.0f);
   std::fill(total, total + rows * kStrip, 0.0f);
   for (size_t at = 0; at < w.K; at += size) {
     std::copy_n(scales + at / w.blocksize * count * kPanel, count * kPanel, scale);
-    k.nf4_expand(packed + at / 8 * count * kLine, size, count, *w.book, values);
-    k.nf4_gemm(x + at, w.K, rows, size, values, scale, total);
+    k.four_bit_expand(packed + at / 8 * count * kLine, size, count, *w.book, values);
+    k.four_bit_gemm(x + at, w.K, rows, size, values, scale, total);
   }
 }
 
-void int8_totals(const Weight4& w, const QRows& q, size_t strip, const float* scales, size_t rows, float* total) {
-  const Kernels& k = kernels();
+void int8_totals(const Kernels& k, const Weight4Bit& w, const QRows& q, size_t strip, const float* scales, size_t rows,
+                 float* total) {
   const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize), most = kChunk / size;
   const uint8_t* packed = strip_codes(w, strip);
   char* buffer = static_cast<char*>(scratch(kStep, kChunk * kStrip + 2 * most * kStrip * sizeof(float)));
@@ -111,46 +117,44 @@ void int8_totals(const Weight4& w, const QRows& q, size_t strip, const float* sc
     for (size_t s = 0; s < steps; ++s) {
       const size_t from = at + s * size;
       std::copy_n(scales + from / w.blocksize * count * kPanel, count * kPanel, scale + s * kStrip);
-      k.nf4_expand_int8(packed + from / 8 * count * kLine, size, count, *w.book, integers + s * size * kStrip, minus_sums + s * kStrip);
+      k.four_bit_expand_int8(packed + from / 8 * count * kLine, size, count, *w.book, integers + s * size * kStrip,
+                             minus_sums + s * kStrip);
     }
     const uint8_t* next = packed + (at + steps * size) / 8 * count * kLine;  // of this strip, or of the one behind it
     for (size_t i = 0; i < kChunk / 8 * count; ++i) __builtin_prefetch(next + i * kLine);
-    for (size_t i = 0; i < most * count; ++i) __builtin_prefetch(scales + ((at + steps * size) / w.blocksize * count + i) * kPanel);
-    k.nf4_gemm_int8(q, w.K, at, rows, size, steps, integers, minus_sums, scale, total);
+    for (size_t i = 0; i < most * count; ++i)
+      __builtin_prefetch(scales + ((at + steps * size) / w.blocksize * count + i) * kPanel);
+    k.four_bit_gemm_int8(q, w.K, at, rows, size, steps, integers, minus_sums, scale, total);
   }
 }
 
-void strip_totals(const Weight4& w, const Shared& in, size_t strip, size_t m, size_t rows, float* total) {
-  if (in.flat_scales) return flat_totals(w, in.flat_scales, in.x + m * w.K, strip, rows, total);
+void strip_totals(const Kernels& k, const Weight4Bit& w, const Shared& in, size_t strip, size_t m, size_t rows,
+                  float* total) {
+  if (in.flat_scales) return flat_totals(k, w, in.flat_scales, in.x + m * w.K, strip, rows, total);
   const float* scales = strip_scales(w, strip);
-  if (!in.q) return fp32_totals(w, in.x + m * w.K, strip, scales, rows, total);
-  const Kernels& k = kernels();
+  if (!in.q) return fp32_totals(k, w, in.x + m * w.K, strip, scales, rows, total);
   if (in.few)
-    return k.nf4_gemv_int8(in.few, in.minus_sums, rows, w.K, strip_codes(w, strip), scales, w.blocksize, panels_of(w.N, strip), *w.book, total);
-  int8_totals(w, {static_cast<char*>(in.q->q) + m * w.K * k.row_element_bytes, in.q->scale + m, in.q->zero + m}, strip, scales, rows, total);
-}
-
-// The bias in fp32.
-const float* widened(const void* bias, int dtype, size_t N) {
-  if (!bias || dtype == kFloat32) return static_cast<const float*>(bias);
-  float* values = static_cast<float*>(scratch(kBias, N * sizeof(float)));
-  kernels().widen(bias, dtype, N, values);
-  return values;
+    return k.four_bit_gemv_int8(in.few, in.minus_sums, rows, w.K, strip_codes(w, strip), scales, w.blocksize,
+                                panels_of(w.N, strip), *w.book, total);
+  int8_totals(k, w, {static_cast<char*>(in.q->q) + m * w.K * k.row_element_bytes, in.q->scale + m, in.q->zero + m},
+              strip, scales, rows, total);
 }
 
 }  // namespace
 
 bool in_panels(size_t N, size_t K, size_t blocksize) { return N >= kPanel && K % blocksize == 0 && blocksize % 8 == 0; }
 
-void nf4_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed, float* absmax) {
+void four_bit_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed,
+                       float* absmax) {
   const Kernels& k = kernels();
   const size_t blocks = (n + blocksize - 1) / blocksize, step = kPiece / blocksize;
   parallel_for((blocks + step - 1) / step, n <= kSerial ? 1 : threads(), [&](size_t i) {
-    k.nf4_quantize(x, dtype, n, blocksize, book, i * step, std::min(blocks, (i + 1) * step), packed, absmax);
+    k.four_bit_quantize(x, dtype, n, blocksize, book, i * step, std::min(blocks, (i + 1) * step), packed, absmax);
   });
 }
 
-void nf4_dequantize(const uint8_t* packed, const Scales& scales, size_t blocksize, const Codebook& book, size_t n, void* y, int dtype) {
+void four_bit_dequantize(const uint8_t* packed, const Scales& scales, size_t blocksize, const Codebook& book, size_t n,
+                         void* y, int dtype) {
   const Kernels& k = kernels();
   const size_t blocks = (n + blocksize - 1) / blocksize;
   const float* absmax = static_cast<const float*>(scales.absmax);
@@ -162,35 +166,38 @@ void nf4_dequantize(const uint8_t* packed, const Scales& scales, size_t blocksiz
   const bool stream = n * dtype_size(dtype) >= kStream;
   parallel_for((n + kPiece - 1) / kPiece, n <= kSerial ? 1 : threads(), [&](size_t i) {
     const size_t begin = i * kPiece, end = std::min(n, begin + kPiece);
-    k.nf4_dequantize(packed, absmax, blocksize, book, begin, end, static_cast<char*>(y) + begin * dtype_size(dtype), dtype, stream);
+    k.four_bit_dequantize(packed, absmax, blocksize, book, begin, end,
+                          static_cast<char*>(y) + begin * dtype_size(dtype), dtype, stream);
   });
 }
 
-void nf4_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* lines) {
+void four_bit_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* packed) {
   for (size_t s = 0; s < strips(N); ++s)
     for (size_t k = 0; k < K; k += 8)
       for (size_t p = 0; p < panels_of(N, s); ++p)
-        for (size_t j = 0; j < kLine; ++j, ++lines) {
+        for (size_t j = 0; j < kLine; ++j, ++packed) {
           const size_t n = s * kStrip + p * kPanel + j / 4, at = (n * K + k + j % 4) / 2;
           const int shift = j % 2 ? 0 : 4;
-          *lines = n < N ? static_cast<uint8_t>((flat[at] >> shift & 15) | (flat[at + 2] >> shift & 15) << 4) : uint8_t{0};
+          *packed =
+              n < N ? static_cast<uint8_t>((flat[at] >> shift & 15) | (flat[at + 2] >> shift & 15) << 4) : uint8_t{0};
         }
 }
 
-void nf4_unpack(const uint8_t* lines, size_t N, size_t K, uint8_t* flat) {
+void four_bit_unpack(const uint8_t* packed, size_t N, size_t K, uint8_t* flat) {
   const Kernels& k = kernels();
   parallel_for(panels(N), N * K <= kSerial ? 1 : threads(), [&](size_t p) {
     const size_t n = p * kPanel, strip = n / kStrip, bytes = std::min(kPanel, N - n) * K / 2;
-    const uint8_t* panel = lines + strip * (kStrip / kPanel) * (K / 8) * kLine + p % (kStrip / kPanel) * kLine;
+    const uint8_t* panel = packed + strip * (kStrip / kPanel) * (K / 8) * kLine + p % (kStrip / kPanel) * kLine;
     uint8_t* to = flat + n * K / 2;
     uint8_t* rows = n + kPanel <= N ? to : static_cast<uint8_t*>(scratch(kStep, kPanel * K / 2));
-    k.nf4_unpack_panel(panel, panels_of(N, strip) * kLine, K, rows, K / 2);
+    k.four_bit_unpack_panel(panel, panels_of(N, strip) * kLine, K, rows, K / 2);
     if (rows != to) std::memcpy(to, rows, bytes);
   });
 }
 
-void nf4_weight(const Weight4& w, void* y, int dtype) {
-  if (!in_panels(w.N, w.K, w.blocksize)) return nf4_dequantize(w.packed, w.scales, w.blocksize, *w.book, w.N * w.K, y, dtype);
+void four_bit_weight(const Weight4Bit& w, void* y, int dtype) {
+  if (!in_panels(w.N, w.K, w.blocksize))
+    return four_bit_dequantize(w.packed, w.scales, w.blocksize, *w.book, w.N * w.K, y, dtype);
   const Kernels& k = kernels();
   const size_t K = w.K, blocks = K / w.blocksize;
   parallel_for(panels(w.N), w.N * K <= kSerial ? 1 : threads(), [&](size_t p) {
@@ -199,29 +206,35 @@ void nf4_weight(const Weight4& w, void* y, int dtype) {
     uint8_t flat[kPanel * kColumns / 2];
     float scales[kColumns / 32];
     for (size_t k0 = 0; k0 < K; k0 += kColumns) {  // a power of two, so it holds whole blocks, or lies in one
-      const size_t columns = std::min(kColumns, K - k0), block = k0 / w.blocksize, some = (columns + w.blocksize - 1) / w.blocksize;
-      k.nf4_unpack_panel(panel + k0 / 8 * count * kLine, count * kLine, columns, flat, kColumns / 2);
+      const size_t columns = std::min(kColumns, K - k0), block = k0 / w.blocksize,
+                   some = (columns + w.blocksize - 1) / w.blocksize;
+      k.four_bit_unpack_panel(panel + k0 / 8 * count * kLine, count * kLine, columns, flat, kColumns / 2);
       for (size_t j = 0; j < std::min(kPanel, w.N - n); ++j) {
         const size_t stored = strip * blocks * kStrip + first * kPanel + j;
-        for (size_t b = 0; b < some; ++b) scales[b] = scale_at(w.scales, stored + (block + b) * count * kPanel, (n + j) * blocks + block + b);
-        k.nf4_dequantize(flat + j * kColumns / 2, scales, w.blocksize, *w.book, 0, columns,
-                         static_cast<char*>(y) + ((n + j) * K + k0) * dtype_size(dtype), dtype, false);
+        for (size_t b = 0; b < some; ++b)
+          scales[b] = scale_at(w.scales, stored + (block + b) * count * kPanel, (n + j) * blocks + block + b);
+        k.four_bit_dequantize(flat + j * kColumns / 2, scales, w.blocksize, *w.book, 0, columns,
+                              static_cast<char*>(y) + ((n + j) * K + k0) * dtype_size(dtype), dtype, false);
       }
     }
   });
 }
 
-void nf4_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y, int dtype) {
+void four_bit_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y,
+                          int dtype) {
   if (M == 0 || N == 0) return;
-  const float* wide = widened(bias, bias_dtype, N);
+  const Kernels& k = kernels();
+  const float* wide = widened(k, bias, bias_dtype, N);
   const size_t rows = std::max<size_t>(1, kPiece / N);
   parallel_for((M + rows - 1) / rows, M * N <= kSerial ? 1 : threads(), [&](size_t i) {
     const size_t m = i * rows;
-    kernels().nf4_finish_bf16(product + m * N, wide, std::min(rows, M - m), N, static_cast<char*>(y) + m * N * dtype_size(dtype), dtype);
+    k.four_bit_finish_bf16(product + m * N, wide, std::min(rows, M - m), N,
+                           static_cast<char*>(y) + m * N * dtype_size(dtype), dtype);
   });
 }
 
-void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, int bias_dtype, size_t M, void* y, bool as_int8) {
+void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* bias, int bias_dtype, size_t M, void* y,
+                     bool as_int8) {
   if (M == 0 || w.N == 0 || w.K == 0) return;  // Python answers these
   const Kernels& k = kernels();
   const size_t N = w.N, K = w.K;
@@ -231,7 +244,8 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
   QRows q{};
   if (as_int8 && !flat) {
     char* scales = static_cast<char*>(scratch(kRowScales, M * 8));
-    q = {scratch(kRows, M * K * k.row_element_bytes), reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(scales + M * 4)};
+    q = {scratch(kRows, M * K * k.row_element_bytes), reinterpret_cast<float*>(scales),
+         reinterpret_cast<int32_t*>(scales + M * 4)};
     parallel_for((M + 15) / 16, count, [&](size_t i) {
       const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
       const QRows part{static_cast<char*>(q.q) + m * K * k.row_element_bytes, q.scale + m, q.zero + m};
@@ -244,7 +258,8 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
       char* buffer = static_cast<char*>(scratch(kPacked, sums + M * K));
       in.minus_sums = reinterpret_cast<int32_t*>(buffer);
       in.few = reinterpret_cast<int8_t*>(buffer + sums);
-      signed_rows(q, k.row_element_bytes == 1, M, K, step, reinterpret_cast<int8_t*>(buffer + sums), reinterpret_cast<int32_t*>(buffer));
+      signed_rows(q, k.row_element_bytes == 1, M, K, step, reinterpret_cast<int8_t*>(buffer + sums),
+                  reinterpret_cast<int32_t*>(buffer));
     }
   } else if (dtype != kFloat32) {
     float* wide = static_cast<float*>(scratch(kRows, M * K * sizeof(float)));
@@ -260,27 +275,29 @@ void nf4_linear(const void* x, int dtype, const Weight4& w, const void* bias, in
       in.flat_scales = values;
     }
   }
-  const float* wide_bias = widened(bias, bias_dtype, N);
+  const float* wide_bias = widened(k, bias, bias_dtype, N);
   const size_t blocks = (M + kBlockRows - 1) / kBlockRows, height = (M + blocks - 1) / blocks;
   parallel_for(blocks * strips(N), count, [&](size_t i) {
     const size_t m = i / strips(N) * height, strip = i % strips(N);
     if (m >= M) return;
     const size_t rows = std::min(height, M - m);
     float* total = static_cast<float*>(scratch(kTotals, kBlockRows * kStrip * sizeof(float)));
-    strip_totals(w, in, strip, m, rows, total);
-    k.nf4_finish(total, in.q ? q.scale + m : nullptr, wide_bias, kNone, rows, strip * kStrip, std::min(kStrip, N - strip * kStrip), N,
-                 static_cast<char*>(y) + m * N * dtype_size(dtype), dtype);
+    strip_totals(k, w, in, strip, m, rows, total);
+    k.four_bit_finish(total, in.q ? q.scale + m : nullptr, wide_bias, kNone, rows, strip * kStrip,
+                      std::min(kStrip, N - strip * kStrip), N, static_cast<char*>(y) + m * N * dtype_size(dtype),
+                      dtype);
   });
 }
 
-void nf4_rows(const QRows& q, size_t rows, const Weight4& w, const float* bias, int activation, float* y) {
-  const Kernels& k = kernels();
+void four_bit_rows(const Kernels& k, const QRows& q, size_t rows, const Weight4Bit& w, const float* bias,
+                   int activation, float* y) {
   float* row_scale = static_cast<float*>(scratch(kRowScales, rows * sizeof(float)));
   for (size_t r = 0; r < rows; ++r) row_scale[r] = q.scale[r] * (1.0f / w.book->levels);
   float* total = static_cast<float*>(scratch(kTotals, rows * kStrip * sizeof(float)));
   for (size_t strip = 0; strip < strips(w.N); ++strip) {
-    int8_totals(w, q, strip, strip_scales(w, strip), rows, total);
-    k.nf4_finish(total, row_scale, bias, activation, rows, strip * kStrip, std::min(kStrip, w.N - strip * kStrip), w.N, y, kFloat32);
+    int8_totals(k, w, q, strip, strip_scales(w, strip), rows, total);
+    k.four_bit_finish(total, row_scale, bias, activation, rows, strip * kStrip, std::min(kStrip, w.N - strip * kStrip),
+                      w.N, y, kFloat32);
   }
 }
 

@@ -1,8 +1,9 @@
-// Affine quantization of a piece [begin, end) of a flat tensor seen as [outer, channels, inner]; contracts in kernels.h.
+// Affine quantization of a piece [begin, end) of a flat tensor seen as [outer, channels, inner]; contracts in
+// kernels.h.
 #pragma once
 
-#include "kernels.h"
-#include "simd.h"
+#include "kernels/kernels.h"
+#include "simd/simd.h"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
@@ -42,7 +43,8 @@ static void quantize_run(const T* x, size_t n, const Quantizer<FUSED>& quantizer
       v[j] = quantizer(load(x + i + j * LANES)) & 0xff;
     }
     bytes_t codes = narrow(v[0], v[1], v[2], v[3]);
-    if (streamed) stream(q + i, codes); else memcpy(q + i, &codes, block);
+    if (streamed) stream(q + i, codes);
+    else memcpy(q + i, &codes, block);
   }
   for (; i < n; i += LANES) {
     size_t part = n - i < LANES ? n - i : LANES;
@@ -54,7 +56,8 @@ static void quantize_run(const T* x, size_t n, const Quantizer<FUSED>& quantizer
 
 // n channels behind each other, one element each (inner = 1). inv_scale is 1/scale, made once for all rows.
 template <class T>
-static void quantize_across(const T* x, size_t n, const float* inv_scale, const int32_t* zero_point, int qtype, uint8_t* q) {
+static void quantize_across(const T* x, size_t n, const float* inv_scale, const int32_t* zero_point, int qtype,
+                            uint8_t* q) {
   const size_t block = 4 * LANES;
   const f32 lo = set1((float)qmin(qtype)), hi = set1((float)qmax(qtype));
   size_t i = 0;
@@ -83,26 +86,29 @@ INLINE void walk(const Channels& c, size_t begin, size_t end, Along along, Acros
     size_t run = i / c.inner, channel = run % c.channels;
     size_t rest = c.inner == 1 ? c.channels - channel : (run + 1) * c.inner - i;
     n = rest < end - i ? rest : end - i;
-    if (c.inner == 1) across(i, channel, n); else along(i, channel, n);
+    if (c.inner == 1) across(i, channel, n);
+    else along(i, channel, n);
   }
 }
 
 template <class T>
 static void quantize_as(const T* x, const Channels& c, size_t begin, size_t end, uint8_t* q, int qtype, bool streamed) {
-  walk(c, begin, end,
-       [&](size_t i, size_t channel, size_t n) {
-         i32 zero = set1(c.zero_point ? c.zero_point[channel] : 0);
-         const f32 scale = set1(c.scale[channel]);
-         if (c.per_tensor) quantize_run(x + i, n, make_quantizer<true>(scale, zero, qtype), q + i, streamed);
-         else quantize_run(x + i, n, make_quantizer<false>(scale, zero, qtype), q + i, streamed);
-       },
-       [&](size_t i, size_t channel, size_t n) {
-         quantize_across(x + i, n, c.inv_scale + channel, c.zero_point ? c.zero_point + channel : nullptr, qtype, q + i);
-       });
+  walk(
+      c, begin, end,
+      [&](size_t i, size_t channel, size_t n) {
+        i32 zero = set1(c.zero_point ? c.zero_point[channel] : 0);
+        const f32 scale = set1(c.scale[channel]);
+        if (c.per_tensor) quantize_run(x + i, n, make_quantizer<true>(scale, zero, qtype), q + i, streamed);
+        else quantize_run(x + i, n, make_quantizer<false>(scale, zero, qtype), q + i, streamed);
+      },
+      [&](size_t i, size_t channel, size_t n) {
+        quantize_across(x + i, n, c.inv_scale + channel, c.zero_point ? c.zero_point + channel : nullptr, qtype, q + i);
+      });
   if (streamed) stream_end();
 }
 
-static void quantize(const void* x, int dtype, const Channels& c, size_t begin, size_t end, uint8_t* q, int qtype, bool streamed) {
+static void quantize(const void* x, int dtype, const Channels& c, size_t begin, size_t end, uint8_t* q, int qtype,
+                     bool streamed) {
   if (dtype == kFloat32) quantize_as((const float*)x, c, begin, end, q, qtype, streamed);
   else if (dtype == kBFloat16) quantize_as((const bf16*)x, c, begin, end, q, qtype, streamed);
   else quantize_as((const fp16*)x, c, begin, end, q, qtype, streamed);
@@ -133,31 +139,37 @@ static void dequantize_run(const Q* q, size_t n, const float* scale, const int32
     }
     if (streamed) __builtin_prefetch(q + i + AHEAD);
     const f32 v = s * to_float(load_bytes(q + i) - zero);
-    if (streamed) stream(y + i, v); else store(y + i, v);
+    if (streamed) stream(y + i, v);
+    else store(y + i, v);
   }
   if (i < n) piece(n - i);
 }
 
 template <class Q, class T>
 static void dequantize_as(const Q* q, const Channels& c, size_t begin, size_t end, T* y, bool streamed) {
-  walk(c, begin, end,
-       [&](size_t i, size_t channel, size_t n) {
-         dequantize_run<false>(q + i, n, c.scale + channel, c.zero_point ? c.zero_point + channel : nullptr, y + i, streamed);
-       },
-       [&](size_t i, size_t channel, size_t n) {
-         dequantize_run<true>(q + i, n, c.scale + channel, c.zero_point ? c.zero_point + channel : nullptr, y + i, streamed);
-       });
+  walk(
+      c, begin, end,
+      [&](size_t i, size_t channel, size_t n) {
+        dequantize_run<false>(q + i, n, c.scale + channel, c.zero_point ? c.zero_point + channel : nullptr, y + i,
+                              streamed);
+      },
+      [&](size_t i, size_t channel, size_t n) {
+        dequantize_run<true>(q + i, n, c.scale + channel, c.zero_point ? c.zero_point + channel : nullptr, y + i,
+                             streamed);
+      });
   if (streamed) stream_end();
 }
 
 template <class Q>
-static void dequantize_from(const Q* q, const Channels& c, size_t begin, size_t end, void* y, int dtype, bool streamed) {
+static void dequantize_from(const Q* q, const Channels& c, size_t begin, size_t end, void* y, int dtype,
+                            bool streamed) {
   if (dtype == kFloat32) dequantize_as(q, c, begin, end, (float*)y, streamed);
   else if (dtype == kBFloat16) dequantize_as(q, c, begin, end, (bf16*)y, streamed);
   else dequantize_as(q, c, begin, end, (fp16*)y, streamed);
 }
 
-static void dequantize(const uint8_t* q, int qtype, const Channels& c, size_t begin, size_t end, void* y, int dtype, bool streamed) {
+static void dequantize(const uint8_t* q, int qtype, const Channels& c, size_t begin, size_t end, void* y, int dtype,
+                       bool streamed) {
   if (qtype == kInt8 || qtype == kInt4) dequantize_from((const int8_t*)q, c, begin, end, y, dtype, streamed);
   else dequantize_from(q, c, begin, end, y, dtype, streamed);
 }
@@ -191,7 +203,8 @@ template <class T> INLINE void range_of(const T* x, size_t n, float* lo, float* 
 }
 
 template <class T>
-static void min_max_as(const T* x, size_t outer, size_t channels, size_t inner, size_t begin, size_t end, float* lo, float* hi) {
+static void min_max_as(const T* x, size_t outer, size_t channels, size_t inner, size_t begin, size_t end, float* lo,
+                       float* hi) {
   for (size_t c = begin; c < end; ++c) {
     lo[c] = __builtin_inff();
     hi[c] = -__builtin_inff();
@@ -215,7 +228,8 @@ static void min_max_as(const T* x, size_t outer, size_t channels, size_t inner, 
   }
 }
 
-static void min_max(const void* x, int dtype, size_t outer, size_t channels, size_t inner, size_t begin, size_t end, float* lo, float* hi) {
+static void min_max(const void* x, int dtype, size_t outer, size_t channels, size_t inner, size_t begin, size_t end,
+                    float* lo, float* hi) {
   if (dtype == kFloat32) min_max_as((const float*)x, outer, channels, inner, begin, end, lo, hi);
   else if (dtype == kBFloat16) min_max_as((const bf16*)x, outer, channels, inner, begin, end, lo, hi);
   else min_max_as((const fp16*)x, outer, channels, inner, begin, end, lo, hi);

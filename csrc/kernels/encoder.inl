@@ -1,14 +1,15 @@
-// What an encoder layer needs beside the INT8 product: softmax into codes, values into panels, LayerNorm with a residual.
+// What an encoder layer needs beside the INT8 product: softmax into codes, values into panels, LayerNorm with a
+// residual.
 //
 //   softmax   t = scores - max, in units of log 2;  code = rint(255 * 2^t + dither);  probability = code / sum of codes
-//   heads     each head of each row of queries or keys: scale = absmax / 127, code = rint(x * (1/scale)); 1 where all are 0
-//   values    per channel over the tokens of a sentence: scale = absmax / 127, code = rint(v * (1/scale)); 1 where all are 0
-//   norm      z = a + residual;  y = fma((z - mean) * (1 / sqrt(variance + eps)), weight, bias)
+//   heads     each head of each row of queries or keys: scale = absmax / 127, code = rint(x * (1/scale)); 1 where all
+//   are 0 values    per channel over the tokens of a sentence: scale = absmax / 127, code = rint(v * (1/scale)); 1
+//   where all are 0 norm      z = a + residual;  y = fma((z - mean) * (1 / sqrt(variance + eps)), weight, bias)
 //
 // Float sums run over 64 partial sums, element i in the (i % 64)th, folded by halves: the same order for every LANES.
 #pragma once
 
-#include "int8.inl"
+#include "kernels/int8.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
@@ -32,12 +33,13 @@ template <class Value> INLINE float sum_of(size_t n, Value value) {
 
 template <class T> INLINE auto load_n(const T* p, size_t n) { return n == LANES ? load(p) : load_part(p, n); }
 template <class T, class V> INLINE void store_n(T* p, V v, size_t n) {
-  if (n == LANES) store(p, v); else store_part(p, v, n);
+  if (n == LANES) store(p, v);
+  else store_part(p, v, n);
 }
 
 template <class T>
-static void add_layer_norm_as(float* a, const float* residual, size_t rows, size_t n, const float* weight, const float* bias,
-                              float eps, T* y) {
+static void add_layer_norm_as(float* a, const float* residual, size_t rows, size_t n, const float* weight,
+                              const float* bias, float eps, T* y) {
   float ones[LANES];
   for (int i = 0; i < LANES; ++i) ones[i] = 1;
   constexpr size_t TOGETHER = 4;  // rows: one's sum is folded while the next one's is added up
@@ -47,39 +49,48 @@ static void add_layer_norm_as(float* a, const float* residual, size_t rows, size
     for (size_t r = 0; r < left; ++r) {
       float* z = a + r * n;
       const float* x = residual + r * n;
-      mean[r] = sum_of(n, [&](size_t i, size_t part) {
-        const f32 sum = load_n(z + i, part) + load_n(x + i, part);
-        store_n(z + i, sum, part);
-        return sum;
-      }) / (float)n;
+      mean[r] = sum_of(n,
+                       [&](size_t i, size_t part) {
+                         const f32 sum = load_n(z + i, part) + load_n(x + i, part);
+                         store_n(z + i, sum, part);
+                         return sum;
+                       }) /
+                (float)n;
     }
     for (size_t r = 0; r < left; ++r) {
       const float* z = a + r * n;
-      const float variance = sum_of(n, [&](size_t i, size_t part) {
-        const f32 d = part == LANES ? load(z + i) - mean[r] : (load_part(z + i, part) - mean[r]) * load_part(ones, part);
-        return d * d;
-      }) / (float)n;
+      const float variance = sum_of(n,
+                                    [&](size_t i, size_t part) {
+                                      const f32 d = part == LANES
+                                                        ? load(z + i) - mean[r]
+                                                        : (load_part(z + i, part) - mean[r]) * load_part(ones, part);
+                                      return d * d;
+                                    }) /
+                             (float)n;
       inverse[r] = 1.0f / __builtin_sqrtf(variance + eps);
     }
     for (size_t r = 0; r < left; ++r) {
       auto norm = [&](f32 z, f32 w, f32 b) { return fma((z - mean[r]) * inverse[r], w, b); };
       size_t i = 0;
-      for (; i + LANES <= n; i += LANES) store(y + r * n + i, norm(load(a + r * n + i), load(weight + i), load(bias + i)));
+      for (; i + LANES <= n; i += LANES)
+        store(y + r * n + i, norm(load(a + r * n + i), load(weight + i), load(bias + i)));
       if (const size_t part = n - i)
-        store_part(y + r * n + i, norm(load_part(a + r * n + i, part), load_part(weight + i, part), load_part(bias + i, part)), part);
+        store_part(y + r * n + i,
+                   norm(load_part(a + r * n + i, part), load_part(weight + i, part), load_part(bias + i, part)), part);
     }
   }
 }
 
-static void add_layer_norm(float* a, const float* residual, size_t rows, size_t n, const float* weight, const float* bias,
-                           float eps, void* y, int dtype) {
+static void add_layer_norm(float* a, const float* residual, size_t rows, size_t n, const float* weight,
+                           const float* bias, float eps, void* y, int dtype) {
   if (dtype == kFloat32) add_layer_norm_as(a, residual, rows, n, weight, bias, eps, (float*)y);
   else if (dtype == kBFloat16) add_layer_norm_as(a, residual, rows, n, weight, bias, eps, (bf16*)y);
   else add_layer_norm_as(a, residual, rows, n, weight, bias, eps, (fp16*)y);
 }
 
-// A long sentence has hundreds of probabilities below half a code, and most of the weight may be theirs. Rounded each for
-// itself they would all be lost; what is added before rounding, ((39 * j) % 64 + 1/2) / 64 - 1/2 for key j, keeps their sum.
+// A long sentence has hundreds of probabilities below half a code, and most of the weight may be theirs. Rounded each
+// for itself they would all be lost; what is added before rounding, ((39 * j) % 64 + 1/2) / 64 - 1/2 for key j, keeps
+// their sum.
 struct Dither {
   float of[64];
   constexpr Dither() : of{} {
@@ -104,7 +115,11 @@ static void elementwise(int function, const float* x, size_t n, float* y) {
   for (size_t i = 0; i < n; i += LANES) {
     const size_t part = n - i < LANES ? n - i : LANES;
     const f32 v = load_n(x + i, part);
-    store_n(y + i, function == kExp ? exp(v) : function == kGeluValue ? gelu(v) : to_float(probability_code(v, f32{})), part);
+    store_n(y + i,
+            function == kExp         ? exp(v)
+            : function == kGeluValue ? gelu(v)
+                                     : to_float(probability_code(v, f32{})),
+            part);
   }
 }
 
@@ -117,7 +132,7 @@ INLINE int32_t total(i32 v) {
 
 // Scores past n, up to a multiple of 64, are overwritten; so are codes of the row behind the last, up to 64.
 static void softmax_codes(float* scores, size_t ld, size_t rows, size_t n, const QRows& out) {
-  const size_t whole = (n + 63) / 64 * 64;
+  const size_t whole = softmax_width(n);
   for (size_t m = 0; m < rows; ++m, scores += ld) {
     for (size_t j = n; j < whole; ++j) scores[j] = -__builtin_inff();
     f32 most[4] = {load(scores), load(scores), load(scores), load(scores)};
@@ -152,7 +167,7 @@ static void int8_pack_values(const float* v, size_t ld, size_t tokens, size_t d,
       bad = nan_if_not_finite(x, bad);
     }
     f32 s = most / set1(127.0f);
-    s = max(s, set1(1.1754943508222875e-38f));
+    s = max(s, set1(kLeastNormal));
     s = as_f32(as_i32(s) & (most > f32{})) + as_f32(as_i32(set1(1.0f)) & (most == f32{}));
     const f32 inverse = set1(1.0f) / s;
     store_part(scale + j, s + bad, part);
@@ -170,11 +185,13 @@ static void int8_pack_values(const float* v, size_t ld, size_t tokens, size_t d,
 // The greatest |x|; infinity where one of them is not finite. As integers, floats without a sign are in the same order.
 INLINE float absmax_of(const float* x, size_t n) {
   i32 most{};
-  for (size_t i = 0; i < n; i += LANES) most = max(as_i32(load_n(x + i, n - i < LANES ? n - i : LANES)) & 0x7fffffff, most);
+  for (size_t i = 0; i < n; i += LANES)
+    most = max(as_i32(load_n(x + i, n - i < LANES ? n - i : LANES)) & 0x7fffffff, most);
   return reduce_max(as_f32(min(most, set1(0x7f800000))));
 }
 
-static void int8_quantize_heads(const float* x, size_t rows, size_t heads, size_t d, size_t tokens, const QRows& out, int8_t* codes) {
+static void int8_quantize_heads(const float* x, size_t rows, size_t heads, size_t d, size_t tokens, const QRows& out,
+                                int8_t* codes) {
   const size_t row = 4 * quads(d);
   for (size_t m = 0; m < rows; ++m)
     for (size_t h0 = 0; h0 < heads; h0 += LANES) {
@@ -182,7 +199,7 @@ static void int8_quantize_heads(const float* x, size_t rows, size_t heads, size_
       const float* first = x + (m * heads + h0) * d;
       float scale[LANES] = {}, inverse[LANES];
       for (size_t h = 0; h < count; ++h) scale[h] = absmax_of(first + h * d, d);
-      const f32 most = load(scale), least = set1(1.1754943508222875e-38f);
+      const f32 most = load(scale), least = set1(kLeastNormal);
       f32 s = max(most / set1(127.0f), least);
       s = most == f32{} ? set1(1.0f) : s;
       store(scale, s);

@@ -1,2 +1,0 @@
-#define PYQKERN_ISA avx2
-#include "table.inl"

@@ -1,2 +1,0 @@
-#define PYQKERN_ISA avxvnni
-#include "table.inl"

@@ -1,2 +1,0 @@
-#define PYQKERN_ISA scalar
-#include "table.inl"

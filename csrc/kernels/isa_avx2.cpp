@@ -1,0 +1,2 @@
+#define PYQKERN_ISA avx2
+#include "kernels/table.inl"

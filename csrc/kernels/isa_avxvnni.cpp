@@ -1,0 +1,2 @@
+#define PYQKERN_ISA avxvnni
+#include "kernels/table.inl"

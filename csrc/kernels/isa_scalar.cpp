@@ -1,0 +1,2 @@
+#define PYQKERN_ISA scalar
+#include "kernels/table.inl"

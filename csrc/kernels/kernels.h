@@ -1,0 +1,243 @@
+// What every ISA provides: one table of serial kernels, the same text (*.inl) compiled once per ISA.
+//
+// A kernel works on a piece of the problem and starts no threads; the files above this folder cut the problem into
+// pieces. All kernels give the same bits on every ISA: integer sums are exact, and the float operations are one
+// written-down sequence, in which an fma stands only where the text says fma (the build passes -ffp-contract=off).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pyqkern {
+
+// Element types of the float side; the values are part of the binding's interface.
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Element types of the quantized side: the range [qmin, qmax], stored one value to a byte.
+enum Qtype : int { kInt8 = 0, kUInt8 = 1, kInt4 = 2, kUInt4 = 3 };
+
+// Activations that the linear's tail can apply.
+enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+
+// Functions that Kernels::elementwise applies.
+enum Elementwise : int { kExp = 0, kGeluValue = 1, kProbabilityCode = 2 };
+
+static inline size_t dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+static inline int qmin(int qtype) { return qtype == kInt8 ? -128 : qtype == kInt4 ? -8 : 0; }
+static inline int qmax(int qtype) { return qtype == kInt8 ? 127 : qtype == kUInt8 ? 255 : qtype == kInt4 ? 7 : 15; }
+
+// Instruction sets, each with the operating system's support for its registers. A table of kernels needs some of them.
+enum CpuFeature : unsigned {
+  kAvx2 = 1,        // AVX2, FMA and F16C
+  kAvxVnni = 2,     // AVX-VNNI
+  kAvx512 = 4,      // AVX-512 F, BW, DQ and VL
+  kAvx512Vnni = 8,  // AVX512-VNNI
+};
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLeastNormal = 1.1754943508222875e-38f;
+constexpr float kGreatest = 3.4028234663852886e38f;
+constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added to |v| < 2^22, it leaves rint(v) in the lowest bits
+constexpr size_t kMaxK = 66311;           // 255 * 127 * K < 2^31: longer sums of the INT8 product could overflow
+
+// A tensor seen as [outer, channels, inner] in row-major order; channel c has scale[c] and zero_point[c].
+// Per token and per group are outer = 1. Per tensor is channels = 1, and rounds once less (see Kernels::quantize).
+struct Channels {
+  size_t channels, inner;
+  const float* scale;         // [channels]
+  const float* inv_scale;     // [channels], 1 / scale: read where inner = 1, else nullptr
+  const int32_t* zero_point;  // [channels], or nullptr: all zero
+  bool per_tensor;
+};
+
+// The packed weight of an INT8 linear, the same on every ISA: panels of 16 rows of W, int8
+//   packed[panel][k/4][n%16][k%4] = W[n][k],  n = 16*panel + n%16,  zero outside [N, K],
+// and behind each panel its 16 column sums, sum_k W[n][k], as int32. So a panel is (ceil(K/4) + 1) * 64 bytes.
+constexpr size_t kPanel = 16;
+constexpr size_t kLine = 64;
+static inline size_t quads(size_t K) { return (K + 3) / 4; }
+static inline size_t panels(size_t N) { return (N + kPanel - 1) / kPanel; }
+static inline size_t panel_bytes(size_t K) { return (quads(K) + 1) * kLine; }
+
+// The softmax takes this many scores at a time; it overwrites those past the last.
+constexpr size_t kSoftmaxStep = 64;
+static inline size_t softmax_width(size_t n) { return (n + kSoftmaxStep - 1) / kSoftmaxStep * kSoftmaxStep; }
+
+// What happens to a sum before it is stored.
+struct Tail {
+  const float* w_scale;  // [N]; nullptr: the exact int32 sums are stored
+  const float* bias;     // [N] or nullptr
+  int activation;        // Activation
+  int dtype;             // Dtype of y
+  void* y;               // [M, N], rows `ld` apart
+  size_t N, ld;
+};
+
+// Rows of activations, quantized: what int8_quantize_rows fills and int8_gemm reads.
+struct QRows {
+  void* q;        // [rows, 4 * ceil(K/4)] of Kernels::row_element_bytes each
+  float* scale;   // [rows]
+  int32_t* zero;  // [rows]
+};
+
+// A 4-bit code: what its sixteen codes stand for, in units of a block's scale.
+struct Codebook {
+  float value[16];     // of code c
+  float bound[15];     // the 15 midpoints between neighbouring values, ascending
+  float order[16];     // the code of the i-th value in ascending order
+  int8_t integer[16];  // of code c, for the product of integers: value * levels, rounded
+  float levels;
+};
+static_assert(sizeof(Codebook) == 208 && offsetof(Codebook, bound) == 64 && offsetof(Codebook, order) == 124 &&
+                  offsetof(Codebook, integer) == 188 && offsetof(Codebook, levels) == 204,
+              "Python fills a Codebook from bytes");
+
+// The packed weight of a 4-bit linear whose rows are whole blocks, the same on every ISA. Sixteen rows of W make a
+// panel and four panels a strip (the last one may have fewer). A line of 64 bytes holds 16 rows by 8 columns:
+//   line[strip][k/8][panel][4 * (n%16) + k%4], its low four bits for k%8 < 4, its high four bits for the others;
+// the scales lie beside it as scale[strip][k/blocksize][panel][n%16]. Rows past N are filled with zeros.
+constexpr size_t kStrip = 64;     // columns of y, rows of W
+constexpr size_t kStepMax = 128;  // a sum runs over at most so many k before it is scaled
+static inline size_t step_of(size_t blocksize) { return blocksize < kStepMax ? blocksize : kStepMax; }
+
+struct Kernels {
+  const char* name;
+  unsigned needs;            // the instruction sets it is compiled for: CpuFeature, or-ed
+  size_t row_element_bytes;  // 1: u8 codes; 2: i16 codes with the zero point already taken off
+  size_t gemv_rows;          // int8_gemv takes up to this many rows
+  size_t dot_rows;           // int8_dot too; 0 where it does not pay
+
+  // q[i] = clamp(rint(t), qmin, qmax) for i in [begin, end) of the flat tensor, ties to even;
+  //   t = fma(x[i], 1/scale, zero_point) per tensor, t = x[i] * (1/scale) + zero_point (two roundings) otherwise:
+  // the two ways of torch.quantize_per_tensor and torch.quantize_per_channel. NaN gives the zero point. Stores bypass
+  // the cache where `stream` is set.
+  void (*quantize)(const void* x, int dtype, const Channels&, size_t begin, size_t end, uint8_t* q, int qtype,
+                   bool stream);
+
+  // y[i] = scale * (q[i] - zero_point), rounded once to dtype.
+  void (*dequantize)(const uint8_t* q, int qtype, const Channels&, size_t begin, size_t end, void* y, int dtype,
+                     bool stream);
+
+  // lo[c], hi[c] = least and greatest of x[:, c, :] for c in [begin, end), x being [outer, channels, inner];
+  // NaN in both if any element is NaN or infinite; +inf, -inf if there is no element.
+  void (*min_max)(const void* x, int dtype, size_t outer, size_t channels, size_t inner, size_t begin, size_t end,
+                  float* lo, float* hi);
+
+  // y = x in fp32.
+  void (*widen)(const void* x, int dtype, size_t n, float* y);
+
+  // Packs rows [16*panel, 16*panel + 16) of w [N, K]. Every value, -128 included.
+  void (*int8_pack)(const int8_t* w, size_t N, size_t K, size_t panel, int8_t* packed_panel);
+
+  // Quantizes `rows` rows of x, K elements each, `ldx` apart, each with its own scale and zero point (see int8.inl).
+  void (*int8_quantize_rows)(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows&);
+
+  // The same with one given scale and zero point for all rows.
+  void (*int8_quantize_rows_static)(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero,
+                                    const QRows&);
+
+  // The same for rows that are integers already: int8 as u8 with zero = 128, or uint8 with zero = 0.
+  void (*int8_load_rows)(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows&);
+
+  // y[m0 + m][n] = tail(sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k]) for m in [0, rows), n in panels [begin,
+  // end). `packed` points at panel `begin`.
+  void (*int8_gemm)(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+                    const Tail&);
+
+  // The same for few rows: reads the weight once, front to back, prefetching.
+  void (*int8_gemv)(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+                    const Tail&);
+
+  // y[m][n] = sum_k q[m][k] * w[n][k] - zero[m] * sum_k w[n][k] for all rows and n in [begin, end), begin a multiple of
+  // four; w [N, K] as it is, y [rows, N].
+  void (*int8_dot)(const QRows&, size_t rows, size_t K, const int8_t* w, size_t N, size_t begin, size_t end,
+                   int32_t* y);
+
+  // Attention, see encoder.inl. Rows of scores [rows, n], `ld` >= softmax_width(n) apart and in units of log 2, to
+  // codes in [0, 255] and 1 / (their sum). Writes up to 64 codes past the last row, and over the scores.
+  void (*softmax_codes)(float* scores, size_t ld, size_t rows, size_t n, const QRows&);
+
+  // Queries or keys [rows, heads * d], symmetric, one scale for each head of each row: row m of head h goes to place
+  // h * tokens + m, its codes into `codes` [.., d] as int8 if that is given, else into QRows.
+  void (*int8_quantize_heads)(const float* x, size_t rows, size_t heads, size_t d, size_t tokens, const QRows&,
+                              int8_t* codes);
+
+  // Values [tokens, d], `ld` apart, quantized per channel and packed as the weight [d, tokens] of the product.
+  void (*int8_pack_values)(const float* v, size_t ld, size_t tokens, size_t d, float* scale, int8_t* packed);
+
+  // y[i] = f(x[i]): the functions that the other kernels are made of, so that they can be tested on their own.
+  void (*elementwise)(int function, const float* x, size_t n, float* y);
+
+  // y = LayerNorm(a + residual), rows of n behind each other, y of `dtype`; a is overwritten by the sum.
+  void (*add_layer_norm)(float* a, const float* residual, size_t rows, size_t n, const float* weight, const float* bias,
+                         float eps, void* y, int dtype);
+
+  // Quantizes blocks [begin, end) of the flat x [n]: absmax[b], and codes packed two to a byte, high four bits first.
+  // v = x * (1/absmax), clamped to [-1, 1]; a short last block divides instead, as bitsandbytes does, and stores an
+  // absmax of at least 1e-38. The code is that of the nearest value, the lower one where both are as near.
+  void (*four_bit_quantize)(const void* x, int dtype, size_t n, size_t blocksize, const Codebook&, size_t begin,
+                            size_t end, uint8_t* packed, float* absmax);
+
+  // y[i - begin] = value[code[i]] * absmax[i / blocksize] for i in [begin, end), rounded once to dtype; any begin.
+  void (*four_bit_dequantize)(const uint8_t* packed, const float* absmax, size_t blocksize, const Codebook&,
+                              size_t begin, size_t end, void* y, int dtype, bool stream);
+
+  // The flat codes of K columns of the sixteen rows of one panel, whose lines are `stride` bytes apart: row n at flat +
+  // n * ld.
+  void (*four_bit_unpack_panel)(const uint8_t* packed, size_t stride, size_t K, uint8_t* flat, size_t ld);
+
+  // total[m][n] = sum over steps of scale[step][n] * (sum over k of the step of x[m][k] * value[code[n][k]]), for up to
+  // 4 rows and one strip of `panels` panels; every sum is one chain of fma, k ascending.
+  void (*four_bit_gemv)(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale,
+                        size_t blocksize, size_t panels, const Codebook&, float* total);
+
+  // The same of rows quantized to s8, the inner sum being an exact integer; minus_sums[m][step] = -128 * sum of x[m]
+  // over it.
+  void (*four_bit_gemv_int8)(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed,
+                             const float* scale, size_t blocksize, size_t panels, const Codebook&, float* total);
+
+  // total[m][j] = sum over k of x[m][k] * w[j][k] for j < 4; w [4, ldw], zero from K to the next multiple of 16.
+  // Sixteen sums, one for each k % 16, by fma from zero in the order of k, then added in halves: 8 to 8, 4 to 4, 2 to
+  // 2, 1 to 1.
+  void (*four_bit_dot)(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total);
+
+  // One step of one strip, [size][kStrip]: values, or integers as [size/4][kStrip][4] with the sums over k of each
+  // column.
+  void (*four_bit_expand)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, float* values);
+  void (*four_bit_expand_int8)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, int8_t* integers,
+                               int32_t* minus_sums);
+
+  // total[m][n] = fma(sum over k of x[m][k] * values[k][n], scale[n], total[m][n]): the same chains as four_bit_gemv.
+  void (*four_bit_gemm)(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale,
+                        float* total);
+
+  // The same of symmetric quantized rows, from column k0 on, for `steps` steps of `size` columns one after another:
+  // integers and minus_sums as four_bit_expand_int8 makes them of each, scale [steps][kStrip]. The inner sum is an
+  // exact integer.
+  void (*four_bit_gemm_int8)(const QRows&, size_t K, size_t k0, size_t rows, size_t size, size_t steps,
+                             const int8_t* integers, const int32_t* minus_sums, const float* scale, float* total);
+
+  // y[m][n] = activation(total[m][n] * row_scale[m] + bias[n]) for n in [n0, n0 + columns); row_scale or bias may be
+  // nullptr.
+  void (*four_bit_finish)(const float* total, const float* row_scale, const float* bias, int activation, size_t rows,
+                          size_t n0, size_t columns, size_t N, void* y, int dtype);
+
+  // y[m][n] = product[m][n] + bias[n] (fp32 or nullptr), product in bf16.
+  void (*four_bit_finish_bf16)(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype);
+};
+
+// The tables that were built, best first.
+extern const Kernels* const kBuilt[];
+extern const size_t kBuiltCount;
+
+// True where this CPU and operating system have all that the table needs.
+bool supported(const Kernels&);
+
+// The table in use. The first call reads the environment variable PYQKERN_ISA; throws std::invalid_argument where
+// that names an ISA which is unknown or which this CPU lacks.
+const Kernels& kernels();
+
+// Switches to the named table and returns the previous name; throws std::invalid_argument as above.
+const char* set_isa(const char* name);
+
+}  // namespace pyqkern

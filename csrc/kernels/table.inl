@@ -1,0 +1,48 @@
+// The table of one ISA. isa_*.cpp define PYQKERN_ISA and include this file.
+#pragma once
+
+#include "kernels/encoder.inl"
+#include "kernels/four_bit.inl"
+
+namespace pyqkern {
+namespace PYQKERN_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    PYQKERN_STRING(PYQKERN_ISA),
+    NEEDS,
+    sizeof(ROW_T),
+    GEMV_ROWS,
+    DOT_ROWS,
+    quantize,
+    dequantize,
+    min_max,
+    widen,
+    int8_pack,
+    int8_quantize_rows,
+    int8_quantize_rows_static,
+    int8_load_rows,
+    int8_gemm,
+    int8_gemv,
+    int8_dot,
+    softmax_codes,
+    int8_quantize_heads,
+    int8_pack_values,
+    elementwise,
+    add_layer_norm,
+    four_bit_quantize,
+    four_bit_dequantize,
+    four_bit_unpack_panel,
+    four_bit_gemv,
+    four_bit_gemv_int8,
+    four_bit_dot,
+    four_bit_expand,
+    four_bit_expand_int8,
+    four_bit_gemm,
+    four_bit_gemm_int8,
+    four_bit_finish,
+    four_bit_finish_bf16,
+};
+
+}  // namespace PYQKERN_ISA
+}  // namespace pyqkern

@@ -1,0 +1,130 @@
+// AVX-512 (F, BW, DQ, VL) with VNNI: vectors of 16, vpdpbusd. 24 accumulators of 32 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/kernels.h"
+
+namespace pyqkern {
+namespace PYQKERN_ISA {
+
+constexpr unsigned NEEDS = kAvx2 | kAvx512 | kAvx512Vnni;
+constexpr int LANES = 16;
+
+}  // namespace PYQKERN_ISA
+}  // namespace pyqkern
+
+#include "simd/vectors.h"
+
+namespace pyqkern {
+namespace PYQKERN_ISA {
+
+INLINE f32 min(f32 a, f32 b) { return (f32)_mm512_min_ps((__m512)a, (__m512)b); }  // b where either is NaN
+INLINE f32 max(f32 a, f32 b) { return (f32)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE i32 round(f32 v) { return (i32)_mm512_cvtps_epi32((__m512)v); }  // ties to even
+INLINE f32 to_float(i32 v) { return (f32)_mm512_cvtepi32_ps((__m512i)v); }
+INLINE float reduce_min(f32 v) { return _mm512_reduce_min_ps((__m512)v); }
+INLINE float reduce_max(f32 v) { return _mm512_reduce_max_ps((__m512)v); }
+INLINE f32 load(const bf16* p) {
+  return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+INLINE f32 load(const fp16* p) { return (f32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE __m256i halves(const bf16*, f32 v) { return _mm512_cvtepi32_epi16((__m512i)bf16_bits(v)); }
+INLINE __m256i halves(const fp16*, f32 v) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+template <class T> INLINE void store(T* p, f32 v) { _mm256_storeu_si256((__m256i*)p, halves(p, v)); }
+INLINE i32 load_bytes(const uint8_t* p) { return (i32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE i32 load_bytes(const int8_t* p) { return (i32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_bytes(uint8_t* p, i32 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE void store_shorts(int16_t* p, i32 a, i32 b) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)a));
+  _mm256_storeu_si256((__m256i*)(p + LANES), _mm512_cvtepi32_epi16((__m512i)b));
+}
+INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {  // the packs work within 128 bits, the permutation mends the order
+  __m512i ab = _mm512_packus_epi32((__m512i)a, (__m512i)b), cd = _mm512_packus_epi32((__m512i)c, (__m512i)d);
+  return (bytes_t)_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
+                                           _mm512_packus_epi16(ab, cd));
+}
+INLINE void stream(float* p, f32 v) { _mm512_stream_ps(p, (__m512)v); }
+template <class T> INLINE void stream(T* p, f32 v) { _mm256_stream_si256((__m256i*)p, halves(p, v)); }
+INLINE f32 nan_if_not_finite(f32 v, f32 bad) { return fma(v, f32{}, bad); }  // 0 * inf is NaN
+INLINE void stream(uint8_t* p, bytes_t v) { _mm512_stream_si512((__m512i*)p, (__m512i)v); }
+struct table16 { f32 values; };  // 16 floats, looked up by four bits
+INLINE table16 load_table(const float* p) { return {load(p)}; }
+INLINE f32 lookup(const table16& t, i32 v,
+                  int shift) {  // by bits [shift, shift + 4) of each lane; vpermps reads no others
+  return (f32)_mm512_permutexvar_ps((__m512i)((u32)v >> shift), (__m512)t.values);
+}
+INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
+  const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = (f32)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
+  high = (f32)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(from, _mm512_set1_epi32(8)), (__m512)b);
+}
+INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, int8_t* high) {
+  const __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), mask = _mm512_set1_epi8(15);
+  const __m512i v = _mm512_loadu_si512(line);
+  _mm512_storeu_si512(low, _mm512_shuffle_epi8(t, _mm512_and_si512(v, mask)));
+  _mm512_storeu_si512(high, _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)));
+}
+struct halves32 { __m512i twice; };  // 16 halves, looked up 32 codes at a time; bit 4 of an index chooses the copy
+INLINE halves32 load_halves(const uint16_t* p) {
+  return {_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p))};
+}
+INLINE __m512i lookup_halves(const halves32& t, const uint8_t* packed) {  // 32 codes, high four bits of a byte first
+  const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
+  return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(v, 4), _mm512_slli_epi32(v, 16)), t.twice);
+}
+INLINE void store_halves(const halves32& t, const uint8_t* packed, void* y) {
+  _mm512_storeu_si512(y, lookup_halves(t, packed));
+}
+INLINE void stream_halves(const halves32& t, const uint8_t* packed, void* y) {
+  _mm512_stream_si512((__m512i*)y, lookup_halves(t, packed));
+}
+INLINE void stream_end() { _mm_sfence(); }
+
+// ---- the INT8 product
+typedef uint8_t ROW_T;
+constexpr bool CENTERED = false;
+constexpr int COLS = 16, SUMS = 1;
+constexpr bool WIDEN = false;
+constexpr size_t ROW_K = 64;
+typedef i32 acc_t, a_t, b_t;
+INLINE a_t load_a(const ROW_T* p) {
+  int32_t quad;
+  memcpy(&quad, p, 4);
+  return (a_t)_mm512_set1_epi32(quad);
+}
+INLINE b_t load_b(const int8_t* p) { return (b_t)_mm512_loadu_si512(p); }
+INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm512_loadu_si512(p); }
+INLINE int32_t reduce_add(acc_t v) { return _mm512_reduce_add_epi32((__m512i)v); }
+INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+INLINE i32 sums(const acc_t* c) { return c[0]; }
+
+// ---- the 4-bit product of integers
+constexpr int OFFSET = 128;
+typedef __m512i w_t, x_t, nibbles_t;
+INLINE nibbles_t load_nibbles(const int8_t* p) {
+  return _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)), _mm512_set1_epi8(-128));
+}
+INLINE x_t load_x(const int8_t* p) {
+  int32_t quad;
+  memcpy(&quad, p, 4);
+  return _mm512_set1_epi32(quad);
+}
+INLINE void lookup(nibbles_t t, const uint8_t* line, w_t& low, w_t& high) {
+  const __m512i v = _mm512_loadu_si512(line), mask = _mm512_set1_epi8(15);
+  low = _mm512_shuffle_epi8(t, _mm512_and_si512(v, mask));
+  high = _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask));
+}
+INLINE i32 dot(i32 acc, w_t w, x_t x) { return (i32)_mm512_dpbusd_epi32((__m512i)acc, w, x); }
+
+// ---- tiles
+constexpr int MR = 8, NV = 3;
+constexpr size_t GEMV_ROWS = 4, DOT_ROWS = 4;
+constexpr int GEMV_SUMS = 16;
+constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 4;
+constexpr int ROWS_INT8 = 6, VECTORS_INT8 = 2;
+constexpr int GEMV_STEPS_4BIT = 2, GEMV_VECTORS_INT8 = 4, DOT_ROWS_4BIT = 4;
+
+}  // namespace PYQKERN_ISA
+}  // namespace pyqkern

@@ -1,0 +1,51 @@
+// AVX2 with AVX-VNNI: vectors of 8, vpdpbusd. 12 accumulators of 16 registers.
+#pragma once
+
+#include "simd/avx2_vectors.h"
+
+namespace pyqkern {
+namespace PYQKERN_ISA {
+
+constexpr unsigned NEEDS = kAvx2 | kAvxVnni;
+
+// ---- the INT8 product
+typedef uint8_t ROW_T;
+constexpr bool CENTERED = false;
+constexpr int COLS = 8, SUMS = 1;
+constexpr bool WIDEN = false;
+constexpr size_t ROW_K = 32;
+typedef i32 acc_t, a_t, b_t;
+INLINE a_t load_a(const ROW_T* p) {
+  int32_t quad;
+  memcpy(&quad, p, 4);
+  return (a_t)_mm256_set1_epi32(quad);
+}
+INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_loadu_si256((const __m256i*)p); }
+INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm256_loadu_si256((const __m256i*)p); }
+INLINE int32_t reduce_add(acc_t v) { return reduce_add_lanes(v); }
+INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
+INLINE i32 sums(const acc_t* c) { return c[0]; }
+
+// ---- the 4-bit product of integers
+constexpr int OFFSET = 128;
+typedef __m256i x_t;
+INLINE nibbles_t load_nibbles(const int8_t* p) {
+  return _mm256_xor_si256(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)), _mm256_set1_epi8(-128));
+}
+INLINE x_t load_x(const int8_t* p) {
+  int32_t quad;
+  memcpy(&quad, p, 4);
+  return _mm256_set1_epi32(quad);
+}
+INLINE i32 dot(i32 acc, w_t w, x_t x) { return (i32)_mm256_dpbusd_avx_epi32((__m256i)acc, w, x); }
+
+// ---- tiles
+constexpr int MR = 6, NV = 2;
+constexpr size_t GEMV_ROWS = 4, DOT_ROWS = 4;
+constexpr int GEMV_SUMS = 8;
+constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 2;
+constexpr int ROWS_INT8 = 4, VECTORS_INT8 = 2;
+constexpr int GEMV_STEPS_4BIT = 1, GEMV_VECTORS_INT8 = 2, DOT_ROWS_4BIT = 1;
+
+}  // namespace PYQKERN_ISA
+}  // namespace pyqkern

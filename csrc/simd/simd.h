@@ -1,0 +1,83 @@
+// What the kernels are written over: the vectors, loads, products and tile sizes of one ISA. isa_*.cpp set PYQKERN_ISA,
+// which is the namespace and the name of the ISA's header. Nothing that differs between ISAs stands outside these
+// headers.
+//
+// Every header defines, besides the vectors of vectors.h,
+//   NEEDS             the instruction sets it is compiled for, a set of CpuFeature
+//   float and integer vectors: load store min max fma round to_float reduce_min reduce_max narrow stream interleave ...
+//     lookup_bytes    a line of 64 bytes to the table's entries of their low and of their high four bits
+//     store_halves    32 consecutive codes to entries of a table of sixteen 16-bit floats
+//   the INT8 product  acc[COLS columns] += sum over four k of a[k] * b[column][k]: acc_t, a_t (four codes of one row,
+//                     broadcast), b_t (four k of COLS columns), load_a, load_b, dot, sums
+//     ROW_T           the element of a quantized row;  CENTERED: its zero point is already taken off
+//     SUMS            accumulators that make LANES finished sums
+//     WIDEN           a strip of the weight pays to be widened once for many rows
+//     ROW_K           how many k of a plain row dot takes at once, a from load_row and b from load_b; 0: not at all
+//     MR, NV          tile of the product: rows, and vectors of columns, which cover whole panels or a part of one
+//     GEMV_ROWS       rows up to which the weight is read once, front to back;  GEMV_SUMS: accumulators that it keeps
+//     DOT_ROWS        rows up to which a plain weight is not packed
+//   the 4-bit product of integers  acc[lane] += sum over four k of x[k] * w[lane][k], all within [-127, 127]: w_t
+//                     (looked-up integers), x_t (four s8 of one row, broadcast), nibbles_t, load_nibbles, load_x,
+//                     lookup, dot
+//     OFFSET          what the table, and with it every w, has too much: vpdpbusd takes them as unsigned
+//   tiles of the 4-bit products
+//     ROWS_4BIT, VECTORS_4BIT      many rows, fp32
+//     ROWS_INT8, VECTORS_INT8      many rows, integers: totals stay in registers beside the sums of one step
+//     GEMV_STEPS_4BIT              few rows, fp32: steps side by side for one row
+//     GEMV_VECTORS_INT8            few rows, integers: vectors at a time for more than one row
+//     DOT_ROWS_4BIT                rows at a time against a weight in flat form
+//
+// No std containers or algorithms here: at -O0 they would leave weak symbols, compiled for this ISA, to the whole
+// program.
+#pragma once
+
+#define PYQKERN_STRING2(x) #x
+#define PYQKERN_STRING(x) PYQKERN_STRING2(x)
+#include PYQKERN_STRING(PYQKERN_ISA.h)
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pyqkern {
+namespace PYQKERN_ISA {
+
+// Four rows of four quads each, to four lines of a panel: quad q of the rows r goes to out + q * line, behind each
+// other.
+INLINE void transpose_quads(const int8_t* const* row, size_t k, int8_t* out, size_t line) {
+#if defined(__x86_64__)
+  __m128i r[4];
+  for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128((const __m128i*)(row[i] + k));
+  const __m128i ab = _mm_unpacklo_epi32(r[0], r[1]), cd = _mm_unpacklo_epi32(r[2], r[3]);
+  const __m128i AB = _mm_unpackhi_epi32(r[0], r[1]), CD = _mm_unpackhi_epi32(r[2], r[3]);
+  _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi64(ab, cd));
+  _mm_storeu_si128((__m128i*)(out + line), _mm_unpackhi_epi64(ab, cd));
+  _mm_storeu_si128((__m128i*)(out + 2 * line), _mm_unpacklo_epi64(AB, CD));
+  _mm_storeu_si128((__m128i*)(out + 3 * line), _mm_unpackhi_epi64(AB, CD));
+#else
+  for (int q = 0; q < 4; ++q)
+    for (int i = 0; i < 4; ++i) memcpy(out + q * line + 4 * i, row[i] + k + 4 * q, 4);
+#endif
+}
+
+// ---- the same for every ISA
+INLINE f32 as_f32(i32 v) { return (f32)v; }
+INLINE i32 as_i32(f32 v) { return (i32)v; }
+INLINE f32 clamp(f32 v, f32 lo, f32 hi) { return min(max(v, lo), hi); }
+INLINE i32 min(i32 a, i32 b) { return a < b ? a : b; }
+INLINE i32 max(i32 a, i32 b) { return a > b ? a : b; }
+
+// The first n < LANES elements, through a copy: ragged edges are rare, and no lane may touch memory beyond them.
+template <class T> INLINE auto load_part(const T* p, size_t n) {
+  T copy[LANES] = {};
+  memcpy(copy, p, n * sizeof(T));
+  return load(copy);
+}
+template <class T, class V> INLINE void store_part(T* p, V v, size_t n) {
+  T copy[LANES];
+  store(copy, v);
+  memcpy(p, copy, n * sizeof(T));
+}
+
+}  // namespace PYQKERN_ISA
+}  // namespace pyqkern
