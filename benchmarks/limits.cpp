@@ -16,9 +16,30 @@
         "xmm13", "xmm14", "xmm15", "cc"
 #define LOOP(BODY) \
     asm volatile("vzeroall\n\t.p2align 6\n1:\n\t" BODY "dec %0\n\tjnz 1b\n\tvzeroupper" : "+r"(loops) : : CLOBBERS)
-// One int16 product and its int32 addition, the exact way of AVX2; the products' registers are renamed each time.
+// What AVX2 without VNNI can do for products of 8 bits, in the registers alone. T and U hold what is added up, ACC the
+// sums; T and U are renamed each time. The number of products is that of 8-bit pairs.
+//   MADD      16 products on int16, and their int32 addition: exact for every pair of 8-bit numbers
+//   WINOGRAD  32 products as 16 of sums, (a0 + b1) * (a1 + b0): exact too (S. Winograd, "A new algorithm for inner
+//             product", 1968)
+//   MADDUBS   32 products of u8 and s8, added in pairs in an int16: exact where no pair passes 32767
 #define MADD(T, ACC) \
     "vpmaddwd %%ymm14, %%ymm15, %%ymm" T "\n\tvpaddd %%ymm" T ", %%ymm" ACC ", %%ymm" ACC "\n\t"
+
+#define WINOGRAD(T, U, ACC) \
+    "vpaddw %%ymm12, %%ymm14, %%ymm" T "\n\tvpaddw %%ymm13, %%ymm15, %%ymm" U "\n\tvpmaddwd %%ymm" T ", %%ymm" U \
+    ", %%ymm" T "\n\tvpaddd %%ymm" T ", %%ymm" ACC ", %%ymm" ACC "\n\t"
+#define MADDUBS(T) "vpmaddubsw %%ymm14, %%ymm15, %%ymm" T "\n\t"
+// Another 32 products, added to those of T in int16 (which they must not pass).
+#define FOLD(T, U) MADDUBS(U) "vpaddw %%ymm" U ", %%ymm" T ", %%ymm" T "\n\t"
+// The int16 of T into the int32 of ACC.
+#define WIDEN(T, ACC) \
+    "vpmaddwd %%ymm13, %%ymm" T ", %%ymm" T "\n\tvpaddd %%ymm" T ", %%ymm" ACC ", %%ymm" ACC "\n\t"
+#define IN_TWOS(T, U, ACC) MADDUBS(T) FOLD(T, U) WIDEN(T, ACC)
+#define IN_EIGHTS(T, U, ACC) \
+    MADDUBS(T) FOLD(T, U) FOLD(T, U) FOLD(T, U) FOLD(T, U) FOLD(T, U) FOLD(T, U) FOLD(T, U) WIDEN(T, ACC)
+#define SIX_SUMS(MIX) MIX("8", "9", "0") MIX("10", "11", "1") MIX("8", "9", "2") MIX("10", "11", "3") \
+    MIX("8", "9", "4") MIX("10", "11", "5")
+#define SATURATING(T, U, ACC) MADDUBS(T) WIDEN(T, ACC)
 
 // Runs `loops` rounds of the named instruction and returns the operations (2 for a multiply-add) of one round.
 extern "C" int peak(const char* name, long loops) {
@@ -40,6 +61,22 @@ extern "C" int peak(const char* name, long loops) {
         LOOP(MADD("8", "0") MADD("9", "1") MADD("10", "2") MADD("11", "3") MADD("8", "4") MADD("9", "5")
                  MADD("10", "6") MADD("11", "7"));
         return 8 * 16 * 2;
+    }
+    if (!std::strcmp(name, "winograd ymm")) {
+        LOOP(SIX_SUMS(WINOGRAD));
+        return 6 * 32 * 2;
+    }
+    if (!std::strcmp(name, "vpmaddubsw ymm")) {
+        LOOP(SIX_SUMS(SATURATING));
+        return 6 * 32 * 2;
+    }
+    if (!std::strcmp(name, "vpmaddubsw ymm in twos")) {
+        LOOP(SIX_SUMS(IN_TWOS));
+        return 6 * 64 * 2;
+    }
+    if (!std::strcmp(name, "vpmaddubsw ymm in eights")) {
+        LOOP(SIX_SUMS(IN_EIGHTS));
+        return 6 * 256 * 2;
     }
 #endif
 #ifdef __FMA__

@@ -22,7 +22,10 @@ import torch
 from shapes import MIB
 
 #: Instruction peaks by name; GOP/s (or GFLOP/s), a multiply-add counting as two operations.
-PEAKS = ("vpdpbusd zmm", "vpdpbusd ymm", "vpmaddwd ymm", "fp32 fma zmm", "fp32 fma ymm", "bf16 dot zmm")
+PEAKS = (
+    "vpdpbusd zmm", "vpdpbusd ymm", "vpmaddwd ymm", "winograd ymm", "vpmaddubsw ymm", "vpmaddubsw ymm in twos",
+    "vpmaddubsw ymm in eights", "fp32 fma zmm", "fp32 fma ymm", "bf16 dot zmm",
+)  # fmt: skip
 
 #: The peak that bounds the INT8 product of an ISA.
 PEAK_OF_ISA = {"avx512vnni": "vpdpbusd zmm", "avxvnni": "vpdpbusd ymm", "avx2": "vpmaddwd ymm"}
