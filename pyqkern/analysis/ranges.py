@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pyqkern.analysis.compare import _checked, evaluated
 from pyqkern.analysis.records import Records, barh
-from pyqkern.calibration.calibrate import Range, linears_of
+from pyqkern.calibration.calibrate import linears_of
 from pyqkern.calibration.observers import BINS, LEVELS, Histogram, MinMax
+from pyqkern.schemes import Range
 
 SHOWN_BINS = 64
 COARSE_STEP = 0.25  # of the spread: the step's noise, step / sqrt(12), is then 7 % of a typical value, or 23 dB

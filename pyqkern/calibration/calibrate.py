@@ -4,7 +4,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,7 @@ from tqdm import tqdm
 
 from pyqkern.calibration.observers import OBSERVERS, Observer
 from pyqkern.nn.linear import QLinear
-
-
-@dataclass(frozen=True)
-class Range:
-    """lo and hi of the input of one linear: fp32 on the CPU, shape [] or, per channel, [in_features]."""
-
-    lo: Tensor
-    hi: Tensor
-
-    @property
-    def absmax(self) -> Tensor:
-        return torch.maximum(-self.lo, self.hi)
+from pyqkern.schemes import Range
 
 
 class Ranges(Mapping[str, Range]):

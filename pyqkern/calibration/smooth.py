@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyqkern.calibration.calibrate import Range
+from pyqkern.schemes import Range
 
 
 @dataclass(frozen=True)
