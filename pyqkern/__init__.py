@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  before _C, which runs on torch's OpenMP pool
 
-import pyqkern.nn.four_bit
-import pyqkern.nn.int8  # noqa: F401  registers its classes
 from pyqkern._C import isa, isas
 from pyqkern.calibration.calibrate import Ranges, calibrate
 from pyqkern.calibration.smooth import smooth
@@ -20,7 +18,10 @@ from pyqkern.models.replace import replace_embedding, replace_linear
 from pyqkern.models.summary import summary
 from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.encoder import QEncoderLayer
+from pyqkern.nn.four_bit import FP4Linear, Int4Linear, NF4Linear
+from pyqkern.nn.int8 import Int8Linear, Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear
 from pyqkern.nn.linear import QLinear
+from pyqkern.schemes import FP4, NF4, Int4, Int8, Int8Outlier, Int8Static, Int8WeightOnly
 
 __version__ = version("pyqkern")
 
@@ -28,12 +29,15 @@ register()
 
 
 if TYPE_CHECKING:
+    from pyqkern import analysis
     from pyqkern.hf.config import PyqkernConfig, checkpoint_config
     from pyqkern.hf.lora import lora
 else:
 
     def __getattr__(name: str) -> Any:
-        """What needs transformers or peft, which take seconds to import, is imported when it is asked for."""
+        """What costs time to import, transformers and peft seconds of it, is imported when it is asked for."""
+        if name == "analysis":
+            return importlib.import_module("pyqkern.analysis")
         if name in ("PyqkernConfig", "checkpoint_config"):
             importlib.import_module("pyqkern.hf.quantizer")
             return getattr(importlib.import_module("pyqkern.hf.config"), name)
@@ -43,12 +47,27 @@ else:
 
 
 __all__ = [
+    "FP4",
+    "NF4",
+    "FP4Linear",
+    "Int4",
+    "Int4Linear",
+    "Int8",
+    "Int8Linear",
+    "Int8Outlier",
+    "Int8OutlierLinear",
+    "Int8Static",
+    "Int8StaticLinear",
+    "Int8WeightOnly",
+    "Int8WeightOnlyLinear",
+    "NF4Linear",
     "PyqkernConfig",
     "QEmbedding",
     "QEncoderLayer",
     "QLinear",
     "Quantized4bit",
     "Ranges",
+    "analysis",
     "calibrate",
     "checkpoint_config",
     "choose_qparams_affine",

@@ -1,37 +1,109 @@
 """The quantization schemes: one frozen dataclass each, options as fields, found by name.
 
+A scheme is a description. Data that quantizing needs beside it, the ranges of activations, are an argument of
+`replace_linear` and `QLinear.from_linear`. What differs between schemes is asked of the scheme (`bits`, `needs_ranges`,
+`embeds`, `max_in_features`), never of its name.
+
 A new scheme is a dataclass and a name here, and a subclass of `pyqkern.nn.linear.QLinear` that says `scheme=` it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import InitVar, dataclass, fields, replace
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    from pyqkern.calibrate import Range
-
+import torch
+from torch import Tensor
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE = ("auto", "fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """How a linear is quantized. `name` is what summaries and error messages call it."""
+class Range:
+    """lo and hi of the input of one linear: fp32 on the CPU, shape [] or, per channel, [in_features]."""
 
-    name: ClassVar[str]
+    lo: Tensor
+    hi: Tensor
 
-    def reason_to_keep(self, names: Sequence[str]) -> str | None:
-        """Why this scheme cannot quantize the linear of these names, which then stays in float; None where it can."""
-        return None
-
-    def for_layer(self, names: Sequence[str]) -> "Scheme":
-        """The scheme of the one linear of these names."""
-        return self
+    @property
+    def absmax(self) -> Tensor:
+        return torch.maximum(-self.lo, self.hi)
 
 
 @dataclass(frozen=True)
-class Int8(Scheme):
+class Scheme:
+    """How a linear is quantized.
+
+    name: what summaries, files and error messages call it. bits: of a stored weight. needs_ranges: whether quantizing
+    takes the ranges of activations from `calibrate`. embeds: whether the table of an embedding can be quantized so.
+    max_in_features: the widest linear, None without a limit.
+    """
+
+    name: ClassVar[str]
+    bits: ClassVar[int]
+    needs_ranges: ClassVar[bool] = False
+    embeds: ClassVar[bool] = True
+    max_in_features: ClassVar[int | None] = None
+
+    @property
+    def values_per_byte(self) -> int:
+        """How many weights one stored byte holds."""
+        return 8 // self.bits
+
+    def carried_ranges(self) -> Mapping[str, Range] | None:
+        """The ranges that were handed over with the scheme, for those that can carry them: see Int8Static."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: the name, and the options that are not the default."""
+        default = SCHEMES[self.name]
+        options = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {"name": self.name} | {key: value for key, value in options.items() if value != getattr(default, key)}
+
+    @staticmethod
+    def from_dict(data: "str | Scheme | Mapping[str, Any]") -> "Scheme":
+        """The inverse of to_dict; also takes what `get_scheme` takes. Raises ValueError naming an unknown option."""
+        if not isinstance(data, Mapping):
+            return get_scheme(data)
+        options = dict(data)
+        default = get_scheme(options.pop("name", None))
+        known = [one.name for one in fields(default)]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ValueError(f"options of the scheme {default.name!r} must be among {known}, got {unknown[0]!r}")
+        return replace(default, **options)
+
+
+def ranges_for(scheme: Scheme, ranges: Mapping[str, Range] | None) -> Mapping[str, Range] | None:
+    """The ranges to quantize with: those given, or else those that the scheme carries; None for a scheme without.
+
+    Raises ValueError for a scheme that needs ranges and has none, and for ranges given to a scheme that takes none.
+    """
+    found = ranges if ranges is not None else scheme.carried_ranges()
+    if scheme.needs_ranges and found is None:
+        raise ValueError(
+            f"{scheme.name} needs the activations' ranges; use "
+            f'replace_linear(model, "{scheme.name}", ranges=pyqkern.calibrate(model, batches))'
+        )
+    if not scheme.needs_ranges and found is not None:
+        raise ValueError(f"ranges must be None for {scheme.name}, which takes the range of activations in each call")
+    return found
+
+
+def range_of(ranges: Mapping[str, Range] | None, names: Sequence[str]) -> Mapping[str, Range] | None:
+    """The range of the one linear of these names, as `QLinear.from_linear` takes it: under the name ""."""
+    return None if ranges is None else {"": next(ranges[name] for name in names if name in ranges)}
+
+
+class _Int8(Scheme):
+    """What the schemes of 8-bit weights have in common. An int32 sum holds in_features products of u8 and s8."""
+
+    bits = 8
+    max_in_features = (2**31 - 1) // (255 * 127)
+
+
+@dataclass(frozen=True)
+class Int8(_Int8):
     """INT8 weights, one scale per output channel; INT8 activations, quantized per token inside the operator.
 
     symmetric: activations as int8 around zero instead of uint8 with a zero point. A little less exact (a row's range
@@ -45,32 +117,32 @@ class Int8(Scheme):
 
 
 @dataclass(frozen=True)
-class Int8Static(Scheme):
+class Int8Static(_Int8):
     """INT8 weights as in "int8"; activations with one scale and zero point per linear, from `pyqkern.calibrate`.
 
-    ranges: what `calibrate` returned, per tensor. Without it a layer can be made empty and loaded into, not quantized.
+    ranges: what `calibrate` returned, per tensor, so that `replace_linear(model, Int8Static(ranges))` is
+    `replace_linear(model, "int8-static", ranges=ranges)`. It is carried, no field: it is neither compared, printed nor
+    saved, and layers drop it. Without ranges a layer can be made empty and loaded into, not quantized.
     A linear that calibration did not reach stays in float.
     """
 
     name: ClassVar[str] = "int8-static"
-    ranges: Mapping[str, "Range"] | None = field(default=None, compare=False, repr=False)
+    needs_ranges: ClassVar[bool] = True
+    embeds: ClassVar[bool] = False
+    ranges: InitVar[Mapping[str, Range] | None] = None
     clip_weights: bool = False
 
-    def reason_to_keep(self, names: Sequence[str]) -> str | None:
-        if self.ranges is None:
-            raise ValueError(
-                "int8-static needs the activations' ranges; use "
-                "replace_linear(model, Int8Static(pyqkern.calibrate(model, batches)))"
-            )
-        return None if any(name in self.ranges for name in names) else "not reached in calibration"
+    def __post_init__(self, ranges: Mapping[str, Range] | None) -> None:
+        if ranges is not None:
+            object.__setattr__(self, "ranges", ranges)
 
-    def for_layer(self, names: Sequence[str]) -> "Scheme":
-        assert self.ranges is not None
-        return replace(self, ranges={"": next(self.ranges[name] for name in names if name in self.ranges)})
+    def carried_ranges(self) -> Mapping[str, Range] | None:
+        ranges: Mapping[str, Range] | None = vars(self).get("ranges")
+        return ranges
 
 
 @dataclass(frozen=True)
-class Int8WeightOnly(Scheme):
+class Int8WeightOnly(_Int8):
     """INT8 weights as in "int8"; activations and arithmetic in float. For memory and exactness, not for speed."""
 
     name: ClassVar[str] = "int8-weight-only"
@@ -78,13 +150,14 @@ class Int8WeightOnly(Scheme):
 
 
 @dataclass(frozen=True)
-class Int8Outlier(Scheme):
+class Int8Outlier(_Int8):
     """As "int8", except that input columns with a magnitude above the threshold go through float (LLM.int8).
 
     A column counts for the whole batch, so here, unlike in the other schemes, a row's result depends on its batch.
     """
 
     name: ClassVar[str] = "int8-outlier"
+    embeds: ClassVar[bool] = False
     threshold: float = 6.0
     symmetric: bool = False
     clip_weights: bool = False
@@ -97,6 +170,7 @@ class Int8Outlier(Scheme):
 class _FourBit(Scheme):
     """What NF4 and FP4 have in common: their options are checked when they are made."""
 
+    bits = 4
     blocksize: int
     compute: str
 
@@ -146,8 +220,15 @@ class Int4(Scheme):
     """
 
     name: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+    double_quant: ClassVar[bool] = False
     group_size: int = 64
     compute: str = "auto"
+
+    @property
+    def blocksize(self) -> int:
+        """The group size, under the name that NF4 and FP4 have for it."""
+        return self.group_size
 
     def __post_init__(self) -> None:
         if self.group_size not in (32, 64, 128):

@@ -5,13 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyqkern.analysis.records import Records, barh
-from pyqkern.calibration.calibrate import run_batch
-from pyqkern.nn.linear import QLinear
+from pyqkern.calibration.run import counted, evaluated
+from pyqkern.models.find import linear_types
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def error_propagation(
         differing = sorted(set(names) ^ set(others))
         raise ValueError(f"both models must have the same layers, but only one has {', '.join(differing[:4])}")
     sums: dict[str, _Sums] = {}
-    for batch in _checked(batches, "error propagation", progress):
+    for batch in counted(batches, "error propagation", progress):
         expected = _outputs(float_model, names, batch)
         actual = _outputs(quantized_model, others, batch)
         for name, outputs in expected.items():
@@ -96,7 +94,7 @@ def _draw_errors(records: Sequence[ErrorRecord], axes: Any) -> None:
 
 
 def _watched(model: nn.Module) -> dict[str, nn.Module]:
-    kinds = (nn.Linear, QLinear, nn.LayerNorm)
+    kinds: tuple[type[nn.Module], ...] = (*linear_types(), nn.LayerNorm)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and name}
 
 
@@ -117,18 +115,6 @@ def _outputs(model: nn.Module, watched: Mapping[str, nn.Module], batch: Any) -> 
     return found
 
 
-def evaluated(model: nn.Module, batch: Any) -> Any:
-    """The model's answer to a batch, in eval mode without gradients; the mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            return run_batch(model, batch)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def first_tensor(output: Any) -> Tensor:
     """The tensor itself, or the logits, or else the first tensor of what the model returned."""
     if isinstance(output, Tensor):
@@ -141,15 +127,6 @@ def first_tensor(output: Any) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise ValueError(f"a model must return a tensor or something that holds one, got {type(output).__name__}")
-
-
-def _checked(batches: Iterable[Any], title: str, progress: bool) -> Iterable[Any]:
-    count = 0
-    for batch in tqdm(batches, desc=title, disable=not progress):
-        count += 1
-        yield batch
-    if count == 0:
-        raise ValueError("batches must hold at least one batch, got none; an iterator can be used only once")
 
 
 @dataclass(frozen=True)
@@ -188,7 +165,7 @@ def compare_samples(
         raise ValueError(f"top must be at least 1, got {top}")
     found: list[SampleRecord] = []
     index = 0
-    for batch in _checked(batches, "compare samples", progress):
+    for batch in counted(batches, "compare samples", progress):
         x, y = (first_tensor(evaluated(model, batch)).float().cpu() for model in (float_model, quantized_model))
         if x.shape != y.shape or x.dim() == 0:
             raise ValueError(f"outputs must be [batch, ...] of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")

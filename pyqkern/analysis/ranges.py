@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqkern.analysis.compare import _checked, evaluated
 from pyqkern.analysis.records import Records, barh
-from pyqkern.calibration.calibrate import Range, linears_of
 from pyqkern.calibration.observers import BINS, LEVELS, Histogram, MinMax
+from pyqkern.calibration.run import linears_of, see_inputs
+from pyqkern.schemes import Range
 
 SHOWN_BINS = 64
 COARSE_STEP = 0.25  # of the spread: the step's noise, step / sqrt(12), is then 7 % of a typical value, or 23 dB
@@ -79,23 +79,10 @@ def range_report(
     linears = linears_of(model)
     watches: dict[str, _Watch] = {}
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-            if not torch.isfinite(x).all():
-                raise ValueError(f"batches must give finite values, got NaN or an infinity at the input of {name}")
-            if x.numel():
-                watches.setdefault(name, _Watch()).observe(x)
+    def see(name: str, x: Tensor) -> None:
+        watches.setdefault(name, _Watch()).observe(x)
 
-        return module.register_forward_pre_hook(hook)
-
-    handles = [watch(name, module) for name, module in linears.items()]
-    try:
-        for batch in _checked(batches, "range report", progress):
-            evaluated(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    see_inputs(model, linears, batches, see, title="range report", progress=progress)
     records = [
         _record(name, linears[name], seen, None if ranges is None else ranges.get(name))
         for name, seen in watches.items()

@@ -4,28 +4,15 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyqkern.calibration.observers import OBSERVERS, Observer
-from pyqkern.nn.linear import QLinear
-
-
-@dataclass(frozen=True)
-class Range:
-    """lo and hi of the input of one linear: fp32 on the CPU, shape [] or, per channel, [in_features]."""
-
-    lo: Tensor
-    hi: Tensor
-
-    @property
-    def absmax(self) -> Tensor:
-        return torch.maximum(-self.lo, self.hi)
+from pyqkern.calibration.run import linears_of, see_inputs
+from pyqkern.schemes import Range
 
 
 class Ranges(Mapping[str, Range]):
@@ -87,20 +74,6 @@ class Ranges(Mapping[str, Range]):
         return cls.from_dict(data)
 
 
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Calls the model on one batch: a mapping as keywords, a tuple or list as arguments, anything else as the one."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
-def linears_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Each nn.Linear and QLinear once, by its first name."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | QLinear)}
-
-
 def calibrate(
     model: nn.Module, batches: Iterable[Any], observer: str = "mse", *, per_channel: bool = False, progress: bool = True
 ) -> Ranges:
@@ -120,36 +93,11 @@ def calibrate(
     if not linears:
         raise ValueError(f"model must have linears to calibrate, got none in {type(model).__name__}")
     observers: dict[str, Observer] = {}
-    count = -1
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-            if x.numel() == 0:
-                return
-            if not torch.isfinite(x).all():
-                raise ValueError(
-                    f"batch {count} must give finite values, got NaN or an infinity at the input of "
-                    f"{name or 'the model'}; leave the batch out, or repair the layer before"
-                )
-            observers.setdefault(name, OBSERVERS[observer](per_channel)).observe(x)
+    def see(name: str, x: Tensor) -> None:
+        observers.setdefault(name, OBSERVERS[observer](per_channel)).observe(x)
 
-        return module.register_forward_pre_hook(hook)
-
-    handles = [watch(name, module) for name, module in linears.items()]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            for count, batch in enumerate(tqdm(batches, desc=f"calibrate {observer}", disable=not progress)):  # noqa: B007
-                run_batch(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    if count < 0:
-        raise ValueError("batches must hold at least one batch, got none; an iterator can be used only once")
+    see_inputs(model, linears, batches, see, title=f"calibrate {observer}", progress=progress)
     missed = [name for name in linears if name not in observers]
     if missed:
         some = ", ".join(missed[:4]) + (", ..." if len(missed) > 4 else "")

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyqkern.calibration.calibrate import Range
+from pyqkern.models.layouts import find_parts
+from pyqkern.nn.encoder import Path
+from pyqkern.schemes import Range
 
 
 @dataclass(frozen=True)
@@ -28,27 +30,6 @@ class Pair:
     shared: bool = False
 
 
-# One encoder layer each: the linears that read the layer's input, V, the output projection, the LayerNorm behind the
-# attention, and the first linear of the feed-forward part.
-_KNOWN = (
-    # BERT, RoBERTa, ELECTRA and what is derived from them
-    (
-        ("attention.self.query", "attention.self.key", "attention.self.value"),
-        "attention.self.value", "attention.output.dense", "attention.output.LayerNorm", "intermediate.dense",
-    ),
-    # MPNet
-    (
-        ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
-        "attention.attn.v", "attention.attn.o", "attention.LayerNorm", "intermediate.dense",
-    ),
-    # DistilBERT
-    (
-        ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-        "attention.v_lin", "attention.out_lin", "sa_layer_norm", "ffn.lin1",
-    ),
-)  # fmt: skip
-
-
 class InputScale:
     """A forward pre-hook: multiplies the input by a vector. It stays on the layer when replace_linear quantizes it."""
 
@@ -63,23 +44,21 @@ class InputScale:
 
 
 def find_pairs(model: nn.Module) -> list[Pair]:
-    """The pairs of each encoder layer of a BERT, RoBERTa, DistilBERT, ELECTRA or MPNet, wherever it is in the model.
+    """The pairs of each encoder layer with the parts of a BERT, DistilBERT, ALBERT or MPNet, wherever in the model.
 
     Where q, k and v read the output of the LayerNorm of the layer before, `before` is "": no weight of it is changed.
     """
-    names = {name: module for name, module in model.named_modules()}
     pairs = []
-    for name in names:
-        prefix = f"{name}." if name else ""
-        for inputs, value, output, norm, first in _KNOWN:
-            parts = [prefix + part for part in (*inputs, value, output, norm, first)]
-            if not all(part in names for part in parts):
-                continue
-            *qkv, v, out, layer_norm, ffn = parts
-            pairs.append(Pair("", tuple(qkv), shared=True))
-            pairs.append(Pair(v, (out,)))
-            pairs.append(Pair(layer_norm, (ffn,), shared=True))
+    for name, layout in find_parts(model):
+        query, key, value, output, up, _ = (_join(name, path) for path in layout.linears)
+        pairs.append(Pair("", (query, key, value), shared=True))
+        pairs.append(Pair(value, (output,)))
+        pairs.append(Pair(_join(name, layout.norms[0]), (up,), shared=True))
     return pairs
+
+
+def _join(prefix: str, path: Path) -> str:
+    return ".".join((prefix, *path) if prefix else path)
 
 
 def smooth(
@@ -94,7 +73,7 @@ def smooth(
 
     ranges: of each input channel, from `calibrate(model, batches, "minmax", per_channel=True)`, of this very model.
     alpha: how much of the difficulty goes from the activations into the weights, within [0, 1].
-    pairs: which layers; by default those of `find_pairs`, which knows BERT, RoBERTa, DistilBERT, ELECTRA and MPNet.
+    pairs: which layers; by default those of `find_pairs`, which knows every family that `optimize` knows.
     shared: False leaves out the pairs whose scale costs a multiplication at run time, and keeps those that are free:
     in a BERT, V and the output projection.
 

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from pyqkern.checkpoints import formats
 from pyqkern.checkpoints.files import Files, files_of
-from pyqkern.hf.config import PyqkernConfig, checkpoint_config, scheme_from_dict
+from pyqkern.hf.config import PyqkernConfig, checkpoint_config
 from pyqkern.hf.quantizer import PyqkernHfQuantizer
 from pyqkern.models.summary import said_bytes, table
+from pyqkern.schemes import Scheme
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _OTHER_RUNTIMES = ("onnx", "openvino")
@@ -152,14 +153,14 @@ def _stored(layers: list[dict[str, Any]], sizes: dict[str, tuple[tuple[int, ...]
     for entry in layers:
         if entry["scheme"] is None:
             continue
-        scheme = scheme_from_dict(entry["scheme"]) if isinstance(entry["scheme"], dict) else entry["scheme"]
+        scheme = Scheme.from_dict(entry["scheme"])
         for name in (*entry["linears"], *(name for name, at in entry["embeddings"].items() if at == f"{name}.table")):
             prefix = f"{name}.table" if name in entry["embeddings"] else name
             keys = set(of.get(prefix, []))
             if f"{prefix}.weight" not in keys:
                 raise ValueError(f"{prefix}.weight is missing from the files, though config.json names it")
             shape, kind = sizes[f"{prefix}.weight"]
-            values = math.prod(shape) * (1 if scheme.name.startswith("int8") else 2 * _BYTES[kind])
+            values = math.prod(shape) * (scheme.values_per_byte * _BYTES[kind])
             yield Stored(name, scheme.name, values, sum(_size(*sizes[key]) for key in keys))
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqkern.analysis.compare import compare_samples, error_propagation, evaluated, first_tensor
+from pyqkern.analysis.compare import compare_samples, error_propagation, first_tensor
 from pyqkern.analysis.ranges import range_report
 from pyqkern.analysis.report import report
 from pyqkern.analysis.sensitivity import fallback, sensitivity
 from pyqkern.calibration.calibrate import calibrate
+from pyqkern.calibration.run import evaluated
 from pyqkern.models.replace import replace_linear
 from pyqkern.schemes import Int8Static, Scheme, get_scheme
 
@@ -77,7 +78,7 @@ def label_ids(labels: list[str], label2id: Mapping[str, int]) -> Tensor:
 def scheme_of(name: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> Scheme:
     """The scheme of that name, calibrated on the batches where it needs that."""
     scheme = get_scheme(name)
-    return Int8Static(calibrate(model, batches)) if isinstance(scheme, Int8Static) else scheme
+    return Int8Static(calibrate(model, batches)) if scheme.needs_ranges else scheme
 
 
 def analyze(
@@ -155,7 +156,6 @@ def analyze(
     print(f"\nwith {extra}: {metric} {evaluate.accuracy(found.model):.4f}, mean probability {found.score:.4f}")
     for name in found.kept:
         print(f"  {name}")
-    ranges = scheme.ranges if isinstance(scheme, Int8Static) else None
     advice = report(
         output,
         title=f"{Path(model).name}, {scheme.name}",
@@ -164,7 +164,7 @@ def analyze(
         fallback=found,
         propagation=error_propagation(network, quantized, batches),
         samples=compare_samples(network, quantized, batches, texts),
-        ranges=range_report(network, batches, ranges),
+        ranges=range_report(network, batches, scheme.carried_ranges()),
     )
     print("\n" + "\n".join(f"- {finding.text}\n  {finding.advice}" for finding in advice))
     print(f"\nwritten: {output}")

@@ -11,7 +11,6 @@ last of 4. `pyqkern.register` imports this module once transformers is there.
 
 import copy
 from collections.abc import Iterable
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from pyqkern.checkpoints.files import Files
 from pyqkern.models.find import find_layers, linear_types
 from pyqkern.nn.embedding import QEmbedding, check_embedding_scheme
 from pyqkern.nn.linear import QLinear
-from pyqkern.schemes import SCHEMES, Scheme, get_scheme
+from pyqkern.schemes import Scheme, get_scheme
 
 
 def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **kwargs: Any) -> Any:
@@ -50,32 +49,13 @@ def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **
     with Files(folder) as files:
         layers = formats.read_layers(format, said, files, None if scheme is None else get_scheme(scheme))
     for entry in layers:
-        entry["scheme"] = scheme_to_dict(entry["scheme"])
+        entry["scheme"] = entry["scheme"].to_dict()
     made = PyqkernConfig(layers[0]["scheme"], format=format, layers=layers)
     config.quantization_config = made.own_dict()
     return config
 
 
 VERSION = 1
-
-
-def scheme_to_dict(scheme: Scheme) -> dict[str, Any]:
-    """As JSON has it: the name, and the options that are not the default. Calibrated ranges are in the layers."""
-    default = SCHEMES[scheme.name]
-    options = {one.name: getattr(scheme, one.name) for one in fields(scheme) if one.name != "ranges"}
-    return {"name": scheme.name} | {key: value for key, value in options.items() if value != getattr(default, key)}
-
-
-def scheme_from_dict(scheme: Any) -> Scheme:
-    if not isinstance(scheme, dict):
-        return get_scheme(scheme)
-    options = dict(scheme)
-    default = get_scheme(options.pop("name", None))
-    known = [one.name for one in fields(default) if one.name != "ranges"]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise ValueError(f"options of the scheme {default.name!r} must be among {known}, got {unknown[0]!r}")
-    return replace(default, **options)
 
 
 @register_quantization_config("pyqkern")
@@ -107,13 +87,13 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if version != VERSION:
             raise ValueError(f"version of the quantization_config must be {VERSION}, got {version!r}; update pyqkern")
         self.quant_method = "pyqkern"
-        self.scheme = scheme_from_dict(scheme)
+        self.scheme = Scheme.from_dict(scheme)
         self.include = _patterns("include", include)
         self.exclude = _patterns("exclude", exclude) or []
         self.embeddings = None
         if embeddings:
             self.embeddings = check_embedding_scheme(
-                self.scheme if embeddings is True else scheme_from_dict(embeddings)
+                self.scheme if embeddings is True else Scheme.from_dict(embeddings)
             )
         self.format = formats.check_format(format)
         self.layers = layers
@@ -129,10 +109,10 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {
             "quant_method": "pyqkern",
             "version": VERSION,
-            "scheme": scheme_to_dict(self.scheme),
+            "scheme": self.scheme.to_dict(),
             "include": self.include,
             "exclude": self.exclude,
-            "embeddings": False if self.embeddings is None else scheme_to_dict(self.embeddings),
+            "embeddings": False if self.embeddings is None else self.embeddings.to_dict(),
             "format": self.format,
             "layers": copy.deepcopy(self.layers),
         }
@@ -158,7 +138,7 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
 
     def entry(scheme: Scheme) -> dict[str, Any]:
-        said = scheme_to_dict(scheme)
+        said = scheme.to_dict()
         return entries.setdefault(repr(said), {"scheme": said, "linears": [], "embeddings": {}, "heads": {}})
 
     tables: dict[int, str] = {}

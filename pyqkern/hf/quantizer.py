@@ -17,22 +17,24 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from pyqkern.checkpoints import formats
-from pyqkern.hf.config import PyqkernConfig, describe, scheme_from_dict, state_dict
-from pyqkern.models.find import as_linear, find_layers, linear_types
-from pyqkern.models.replace import linears_to_replace, put, replace_embedding, replace_linear
+from pyqkern.hf.config import PyqkernConfig, describe, state_dict
+from pyqkern.models.find import Layer, as_linear, find_layers, linear_types
+from pyqkern.models.replace import linears_to_replace, put, replace_embedding, replace_linear, replaced
 from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.linear import QLinear
-from pyqkern.schemes import Scheme
+from pyqkern.schemes import Scheme, range_of
 
 
 def attach(model: nn.Module) -> None:
-    """Has save_pretrained of the models in `model` write what they are quantized to. replace_linear calls it."""
+    """Has save_pretrained of the models in `model` write what they are quantized to. See `models.replace.replaced`."""
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel):
             untie(module)
             if getattr(module, "hf_quantizer", None) is None:
                 module.hf_quantizer = PyqkernHfQuantizer(PyqkernConfig())
 
+
+replaced.append(attach)
 
 _V4 = int(transformers.__version__.split(".")[0]) < 5
 
@@ -130,8 +132,7 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: PyqkernConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._chosen: dict[str, Any] = {}  # weight's name -> the float linear that waits for it
-        self._schemes: dict[str, Scheme] = {}  # and how it is to be quantized
+        self._chosen: dict[str, Layer] = {}  # weight's name -> the float linear that waits for it
         self._quantized: dict[str, QLinear] = {}  # weight's name -> what became of it
         self._asked = self._reading = False  # how far transformers 4 is
 
@@ -159,9 +160,7 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
             linears, reasons = linears_to_replace(model, config.scheme, config.include, config.exclude)
             chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
             for linear in chosen:
-                scheme = config.scheme.for_layer(linear.names)
-                self._chosen |= {f"{name}.weight": linear.module for name in linear.names}
-                self._schemes |= {f"{name}.weight": scheme for name in linear.names}
+                self._chosen |= {f"{name}.weight": linear for name in linear.names}
             if self.bar is not None:
                 self.bar.reset(total=len(chosen))
         return model
@@ -179,7 +178,7 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for entry in entries:
             if entry["scheme"] is None:
                 continue
-            scheme = scheme_from_dict(entry["scheme"])
+            scheme = Scheme.from_dict(entry["scheme"])
             for name in entry["linears"]:
                 layer = find(name)
                 if layer is not None and isinstance(layer.module, linear_types()):
@@ -219,7 +218,8 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def quantize_weight(self, model: Any, name: str, value: Tensor) -> bool:
         """Quantizes the weight of a linear; False where it does not fit the linear, which transformers then says."""
-        module = self._chosen[name]
+        layer = self._chosen[name]
+        module = layer.module
         if value.shape != module.weight.shape:
             del self._chosen[name]
             return False
@@ -231,7 +231,9 @@ class PyqkernHfQuantizer(HfQuantizer):  # type: ignore[misc]
             linear.out_features, linear.in_features = value.shape
         linear.weight, linear.bias = nn.Parameter(value, requires_grad=False), module.bias
         try:
-            self._quantized[name] = QLinear.from_linear(linear, self._schemes[name])
+            scheme = self.quantization_config.scheme
+            ranges = range_of(scheme.carried_ranges(), layer.names)
+            self._quantized[name] = QLinear.from_linear(linear, scheme, ranges=ranges)
         except (TypeError, ValueError):  # left in float here: replace_linear, which follows, says what is wrong
             del self._chosen[name]
             return False

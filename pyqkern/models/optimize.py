@@ -3,7 +3,7 @@
 from torch import nn
 
 from pyqkern.models.find import UNFUSED, Pattern
-from pyqkern.models.layouts import LAYOUTS
+from pyqkern.models.layouts import layout_of, resembles_one
 from pyqkern.models.replace import replace_linear
 from pyqkern.nn.encoder import Layout, QEncoderLayer, common_format, fused_class, kernel_activation, part_of, unfit
 from pyqkern.schemes import Scheme
@@ -25,16 +25,25 @@ def optimize(
     """
     model = replace_linear(model, scheme, include=include, exclude=exclude)
     for module in list(model.modules()):
-        layout = LAYOUTS.get(type(module).__name__)
-        if layout is None or isinstance(module, QEncoderLayer):
-            continue
-        reason = _reason(module, layout)
-        vars(module).pop(UNFUSED, None)
-        if reason is None:
-            module.__class__ = fused_class(type(module), layout)
-        else:
-            setattr(module, UNFUSED, reason)
+        if not isinstance(module, QEncoderLayer) and resembles_one(module):
+            _fuse(module)
     return model
+
+
+def _fuse(layer: nn.Module) -> None:
+    """Makes the layer a QEncoderLayer, or leaves the reason on it why that cannot be."""
+    vars(layer).pop(UNFUSED, None)
+    layout = layout_of(layer)
+    if layout is None:
+        setattr(layer, UNFUSED, f"not a class of transformers that is known: {_class_name(layer)}")
+    elif (reason := _reason(layer, layout)) is not None:
+        setattr(layer, UNFUSED, reason)
+    else:
+        layer.__class__ = fused_class(type(layer), layout)
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _reason(layer: nn.Module, layout: Layout) -> str | None:

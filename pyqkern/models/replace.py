@@ -1,7 +1,6 @@
 """replace_linear and replace_embedding, which quantize a model in place."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -19,7 +18,7 @@ from pyqkern.models.find import (
 )
 from pyqkern.nn.embedding import QEmbedding, check_embedding_scheme
 from pyqkern.nn.linear import QLinear
-from pyqkern.schemes import Scheme, get_scheme
+from pyqkern.schemes import Range, Scheme, get_scheme, range_of, ranges_for
 
 # What hooks on a module are made of. The quantized layer takes over the very dicts, so that handles stay valid.
 _HOOKS = (
@@ -32,11 +31,15 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 
+# Called with the model when its layers have been replaced. What has to know it appends a function.
+replaced: list[Callable[[nn.Module], None]] = []
+
 
 def replace_linear(
     model: nn.Module,
     scheme: str | Scheme = "int8",
     *,
+    ranges: Mapping[str, Range] | None = None,
     include: Pattern | None = None,
     exclude: Pattern = (),
 ) -> nn.Module:
@@ -45,6 +48,7 @@ def replace_linear(
     A linear is an nn.Linear, or a Conv1D of transformers, which is one with a transposed weight.
 
     scheme: a name, or a scheme object where its defaults do not do (see `pyqkern.schemes`).
+    ranges: for "int8-static" what `calibrate` returned; a linear that it did not reach is kept.
     include, exclude: which linears, as name patterns (fnmatch on the qualified name, "encoder.*.dense") or a predicate
     (name, module) -> bool. exclude wins. A linear with several names is one module, and any of its names counts.
 
@@ -61,39 +65,46 @@ def replace_linear(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     scheme = get_scheme(scheme)
-    linears, reasons = linears_to_replace(model, scheme, include, exclude)
+    ranges = ranges_for(scheme, ranges)
+    linears, reasons = linears_to_replace(model, scheme, include, exclude, ranges)
     chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
     for linear in chosen:
-        _quantized(linear, scheme)
+        _quantized(linear, scheme, ranges)
     for linear, reason in zip(linears, reasons, strict=True):
         if reason is not None and not isinstance(linear.module, QLinear):
             setattr(linear.module, KEPT, reason)
     result = model
     for linear in chosen:
-        module = _quantized(linear, scheme)
+        module = _quantized(linear, scheme, ranges)
         result = put(linear, module, result)
         linear.module = module
-    _attach(result)
+    _tell(result)
     return result
 
 
 def linears_to_replace(
-    model: nn.Module, scheme: Scheme, include: Pattern | None = None, exclude: Pattern = ()
+    model: nn.Module,
+    scheme: Scheme,
+    include: Pattern | None = None,
+    exclude: Pattern = (),
+    ranges: Mapping[str, Range] | None = None,
 ) -> tuple[list[Layer], list[str | None]]:
     """Every linear of the model, and why replace_linear would keep it; None where it would not."""
+    ranges = ranges_for(scheme, ranges)
     linears = find_linears(model)
     reasons = _reasons(model, linears, include, exclude)
-    return linears, [
-        reason if reason is not None else scheme.reason_to_keep(linear.names)
-        for linear, reason in zip(linears, reasons, strict=True)
-    ]
+    return linears, [reason or _scheme_reason(linear, ranges) for linear, reason in zip(linears, reasons, strict=True)]
 
 
-def _attach(model: nn.Module) -> None:
-    """So that save_pretrained writes how the model is quantized, if it is one of transformers."""
-    hf = sys.modules.get("pyqkern.hf.quantizer")
-    if hf is not None:
-        hf.attach(model)
+def _scheme_reason(linear: Layer, ranges: Mapping[str, Range] | None) -> str | None:
+    """Why the scheme cannot quantize this linear."""
+    reached = ranges is None or any(name in ranges for name in linear.names)
+    return None if reached else "not reached in calibration"
+
+
+def _tell(model: nn.Module) -> None:
+    for callback in replaced:
+        callback(model)
 
 
 def replace_embedding(
@@ -124,7 +135,7 @@ def replace_embedding(
     result = model
     for layer, module in plans:
         result = put(layer, module, result)
-    _attach(result)
+    _tell(result)
     return result
 
 
@@ -136,7 +147,7 @@ def _plan_tables(model: nn.Module, embeddings: list[Layer], scheme: Scheme) -> l
     for layer in embeddings:
         weight = layer.module.weight
         if id(weight) not in tables:
-            heads = [_quantized(head, scheme) for head in linears if head.module.weight is weight]
+            heads = [_quantized(head, scheme, None) for head in linears if head.module.weight is weight]
             plans += zip([head for head in linears if head.module.weight is weight], heads, strict=True)
             with _named(layer):
                 tables[id(weight)] = heads[0] if heads else QEmbedding.from_embedding(layer.module, scheme).table
@@ -156,10 +167,10 @@ def put(layer: Layer, module: nn.Module, model: nn.Module) -> nn.Module:
     return module if layer.module is model else model
 
 
-def _quantized(layer: Layer, scheme: Scheme) -> QLinear:
+def _quantized(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> QLinear:
     """The quantized linear, with the hooks of the float one. Errors name the layer."""
     with _named(layer):
-        module = QLinear.from_linear(as_linear(layer.module), scheme.for_layer(layer.names))
+        module = QLinear.from_linear(as_linear(layer.module), scheme, ranges=range_of(ranges, layer.names))
     _hand_over_hooks(layer.module, module)
     return module
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyqkern.nn.linear import QLinear
-from pyqkern.schemes import FP4, NF4, Int4, Int8, Int8WeightOnly, Scheme, get_scheme
-
-EMBEDDING_SCHEMES = (Int8, Int8WeightOnly, NF4, FP4, Int4)
+from pyqkern.schemes import SCHEMES, Scheme, get_scheme
 
 
 class QEmbedding(nn.Module):
@@ -74,7 +72,7 @@ class QEmbedding(nn.Module):
 
 def check_embedding_scheme(scheme: str | Scheme) -> Scheme:
     scheme = get_scheme(scheme)
-    if not isinstance(scheme, EMBEDDING_SCHEMES):
-        names = ", ".join(repr(one.name) for one in EMBEDDING_SCHEMES)
+    if not scheme.embeds:
+        names = ", ".join(repr(name) for name, one in SCHEMES.items() if one.embeds)
         raise ValueError(f"scheme of an embedding must be one of {names}, got {scheme.name!r}")
     return scheme

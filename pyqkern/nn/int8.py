@@ -1,5 +1,7 @@
 """The linears with INT8 weights: Int8Linear, and those with static, float or partly float activations."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +13,7 @@ from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import int8 as ops_int8
 from pyqkern.ops.checks import FLOATS
-from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Int8WeightOnly
+from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Int8WeightOnly, Range
 
 
 def least_error_scale(weight: Tensor, scale: Tensor) -> Tensor:
@@ -123,29 +125,27 @@ class Int8StaticLinear(Int8Linear, scheme=Int8Static):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, scheme or Int8Static(), device, dtype)  # type: ignore[arg-type]
+        described = replace(scheme or Int8Static(), ranges=None)
+        super().__init__(in_features, out_features, bias, described, device, dtype)  # type: ignore[arg-type]
         self.register_buffer("input_scale", torch.ones(1, dtype=torch.float32, device=device))
         self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
 
-    def _quantize(self, weight: Tensor) -> None:
-        self.scheme.reason_to_keep([""])
-        assert self.scheme.ranges is not None
-        if list(self.scheme.ranges) != [""]:
+    def _calibrate(self, ranges: Mapping[str, Range]) -> None:
+        if list(ranges) != [""]:
             raise ValueError(
-                f"ranges must hold the one entry '' for a single linear, got {list(self.scheme.ranges)[:4]}; "
-                "use scheme.for_layer([name]), or replace_linear on the model"
+                f"ranges must hold the one entry '' for a single linear, got {list(ranges)[:4]}; "
+                'use ranges={"": ranges[name]}, or replace_linear on the model'
             )
-        bounds = self.scheme.ranges[""]
+        bounds = ranges[""]
         if bounds.lo.numel() != 1:
             raise ValueError(
                 f"int8-static takes one range per tensor, got one per channel ({bounds.lo.numel()}); "
                 "calibrate with per_channel=False"
             )
-        self.scheme = Int8Static(clip_weights=self.scheme.clip_weights)  # the range lives on in the buffers
-        super()._quantize(weight)
         lo, hi = bounds.lo.reshape(1), bounds.hi.reshape(1)
         scale, zero_point = reference.qparams_from_range(lo, hi, torch.uint8, False)
-        self.input_scale, self.input_zero_point = scale.to(weight.device), zero_point.to(weight.device)
+        device = self.packed.device
+        self.input_scale, self.input_zero_point = scale.to(device), zero_point.to(device)
 
     def _linear(self, x: Tensor) -> Tensor:
         buffers = self._buffers

@@ -1,13 +1,13 @@
 """QLinear, what every quantized linear is an instance of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from pyqkern.ops.checks import FLOATS
-from pyqkern.schemes import Scheme, get_scheme
+from pyqkern.schemes import Range, Scheme, get_scheme, ranges_for
 
 
 class QLinear(nn.Module):
@@ -53,13 +53,18 @@ class QLinear(nn.Module):
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: str | Scheme = "int8") -> "QLinear":
+    def from_linear(
+        cls, linear: nn.Linear, scheme: str | Scheme = "int8", *, ranges: Mapping[str, Range] | None = None
+    ) -> "QLinear":
         """A quantized copy of `linear`, on its device. The bias is the same Parameter, not a copy.
+
+        ranges: for "int8-static" the range of x under the name "", as `calibrate(linear, batches)` returns it.
 
         Raises ValueError if the weight holds NaN or an infinity, is on the meta device or is too wide for the scheme,
         TypeError for other modules or dtypes than fp32, bf16 and fp16.
         """
         scheme = get_scheme(scheme)
+        ranges = ranges_for(scheme, ranges)
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
@@ -79,6 +84,8 @@ class QLinear(nn.Module):
             )
             self.bias = linear.bias
             self._quantize(weight)
+            if ranges is not None:
+                self._calibrate(ranges)
         return self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,6 +103,10 @@ class QLinear(nn.Module):
 
     def _quantize(self, weight: Tensor) -> None:
         """Takes over a float weight [out_features, in_features]."""
+        raise NotImplementedError
+
+    def _calibrate(self, ranges: Mapping[str, Range]) -> None:
+        """Takes over the range of the activations; only for schemes that need it."""
         raise NotImplementedError
 
     def _linear(self, x: Tensor) -> Tensor:

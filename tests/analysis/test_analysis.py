@@ -29,10 +29,9 @@ from pyqkern.analysis import (
     sensitivity,
 )
 from pyqkern.analysis.sensitivity import score_with
-from pyqkern.calibration.calibrate import Range
 from pyqkern.cli import main
 from pyqkern.cli.analyze import label_ids
-from pyqkern.schemes import Int8, Int8Static
+from pyqkern.schemes import Int8, Int8Static, Range
 
 
 class Net(nn.Module):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import pyqkern
 from pyqkern import Ranges, calibrate
-from pyqkern.calibration.calibrate import Range
 from pyqkern.calibration.observers import (
     BINS,
     ENTROPY_LEVELS,
@@ -33,6 +32,7 @@ from pyqkern.calibration.observers import (
     Percentile,
     quantization_error,
 )
+from pyqkern.schemes import Range
 
 # Sizes of batches [rows, channels] of one tensor; values of any magnitude, outliers included.
 batch_sizes = st.lists(st.integers(1, 12), min_size=1, max_size=5)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import pyqkern
 from pyqkern import _C, QLinear, calibrate, replace_linear, smooth
 from pyqkern.backends import reference
-from pyqkern.calibration.calibrate import Range, Ranges
+from pyqkern.calibration.calibrate import Ranges
 from pyqkern.calibration.smooth import Pair, find_pairs
 from pyqkern.nn.int8 import Int8StaticLinear, least_error_scale
-from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Scheme, get_scheme
+from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Range, Scheme, get_scheme
 
 NAMES = ["int8", "int8-static", "int8-weight-only", "int8-outlier"]
 
