@@ -76,14 +76,17 @@ def _launch(kernel, x: Tensor, y: Tensor, scale: Tensor, zero_point: Tensor | No
     return y
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, fused: bool) -> Tensor:
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, fused: bool, bits: int = 8
+) -> Tensor:
     """x [outer, channels, inner] fp32/bf16/fp16, scale fp32 [channels], zero_point int32 [channels] or None (0).
 
-    Returns q of `dtype` (int8 or uint8) in x's shape. fused: multiply and add are one fma.
+    Returns q of `dtype` (int8 or uint8) in x's shape. fused: multiply and add are one fma. bits: 8, or 4, one
+    code to an element.
     """
-    qrange = torch.iinfo(dtype)
+    qmin, qmax = (end >> (8 - bits) for end in (torch.iinfo(dtype).min, torch.iinfo(dtype).max))
     q = torch.empty_like(x, dtype=dtype)
-    return _launch(quantize_kernel, x, q, scale, zero_point, QMIN=qrange.min, QMAX=qrange.max, FUSED=fused)
+    return _launch(quantize_kernel, x, q, scale, zero_point, QMIN=qmin, QMAX=qmax, FUSED=fused)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:

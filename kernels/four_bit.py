@@ -5,7 +5,7 @@
 
 Two codes to a byte, high nibble first: bitsandbytes' format of NF4 and FP4, and plain int4. absmax is fp32, or, doubly
 quantized, uint8 with absmax[b] = nested_map[absmax8[b]] * nested_absmax[b // 256] + offset, computed where it is read.
-The functions, their arguments and results are those of pyqkern.backends.reference; tensors are contiguous.
+Results are those of pyqkern.backends.reference; tensors are contiguous, codes and scales flat.
 
 The matrix kernels read eight codes as one int32 word and look all codes of a tile up at once (tl.gather keeps the
 16 levels in 16 banks of shared memory, so that no lookup waits for another). Per weight that is a shift, a mask, a
@@ -253,30 +253,6 @@ def sum_split_k_kernel(part_ptr, bias_ptr, y_ptr, M, N, BLOCK: tl.constexpr, SPL
     if bias_ptr is not None:
         total += tl.load(bias_ptr + element % N, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + element, total.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def packed_sizes(n: int, k: int, blocksize: int) -> tuple[int, int]:
-    """The lengths of what pack_4bit and pack_scales return."""
-    return (n * k + 1) // 2, triton.cdiv(n * k, blocksize)
-
-
-def pack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    """The form of flat packed codes of [n, k] that `linear_4bit` takes: a copy, at an address that is aligned."""
-    return packed.clone()
-
-
-def unpack_4bit(lines: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    """The flat packed codes out of `pack_4bit`."""
-    return lines.clone()
-
-
-def pack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    """The scales in the order that belongs to `pack_4bit`: the flat one."""
-    return scales.clone()
-
-
-def unpack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    return scales.clone()
 
 
 def _check_type(quant_type: str, quant_types: tuple[str, ...]) -> None:

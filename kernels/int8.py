@@ -223,11 +223,6 @@ def _column_sum(packed: Tensor, n: int) -> Tensor:
     return packed.view(-1)[start : start + 4 * n].view(torch.int32)
 
 
-def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
-    """The weight [n, k] out of `int8_pack`."""
-    return packed[:n, :k].contiguous()
-
-
 def int8_scaled_matmul(
     q: Tensor,
     scale: Tensor,

@@ -1,15 +1,24 @@
-"""What every backend provides, and the numbers that all of them share.
+"""What every backend provides, and what all of them share: the types and the numbers.
 
-A backend is a module with the functions of `pyqkern.backends.reference`: plain torch there, C++ in `cpu`, Triton in
-`cuda`. `pyqkern.ops.registry` chooses between them.
+A backend is a module with the functions of `Kernels`: `reference` in plain torch, `cpu` in C++, `cuda` in Triton.
+`pyqkern.ops.registry` chooses between them. What a backend is given has been checked by `pyqkern.ops`: dtypes, device
+and shapes; tensors are contiguous and none of them is empty.
 
-`sizes = (outer, channels, inner)` is how a contiguous tensor of any shape is seen: channel c has scale[c] and
-zero_point[c]. Per tensor is (1, 1, numel), per channel on axis 0 of [N, K] is (1, N, K), on axis 1 (N, K, 1).
+A backend keeps the weights of linears in a form of its own, made by `int8_pack`, `pack_4bit` and `pack_scales`. The
+shape of a packed tensor tells its form: two forms of one weight that differ have different shapes, so that a weight
+packed for one device is never taken for that of another. Whoever changes the order inside of a form changes its shape.
 """
 
-import torch
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
+import torch
+from torch import Tensor
+
+# (outer, channels, inner): how a contiguous tensor of any shape is seen. Channel c has scale[c] and zero_point[c]. Per
+# tensor is (1, 1, numel), per channel on axis 0 of [N, K] is (1, N, K), on axis 1 (N, K, 1).
 Sizes = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 # The range of each quantized type, [qmin, qmax].
 QRANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
@@ -24,10 +33,132 @@ def qrange(dtype: torch.dtype, bits: int = 8) -> tuple[int, int]:
 # The activations that the linear's tail can apply; the position is the code that C++ takes.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
-# The largest in_features for which 255 * 127 * K < 2**31: beyond it an int32 sum could wrap.
+# The largest in_features for which 255 * 127 * K < 2**31, weights being in [-127, 127]: beyond it an int32 could wrap.
 INT8_LINEAR_MAX_K = 66311
 
-# The largest K for which 128 * 128 * K (int8) or 255 * 128 * K (uint8) is below 2**31.
+# The largest K for which 128 * 128 * K (int8) or 255 * 128 * K (uint8) is below 2**31: weights of -128 are allowed.
 INT8_MATMUL_MAX_K = {torch.int8: 131071, torch.uint8: 65793}
+
+# The formats of 4-bit weights, and those among them that bitsandbytes has and quantize_4bit makes.
+QUANT_TYPES = ("nf4", "fp4", "int4")
+BITSANDBYTES_TYPES = ("nf4", "fp4")
+
+# How many absmax share one scale where they are quantized themselves.
+NESTED_BLOCKSIZE = 256
+
 FLT_MIN = 2.0**-126
-PANEL = 16
+PANEL = 16  # output channels that stand beside each other in the CPU's forms
+
+
+class Weight4bit(NamedTuple):
+    """A weight of 4 bits, [n, k] where it is that of a linear.
+
+    packed: uint8, two codes to a byte. absmax: the scales of blocks of `blocksize` elements of the flattened weight,
+    fp32 [blocks]; or, doubly quantized, uint8 [blocks], which stand for
+
+        nested_map[absmax[i]] * nested_absmax[i // 256] + nested_offset
+
+    with nested_absmax fp32 [ceil(blocks / 256)], nested_map fp32 [256] and nested_offset fp32 []. packed and absmax are
+    flat, in row-major order, or in the form that `Kernels.pack_4bit` and `Kernels.pack_scales` make for a linear.
+
+    A tuple and no dataclass: every call of a linear makes one, which takes a third of the time so, and torch.compile
+    and pytree know tuples. The order is that of the operators' arguments.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_map: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    blocksize: int
+    shape: Sequence[int]
+
+
+class Kernels(Protocol):
+    """The functions of a backend. Formulas and roundings: `pyqkern.backends.reference`."""
+
+    # ---- affine; x and q are contiguous, of any shape
+
+    def min_max(self, x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+        """The least and greatest of each channel, fp32 [channels]; NaN in both where one is NaN or infinite."""
+
+    def quantize(
+        self,
+        x: Tensor,
+        sizes: Sizes,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        dtype: torch.dtype,
+        fused: bool,
+        bits: int,
+    ) -> Tensor:
+        """Codes of x in dtype, int8 or uint8. fused: product and sum are one fma. bits: 8 or 4."""
+
+    def dequantize(
+        self, q: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """scale * (q - zero_point), rounded once to dtype."""
+
+    # ---- INT8
+
+    def int8_matmul(self, a: Tensor, w: Tensor) -> Tensor:
+        """a int8 or uint8 [M, K], w int8 [N, K] -> a @ w.T, int32 [M, N]."""
+
+    def packed_shape(self, n: int, k: int) -> Shape:
+        """The shape of int8_pack's result."""
+
+    def int8_pack(self, weight: Tensor) -> Tensor:
+        """weight int8 [N, K] in the form that this backend's int8_linear takes."""
+
+    def int8_unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
+        """The weight [n, k] out of int8_pack."""
+
+    def int8_rows(self, packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
+        """weight[rows] int8 [M, k]; rows int64 [M] within [0, n)."""
+
+    def int8_linear(
+        self, x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    ) -> Tensor:
+        """x [..., K] -> [..., N] of x's dtype; weight_scale fp32 [N], bias floats [N]."""
+
+    def int8_linear_static(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        input_scale: Tensor,
+        input_zero_point: Tensor,
+    ) -> Tensor:
+        """int8_linear with one scale, fp32, and one zero point, int32, for all of x."""
+
+    # ---- 4 bits; the packed and absmax of a linear's weight are in this backend's form
+
+    def packed_shapes_4bit(self, n: int, k: int, blocksize: int) -> tuple[Shape, Shape]:
+        """The shapes of what pack_4bit and pack_scales return."""
+
+    def pack_4bit(self, packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+        """Flat packed codes [(n * k + 1) // 2] in the form that linear_4bit takes."""
+
+    def unpack_4bit(self, packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+        """The flat packed codes out of pack_4bit."""
+
+    def pack_scales(self, absmax: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+        """Flat scales [ceil(n * k / blocksize)], fp32 or uint8, in the order that belongs to pack_4bit."""
+
+    def unpack_scales(self, absmax: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+        """The flat scales out of pack_scales."""
+
+    def quantize_4bit(self, x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+        """x of any shape -> flat packed codes and absmax, "nf4" or "fp4"; an absmax is not finite where x is not."""
+
+    def dequantize_4bit(self, weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+        """A flat weight -> its values in dtype, [*weight.shape]."""
+
+    def linear_4bit(self, x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
+        """x [..., K] -> [..., N] of x's dtype."""
+
+    def rows_4bit(self, weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """weight[rows] dequantized, [M, k]; rows int64 [M] within [0, n)."""

@@ -1,11 +1,13 @@
-"""The C++ kernels, behind the same functions as `pyqkern.backends.reference`.
+"""The C++ kernels, behind the functions of `pyqkern.backends.Kernels`.
 
 Everything that C++ is given has been checked by `pyqkern.ops`: dtypes, device, contiguity and shapes. It takes
-addresses and sizes, uses torch's own OpenMP pool and releases the GIL.
+addresses and sizes, uses torch's own OpenMP pool and releases the GIL. The functions of SHORT_WAY are the exception:
+C++ checks what they are given.
+
+Memory is asked for by `new_empty`, or by name of the device: torch's default device may be another.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyqkern import _C
-from pyqkern.backends import ACTIVATIONS, QRANGE, Sizes
-from pyqkern.backends.reference.four_bit import CODEBOOKS
+from pyqkern.backends import ACTIVATIONS, PANEL, QRANGE, Shape, Sizes, Weight4bit
+from pyqkern.backends.reference.four_bit import CODEBOOKS, block_scales, nested_scales, plain
 from pyqkern.schemes import COMPUTE
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,13 +26,13 @@ ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 def min_max(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     channels = sizes[1]
-    lo, hi = torch.empty((2, channels), dtype=torch.float32).unbind()
+    lo, hi = x.new_empty((2, channels), dtype=torch.float32).unbind()
     _C.min_max(x.data_ptr(), DTYPE_CODES[x.dtype], *sizes, lo.data_ptr(), hi.data_ptr())
     return lo, hi
 
 
 def quantize(
-    x: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, fused: bool, bits: int = 8
+    x: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, fused: bool, bits: int
 ) -> Tensor:
     q = torch.empty_like(x, dtype=dtype)
     zero = 0 if zero_point is None else zero_point.data_ptr()
@@ -50,94 +52,77 @@ def dequantize(q: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None
 
 def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
     (m, k), n = a.shape, w.shape[0]
-    y = torch.empty((m, n), dtype=torch.int32)
+    y = a.new_empty((m, n), dtype=torch.int32)
     _C.int8_matmul(a.data_ptr(), a.dtype is torch.uint8, w.data_ptr(), m, n, k, y.data_ptr())
     return y
 
 
-_exchange: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
-HAS_EXCHANGE: bool = _exchange is not None and _C.use_exchange(_exchange)
+# ---- INT8
 
 
-def int8_linear_tensors(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
-) -> Tensor | None:
-    """int8_linear of plain CPU tensors that C++ itself checks; None where it found something that does not fit."""
-    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-    written = _C.int8_linear_tensors(x, weight, weight_scale, bias, y, ACTIVATION_CODES.get(activation, -1), symmetric)
-    return y if written else None
+def packed_shape(n: int, k: int) -> Shape:
+    """[panel][k / 4][16 channels of 4 k]; the last line of a panel holds its channels' sums: `reference.panels`."""
+    return ((n + PANEL - 1) // PANEL, (k + 3) // 4 + 1, 4 * PANEL)
+
+
+def int8_pack(weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    packed = weight.new_empty(packed_shape(n, k))
+    _C.pack_int8(weight.data_ptr(), n, k, packed.data_ptr())
+    return packed
+
+
+def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
+    weight = packed.new_empty((n, k))
+    _C.unpack_int8(packed.data_ptr(), n, k, weight.data_ptr())
+    return weight
+
+
+def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
+    codes = packed.new_empty((rows.numel(), k))
+    _C.int8_gather(packed.data_ptr(), k, rows.data_ptr(), rows.numel(), codes.data_ptr())
+    return codes
+
+
+def _bias(bias: Tensor | None) -> tuple[int, int]:
+    """Address and type; zeros where there is none."""
+    return (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
 
 
 def int8_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
 ) -> Tensor:
-    *rows, k = x.shape
-    n = weight_scale.shape[0]
-    y = x.new_empty((*rows, n))
-    dtype = DTYPE_CODES[x.dtype]
-    bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
+    n, k = weight_scale.shape[0], x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], n))
     _C.int8_linear(
-        x.data_ptr(), dtype, weight.data_ptr(), weight_scale.data_ptr(), bias_at, bias_dtype,
+        x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), weight_scale.data_ptr(), *_bias(bias),
         x.numel() // k, n, k, y.data_ptr(), ACTIVATION_CODES[activation], symmetric,
     )  # fmt: skip
     return y
 
 
-def int8_linear_static_tensors(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> Tensor | None:
-    """int8_linear_static by the way of int8_linear_tensors."""
-    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-    code = ACTIVATION_CODES.get(activation, -1)
-    written = _C.int8_linear_tensors(x, weight, weight_scale, bias, y, code, False, input_scale, input_zero_point)
-    return y if written else None
-
-
 def int8_linear_static(
     x: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
 ) -> Tensor:
-    *rows, k = x.shape
-    n = weight_scale.shape[0]
-    y = x.new_empty((*rows, n))
-    bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
+    n, k = weight_scale.shape[0], x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], n))
     _C.int8_linear_static(
-        x.data_ptr(), DTYPE_CODES[x.dtype], weight.data_ptr(), weight_scale.data_ptr(), bias_at, bias_dtype,
+        x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), weight_scale.data_ptr(), *_bias(bias),
         x.numel() // k, n, k, y.data_ptr(), ACTIVATION_CODES[activation],
         input_scale.data_ptr(), input_zero_point.data_ptr(),
     )  # fmt: skip
     return y
 
 
-def int8_pack(weight: Tensor) -> Tensor:
-    n, k = weight.shape
-    packed = torch.empty(packed_shape(n, k), dtype=torch.int8)
-    _C.pack_int8(weight.data_ptr(), n, k, packed.data_ptr())
-    return packed
+# ---- 4 bits
 
-
-def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
-    weight = torch.empty((n, k), dtype=torch.int8)
-    _C.unpack_int8(packed.data_ptr(), n, k, weight.data_ptr())
-    return weight
-
-
-def packed_shape(n: int, k: int) -> tuple[int, ...]:
-    return ((n + PANEL - 1) // PANEL, (k + 3) // 4 + 1, 4 * PANEL)
-
-
-PANEL, STRIP = 16, 64
+STRIP = 64  # channels, of which each k / blocksize has its scales beside each other: csrc's kernels.h
 
 # "auto" multiplies integers: measured, that is the fastest way for every number of rows on every ISA.
 AS_INT8 = ("int8", "auto")
@@ -148,163 +133,209 @@ _RECORDS = {name: book.record.data_ptr() for name, book in CODEBOOKS.items()}
 
 
 def in_panels(n: int, k: int, blocksize: int) -> bool:
-    """Whether a weight [n, k] is stored in panels, which the integer kernels need: as in_panels in csrc/nf4.cpp."""
+    """Whether a weight [n, k] is stored in panels, which the integer kernels need: in_panels of the C++."""
     return n >= PANEL and k % blocksize == 0
 
 
-def packed_sizes(n: int, k: int, blocksize: int) -> tuple[int, int]:
+def packed_shapes_4bit(n: int, k: int, blocksize: int) -> tuple[Shape, Shape]:
+    """Flat ones have one dimension; those in panels, whose last rows are filled up, have two."""
     if not in_panels(n, k, blocksize):
-        return (n * k + 1) // 2, -(-n * k // blocksize)
-    rows = -(-n // PANEL) * PANEL
-    return rows * k // 2, rows * k // blocksize
+        return ((n * k + 1) // 2,), (-(-n * k // blocksize),)
+    panels = -(-n // PANEL)
+    return (panels, PANEL * k // 2), (panels, PANEL * k // blocksize)
 
 
 def pack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     if not in_panels(n, k, blocksize):
         return packed.clone()
-    lines = torch.empty(packed_sizes(n, k, blocksize)[0], dtype=torch.uint8)
-    _C.pack_4bit(packed.data_ptr(), n, k, lines.data_ptr())
-    return lines
+    panels = packed.new_empty(packed_shapes_4bit(n, k, blocksize)[0])
+    _C.pack_4bit(packed.data_ptr(), n, k, panels.data_ptr())
+    return panels
 
 
-def unpack_4bit(lines: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+def unpack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     if not in_panels(n, k, blocksize):
-        return lines.clone()
-    packed = torch.empty(n * k // 2, dtype=torch.uint8)
-    _C.unpack_4bit(lines.data_ptr(), n, k, packed.data_ptr())
-    return packed
+        return packed.clone()
+    flat = packed.new_empty(n * k // 2)
+    _C.unpack_4bit(packed.data_ptr(), n, k, flat.data_ptr())
+    return flat
 
 
-def pack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    """[n, k / blocksize], flat -> [strip][k / blocksize][panel][16]: csrc/kernels.h."""
+def pack_scales(absmax: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    """[n, k / blocksize], flat -> [strip][k / blocksize][panel][16]: csrc's kernels.h."""
     if not in_panels(n, k, blocksize):
-        return scales.clone()
-    rows = functional.pad(scales.view(n, k // blocksize), (0, 0, 0, -n % PANEL))
-    return torch.cat([strip.t().reshape(-1) for strip in rows.split(STRIP)])
+        return absmax.clone()
+    rows = functional.pad(absmax.view(n, k // blocksize), (0, 0, 0, -n % PANEL))
+    strips = torch.cat([strip.t().reshape(-1) for strip in rows.split(STRIP)])
+    return strips.view(packed_shapes_4bit(n, k, blocksize)[1])
 
 
-def unpack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+def unpack_scales(absmax: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     if not in_panels(n, k, blocksize):
-        return scales.clone()
+        return absmax.clone()
     blocks = k // blocksize
     if n % STRIP == 0:
-        return scales.view(-1, blocks, STRIP).transpose(1, 2).reshape(-1)
-    strips = scales.split(blocks * STRIP)
+        return absmax.view(n // STRIP, blocks, STRIP).transpose(1, 2).reshape(-1)
+    strips = absmax.view(-1).split(blocks * STRIP)
     return torch.cat([strip.view(blocks, -1).t().reshape(-1) for strip in strips])[: n * blocks]
 
 
 def quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     numel = x.numel()
-    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-numel // blocksize), dtype=torch.float32)
+    packed = x.new_empty((numel + 1) // 2, dtype=torch.uint8)
+    absmax = x.new_empty(-(-numel // blocksize), dtype=torch.float32)
     _C.quantize_4bit(
         x.data_ptr(), DTYPE_CODES[x.dtype], numel, blocksize, _RECORDS[quant_type], packed.data_ptr(), absmax.data_ptr()
     )
     return packed, absmax
 
 
-def _nested(nested_absmax: Tensor | None, nested_map: Tensor | None, offset: Tensor | None) -> tuple[int, int, float]:
-    if nested_absmax is None or nested_map is None or offset is None:
-        return 0, 0, 0.0
-    return nested_absmax.data_ptr(), nested_map.data_ptr(), offset.item()
+def _scales(weight: Weight4bit) -> tuple[int, int, int, float]:
+    """Addresses of absmax, nested_absmax and nested_map, and nested_offset."""
+    absmax, nested, values, offset = weight[1:5]
+    if nested is None or values is None or offset is None:
+        return absmax.data_ptr(), 0, 0, 0.0
+    return absmax.data_ptr(), nested.data_ptr(), values.data_ptr(), offset.item()
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    y = torch.empty(tuple(shape), dtype=dtype)
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    y = weight.packed.new_empty(tuple(weight.shape), dtype=dtype)
     _C.dequantize_4bit(
-        packed.data_ptr(), absmax.data_ptr(), *_nested(nested_absmax, nested_map, offset), blocksize,
-        _RECORDS[quant_type], math.prod(shape), y.data_ptr(), DTYPE_CODES[dtype],
+        weight.packed.data_ptr(), *_scales(weight), weight.blocksize, _RECORDS[weight.quant_type], y.numel(),
+        y.data_ptr(), DTYPE_CODES[dtype],
     )  # fmt: skip
     return y
 
 
-def linear_4bit_tensors(
+def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
+    n, k = weight.shape
+    rows = x.numel() // k
+    if compute == "bf16" and rows > BF16_FROM:
+        return _linear_bf16(x, weight, bias)
+    y = x.new_empty((*x.shape[:-1], n))
+    _C.linear_4bit(
+        x.data_ptr(), DTYPE_CODES[x.dtype], weight.packed.data_ptr(), *_scales(weight), n, k, weight.blocksize,
+        _RECORDS[weight.quant_type], *_bias(bias), rows, y.data_ptr(), compute in AS_INT8,
+    )  # fmt: skip
+    return y
+
+
+def _linear_bf16(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
+    """torch's bf16 product with a dequantized copy of the weight, which lives as long as the call."""
+    n, k = weight.shape
+    values = x.new_empty((n, k), dtype=torch.bfloat16)
+    _C.weight_4bit(
+        weight.packed.data_ptr(), *_scales(weight), n, k, weight.blocksize, _RECORDS[weight.quant_type],
+        values.data_ptr(), DTYPE_CODES[values.dtype],
+    )  # fmt: skip
+    product = functional.linear(x.to(torch.bfloat16), values)
+    if bias is None and x.dtype is torch.bfloat16:
+        return product
+    y = x.new_empty(product.shape)
+    _C.finish_bf16(product.data_ptr(), *_bias(bias), y.numel() // n, n, y.data_ptr(), DTYPE_CODES[x.dtype])
+    return y
+
+
+def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    n, k = weight.shape
+    if in_panels(n, k, weight.blocksize):
+        return dequantize_4bit(_gather_panels(weight, rows), dtype)
+    y = weight.packed.new_empty((rows.numel(), k), dtype=dtype)
+    scales = block_scales(weight)
+    _C.dequantize_rows_4bit(
+        weight.packed.data_ptr(), scales.data_ptr(), k, weight.blocksize, _RECORDS[weight.quant_type], rows.data_ptr(),
+        rows.numel(), y.data_ptr(), DTYPE_CODES[dtype],
+    )  # fmt: skip
+    return y
+
+
+def _gather_panels(weight: Weight4bit, rows: Tensor) -> Weight4bit:
+    """weight[rows], flat."""
+    (n, k), m = weight.shape, rows.numel()
+    each = k // weight.blocksize
+    codes = weight.packed.new_empty(m * k // 2)
+    scales = weight.absmax.new_empty((m, each))
+    _C.gather_4bit(
+        weight.packed.data_ptr(), weight.absmax.data_ptr(), scales.element_size(), n, k, weight.blocksize,
+        rows.data_ptr(), m, codes.data_ptr(), scales.data_ptr(),
+    )  # fmt: skip
+    if weight.nested_absmax is not None:
+        blocks = rows.unsqueeze(1) * each + torch.arange(each, device=rows.device)
+        scales = nested_scales(scales, blocks, weight)
+    return plain(codes, scales.view(-1), weight, (m, k))
+
+
+# ---- the encoder layer, which no other backend has
+
+
+def encoder_linear(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> tuple[int, ...]:
+    """An INT8 linear as C++ takes it: addresses, so that it must not outlive the tensors."""
+    return packed.data_ptr(), scale.data_ptr(), *_bias(bias), n, k, 0, 0, 0, 0, 0
+
+
+def encoder_linear_4bit(weight: Weight4bit, bias: Tensor | None) -> tuple[int, ...]:
+    """The same of a weight in panels."""
+    nested = (0 if tensor is None else tensor.data_ptr() for tensor in weight[2:5])
+    ends = weight.blocksize, _RECORDS[weight.quant_type]
+    return weight.packed.data_ptr(), weight.absmax.data_ptr(), *_bias(bias), *weight.shape, *nested, *ends
+
+
+def encoder_layer(
     x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    n: int,
-    compute: str,
+    mask: tuple[int, ...],
+    position_bias: tuple[int, ...],
+    linears: Sequence[tuple[int, ...]],
+    norms: Sequence[int],
+    norm_dtype: int,
+    eps: Sequence[float],
+    heads: int,
+    head_size: int,
+    scaling: float,
+    activation: str,
+    symmetric: bool,
+) -> Tensor:
+    """mask, position_bias: address, or 0, whether bool, heads, strides in elements of batch, head and query."""
+    y = torch.empty_like(x)
+    _C.encoder_layer(
+        x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], mask, position_bias, linears, norms, norm_dtype,
+        *eps, heads, head_size, scaling, ACTIVATION_CODES[activation], symmetric, y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+# ---- the short way: plain CPU tensors that C++ itself checks; None where it found something that does not fit
+
+_exchange: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
+_HAS_EXCHANGE: bool = _exchange is not None and _C.use_exchange(_exchange)
+
+
+def _short_int8(
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, *how: Any
 ) -> Tensor | None:
-    """linear_4bit of plain CPU tensors that C++ itself checks; None where it found something that does not fit."""
+    """int8_linear with how = symmetric, and int8_linear_static with how = input_scale, input_zero_point."""
+    if not x.dim() or weight_scale.dim() != 1:
+        return None
+    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+    code = ACTIVATION_CODES.get(activation, -1)
+    how = how if len(how) == 1 else (False, *how)
+    return y if _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, *how) else None
+
+
+def _short_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor | None:
+    packed, absmax, nested_absmax, nested_map, nested_offset, quant_type, blocksize, (n, k) = weight
     shape = x.shape
-    rows = x.numel() // (shape[-1] or 1)
-    if (compute == "bf16" and rows > BF16_FROM) or compute not in COMPUTE or quant_type not in CODEBOOKS or n <= 0:
+    if not shape or shape[-1] != k or n <= 0 or compute not in COMPUTE or quant_type not in _RECORDS:
+        return None
+    if compute == "bf16" and x.numel() > BF16_FROM * k:
         return None
     y = x.new_empty((*shape[:-1], n))
     written = _C.linear_4bit_tensors(
-        x, packed, absmax, nested_absmax, nested_map, offset, bias, y, _RECORDS[quant_type], blocksize,
+        x, packed, absmax, nested_absmax, nested_map, nested_offset, bias, y, _RECORDS[quant_type], blocksize,
         compute in AS_INT8,
     )  # fmt: skip
     return y if written else None
 
 
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    n: int,
-    compute: str,
-) -> Tensor:
-    shape = x.shape
-    k = shape[-1]
-    rows = x.numel() // k
-    if compute == "bf16" and rows > BF16_FROM:
-        return _linear_bf16(x, packed, absmax, nested_absmax, nested_map, offset, bias, quant_type, blocksize, n)
-    y = x.new_empty((*shape[:-1], n))
-    bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
-    _C.linear_4bit(
-        x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), absmax.data_ptr(),
-        *_nested(nested_absmax, nested_map, offset), n, k, blocksize, _RECORDS[quant_type],
-        bias_at, bias_dtype, rows, y.data_ptr(), compute in AS_INT8,
-    )  # fmt: skip
-    return y
-
-
-def _linear_bf16(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    n: int,
-) -> Tensor:
-    """torch's bf16 product with a dequantized copy of the weight, which lives as long as the call."""
-    k = x.shape[-1]
-    weight = torch.empty((n, k), dtype=torch.bfloat16)
-    _C.weight_4bit(
-        packed.data_ptr(), absmax.data_ptr(), *_nested(nested_absmax, nested_map, offset), n, k, blocksize,
-        _RECORDS[quant_type], weight.data_ptr(), DTYPE_CODES[weight.dtype],
-    )  # fmt: skip
-    product = functional.linear(x.to(torch.bfloat16), weight)
-    if bias is None and x.dtype is torch.bfloat16:
-        return product
-    y = x.new_empty(product.shape)
-    bias_at, bias_dtype = (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
-    _C.finish_bf16(product.data_ptr(), bias_at, bias_dtype, y.numel() // n, n, y.data_ptr(), DTYPE_CODES[x.dtype])
-    return y
+SHORT_WAY: dict[str, Callable[..., Tensor | None]] = (
+    {"int8_linear": _short_int8, "int8_linear_static": _short_int8, "linear_4bit": _short_4bit} if _HAS_EXCHANGE else {}
+)

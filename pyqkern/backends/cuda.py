@@ -1,4 +1,4 @@
-"""The Triton kernels, behind the same functions as `pyqkern.backends.reference`.
+"""The Triton kernels, behind the functions of `pyqkern.backends.Kernels`.
 
 What they are given has been checked by `pyqkern.ops`. Triton is imported with the first CUDA tensor: pyqkern works
 without it.
@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqkern.backends import Sizes
+from pyqkern.backends import Shape, Sizes, Weight4bit
+from pyqkern.backends.reference.four_bit import (
+    pack_4bit,
+    pack_scales,
+    packed_shapes_4bit,
+    rows_of_flat,
+    unpack_4bit,
+    unpack_scales,
+)
+
+__all__ = ["pack_4bit", "pack_scales", "packed_shapes_4bit", "unpack_4bit", "unpack_scales"]  # flat, as the reference's
 
 
 def kernels(name: str) -> Any:
@@ -28,9 +38,9 @@ def min_max(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 
 def quantize(
-    x: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, fused: bool
+    x: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, fused: bool, bits: int
 ) -> Tensor:
-    return kernels("affine").quantize(x.view(sizes), scale, zero_point, dtype, fused).view(x.shape)
+    return kernels("affine").quantize(x.view(sizes), scale, zero_point, dtype, fused, bits).view(x.shape)
 
 
 def dequantize(q: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -42,15 +52,15 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
 
 
 def int8_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
 ) -> Tensor:
-    y = kernels("int8").int8_linear(x.view(-1, x.shape[-1]), weight, weight_scale, bias, activation, symmetric)
+    y = kernels("int8").int8_linear(x.view(-1, x.shape[-1]), packed, weight_scale, bias, activation, symmetric)
     return y.view(*x.shape[:-1], weight_scale.shape[0])
 
 
 def int8_linear_static(
     x: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str,
@@ -58,9 +68,15 @@ def int8_linear_static(
     input_zero_point: Tensor,
 ) -> Tensor:
     y = kernels("int8").int8_linear_static(
-        x.view(-1, x.shape[-1]), weight, weight_scale, bias, activation, input_scale, input_zero_point
+        x.view(-1, x.shape[-1]), packed, weight_scale, bias, activation, input_scale, input_zero_point
     )
     return y.view(*x.shape[:-1], weight_scale.shape[0])
+
+
+def packed_shape(n: int, k: int) -> Shape:
+    """Rows of K rounded up to 16, and behind them rows that hold the N column sums as int32."""
+    row = max(16, -(-k // 16) * 16)
+    return (n - (-4 * n // row), row)
 
 
 def int8_pack(weight: Tensor) -> Tensor:
@@ -68,10 +84,25 @@ def int8_pack(weight: Tensor) -> Tensor:
 
 
 def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
-    return kernels("int8").int8_unpack(packed, n, k)
+    return packed[:n, :k].contiguous()
 
 
-def packed_shape(n: int, k: int) -> tuple[int, ...]:
-    """Rows of K rounded up to 16, and behind them rows that hold the N column sums as int32. Needs no triton."""
-    row = max(16, -(-k // 16) * 16)
-    return (n - (-4 * n // row), row)
+def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
+    return packed.index_select(0, rows)[:, :k].contiguous()
+
+
+def quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    return kernels("four_bit").quantize_4bit(x, quant_type, blocksize)
+
+
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    return kernels("four_bit").dequantize_4bit(*weight, dtype)
+
+
+def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
+    *tensors, quant_type, blocksize, shape = weight
+    return kernels("four_bit").linear_4bit(x, *tensors, bias, quant_type, blocksize, shape[0], compute)
+
+
+def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows_of_flat(dequantize_4bit, weight, rows, dtype)

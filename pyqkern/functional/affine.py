@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyqkern.backends import qrange
-from pyqkern.ops.checks import _short, check_qtype
+from pyqkern.ops.checks import check_qtype, short
 
 Axis = int | Sequence[int] | None
 
@@ -124,7 +124,7 @@ def unpack_int4(packed: Tensor, shape: Sequence[int], dtype: torch.dtype = torch
     _check_tensor("packed", packed)
     check_qtype("dtype", dtype)
     if packed.dtype is not torch.uint8:
-        raise TypeError(f"packed must be torch.uint8, got {_short(packed.dtype)}")
+        raise TypeError(f"packed must be torch.uint8, got {short(packed.dtype)}")
     numel = math.prod(shape)
     if packed.numel() != (numel + 1) // 2:
         raise ValueError(f"packed must have {(numel + 1) // 2} elements for shape {tuple(shape)}, got {packed.numel()}")

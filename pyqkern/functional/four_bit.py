@@ -17,9 +17,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pyqkern.backends.reference.four_bit import NESTED_BLOCKSIZE, QUANT_TYPES
+from pyqkern.backends import BITSANDBYTES_TYPES, NESTED_BLOCKSIZE, Weight4bit
+from pyqkern.ops import four_bit as ops_four_bit
 from pyqkern.ops.checks import FLOATS, check_float
-from pyqkern.ops.four_bit import check_format, check_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Quantized4bit:
     uint8 with nested_absmax fp32 [ceil(absmax.numel() / 256)], nested_map fp32 [256] and nested_offset fp32 []:
     absmax = nested_map[code] * nested_absmax[i // 256] + nested_offset. dtype and shape are those of the tensor.
 
-    Raises ValueError where these do not fit together.
+    Raises ValueError where these do not fit together, TypeError for their dtypes.
     """
 
     packed: Tensor
@@ -44,17 +44,26 @@ class Quantized4bit:
     nested_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_format(self.quant_type, self.blocksize, QUANT_TYPES)
-        numel = math.prod(self.shape)
+        ops_four_bit.check_format(self.quant_type, self.blocksize, BITSANDBYTES_TYPES)
         if self.dtype not in FLOATS:
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
-        if self.packed.dtype is not torch.uint8 or self.packed.numel() != (numel + 1) // 2:
+            raise TypeError(f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
+        numel = math.prod(self.shape)
+        if self.packed.dtype is not torch.uint8:
+            raise TypeError(f"packed must be torch.uint8, got {self.packed.dtype}; view other storage dtypes as uint8")
+        if self.packed.numel() != (numel + 1) // 2:
             raise ValueError(
                 f"packed must be torch.uint8 of {(numel + 1) // 2} elements for shape {tuple(self.shape)}, "
-                f"got {self.packed.dtype} {tuple(self.packed.shape)}; view other storage dtypes as uint8"
+                f"got {tuple(self.packed.shape)}"
             )
-        blocks = -(-numel // self.blocksize)
-        check_scales(self.absmax, *self.nested, blocks, blocks, self.packed.device)
+        shapes = ops_four_bit.flat_shapes(self.shape, self.blocksize)
+        ops_four_bit.check_weight(self.weight, shapes, self.packed.device)
+
+    @property
+    def weight(self) -> Weight4bit:
+        """The tensors and their format as one value, as operators take it."""
+        return Weight4bit(
+            self.packed.reshape(-1), self.absmax, *self.nested, self.quant_type, self.blocksize, self.shape
+        )
 
     @property
     def nested(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -89,9 +98,7 @@ def dequantize_4bit(q: Quantized4bit, dtype: torch.dtype | None = None) -> Tenso
     """
     if not isinstance(q, Quantized4bit):
         raise TypeError(f"q must be a Quantized4bit, got {type(q).__name__}")
-    return torch.ops.pyqkern.dequantize_4bit(
-        q.packed.reshape(-1), q.absmax, *q.nested, q.quant_type, q.blocksize, q.shape, dtype or q.dtype
-    )
+    return ops_four_bit.dequantize_4bit(q.weight, dtype or q.dtype)
 
 
 # ---- double quantization: one absmax per 64 weights, so plain torch will do

@@ -1,16 +1,17 @@
 """The linears with 4-bit weights: NF4Linear, FP4Linear and Int4Linear, the schemes "nf4", "fp4" and "int4"."""
 
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from pyqkern.backends.reference.four_bit import NESTED_BLOCKSIZE
+from pyqkern.backends import NESTED_BLOCKSIZE, Kernels, Shape, Weight4bit
 from pyqkern.functional.affine import choose_qparams_affine, pack_int4, quantize_affine
 from pyqkern.functional.four_bit import dynamic_map, quantize_absmax
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import four_bit as ops_four_bit
 from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.registry import kernels_of
 from pyqkern.schemes import FP4, NF4, Int4, Scheme, get_scheme
 
 NESTED = ("nested_absmax", "nested_map", "nested_offset")
@@ -29,7 +30,7 @@ class Linear4bit(QLinear):
     """
 
     quant_type: ClassVar[str]
-    scheme: NF4 | FP4 | Int4
+    scheme: NF4 | FP4
     packed: Tensor
     absmax: Tensor
 
@@ -59,11 +60,11 @@ class Linear4bit(QLinear):
 
     @property
     def blocksize(self) -> int:
-        return self.scheme.group_size if isinstance(self.scheme, Int4) else self.scheme.blocksize
+        return self.scheme.blocksize
 
     @property
     def double_quant(self) -> bool:
-        return not isinstance(self.scheme, Int4) and self.scheme.double_quant
+        return self.scheme.double_quant
 
     def _take(self, codes: Tensor, scales: Tensor, nested: tuple[Tensor, ...]) -> None:
         """Takes over flat codes and scales."""
@@ -82,16 +83,11 @@ class Linear4bit(QLinear):
             absmax, nested = absmax.to(torch.uint8), (absmax, dynamic_map().to(absmax.device), absmax.new_zeros(()))
         self._take(packed, absmax, nested)
 
-    def _codes(self) -> Tensor:
-        """The flat packed codes, uint8 [(numel + 1) // 2]."""
-        return torch.ops.pyqkern.unpack_4bit(self.packed, self.out_features, self.in_features, self.blocksize)
-
-    def _scales(self) -> Tensor:
-        kernels = ops_four_bit.kernels_of(self.absmax.device)
-        return kernels.unpack_scales(self.absmax, self.out_features, self.in_features, self.blocksize)
-
-    def _nested(self) -> tuple[Tensor | None, ...]:
-        return tuple(self._buffers[name] for name in NESTED)
+    def _weight4bit(self) -> Weight4bit:
+        buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
+        nested = (buffers["nested_absmax"], buffers["nested_map"], buffers["nested_offset"])
+        shape = (self.out_features, self.in_features)
+        return Weight4bit(buffers["packed"], buffers["absmax"], *nested, self.quant_type, self.blocksize, shape)
 
     @property
     def weight(self) -> Tensor:
@@ -99,32 +95,32 @@ class Linear4bit(QLinear):
         return self.rows(torch.arange(self.out_features, device=self.packed.device))
 
     def rows(self, ids: Tensor) -> Tensor:
-        sizes = (self.out_features, self.in_features)
-        return torch.ops.pyqkern.embedding_4bit(
-            ids, self.packed, self.absmax, *self._nested(), self.quant_type, self.blocksize, *sizes, self.dtype
-        )
+        return ops_four_bit.embedding_4bit(ids, self._weight4bit(), self.dtype)
 
     def _linear(self, x: Tensor) -> Tensor:
-        scheme = self.scheme
-        buffers = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
-        blocksize = scheme.group_size if isinstance(scheme, Int4) else scheme.blocksize
-        return ops_four_bit.linear_4bit(
-            x, buffers["packed"], buffers["absmax"], buffers["nested_absmax"], buffers["nested_map"],
-            buffers["nested_offset"], self._parameters["bias"], self.quant_type, blocksize, self.out_features,
-            scheme.compute,
-        )  # fmt: skip
+        return ops_four_bit.linear_4bit(x, self._weight4bit(), self._parameters["bias"], self.scheme.compute)
 
     _packed: ClassVar[dict[str, str]] = {"weight": "packed", "absmax": "absmax"}
 
     def _plain(self, key: str) -> Tensor:
-        return self._codes().unsqueeze(1) if key == "weight" else self._scales()
+        sizes = (self.out_features, self.in_features, self.blocksize)
+        if key == "weight":
+            return torch.ops.pyqkern.unpack_4bit(self.packed, *sizes).unsqueeze(1)
+        return kernels_of(self.absmax.device).unpack_scales(self.absmax, *sizes)
 
     def _pack(self, key: str, value: Tensor) -> Tensor:
         sizes = (self.out_features, self.in_features, self.blocksize)
         if key == "weight":
             return torch.ops.pyqkern.pack_4bit(value.reshape(-1), *sizes)
-        scales: Tensor = ops_four_bit.kernels_of(value.device).pack_scales(value.reshape(-1), *sizes)
-        return scales
+        return kernels_of(value.device).pack_scales(value.reshape(-1), *sizes)
+
+    def _packed_shape(self, key: str, kernels: Kernels) -> Shape:
+        packed, absmax = kernels.packed_shapes_4bit(self.out_features, self.in_features, self.blocksize)
+        return packed if key == "weight" else absmax
+
+    def _unpacked(self, key: str, kernels: Kernels, value: Tensor) -> Tensor:
+        unpack = kernels.unpack_4bit if key == "weight" else kernels.unpack_scales
+        return unpack(value, self.out_features, self.in_features, self.blocksize)
 
     def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
         numel = self.out_features * self.in_features
@@ -157,6 +153,15 @@ class Int4Linear(Linear4bit, scheme=Int4):
     """Uniform int4 weights, symmetric, one scale per group of in_features: absmax holds the scales, absmax / 7."""
 
     quant_type = "int4"
+    scheme: Int4  # type: ignore[assignment]
+
+    @property
+    def blocksize(self) -> int:
+        return self.scheme.group_size
+
+    @property
+    def double_quant(self) -> bool:
+        return False
 
     def __init__(
         self,

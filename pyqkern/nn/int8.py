@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, reference
+from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, Kernels, Shape, reference
 from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import int8 as ops_int8
@@ -69,14 +69,15 @@ class Int8Linear(QLinear, scheme=Int8):
         codes = quantize_affine(weight, self.weight_scale, axis=0).clamp(min=-127)
         self.packed = torch.ops.pyqkern.int8_pack(codes)
 
-    def _unpack(self) -> Tensor:
-        return torch.ops.pyqkern.int8_unpack(self.packed, self.out_features, self.in_features)
-
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
+        return self._dequantized(self.dtype)
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
         # The operator, not dequantize_affine: this runs inside of compiled graphs.
-        return torch.ops.pyqkern.dequantize_affine(self._unpack(), self.weight_scale, None, (0,), None, self.dtype)
+        codes = self._plain("weight")
+        return torch.ops.pyqkern.dequantize_affine(codes, self.weight_scale, None, (0,), None, dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         return torch.ops.pyqkern.int8_embedding(ids, self.packed, self.weight_scale, self.in_features, self.dtype)
@@ -89,10 +90,16 @@ class Int8Linear(QLinear, scheme=Int8):
     _packed: ClassVar[dict[str, str]] = {"weight": "packed"}
 
     def _plain(self, key: str) -> Tensor:
-        return self._unpack()
+        return torch.ops.pyqkern.int8_unpack(self.packed, self.out_features, self.in_features)
 
     def _pack(self, key: str, value: Tensor) -> Tensor:
         return torch.ops.pyqkern.int8_pack(value)
+
+    def _packed_shape(self, key: str, kernels: Kernels) -> Shape:
+        return kernels.packed_shape(self.out_features, self.in_features)
+
+    def _unpacked(self, key: str, kernels: Kernels, value: Tensor) -> Tensor:
+        return kernels.int8_unpack(value, self.out_features, self.in_features)
 
     def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
         return {
@@ -100,9 +107,6 @@ class Int8Linear(QLinear, scheme=Int8):
             "weight_scale": ((self.out_features,), (torch.float32,)),
             "bias": ((self.out_features,), FLOATS),
         }
-
-
-_int8_linear_outlier = torch.ops.pyqkern.int8_linear_outlier.default
 
 
 class Int8StaticLinear(Int8Linear, scheme=Int8Static):
@@ -148,16 +152,9 @@ class Int8StaticLinear(Int8Linear, scheme=Int8Static):
         self.input_scale, self.input_zero_point = scale.to(device), zero_point.to(device)
 
     def _linear(self, x: Tensor) -> Tensor:
-        buffers = self._buffers
-        return ops_int8.int8_linear_static(
-            x,
-            buffers["packed"],  # type: ignore[arg-type]
-            buffers["weight_scale"],  # type: ignore[arg-type]
-            self._parameters["bias"],
-            "none",
-            buffers["input_scale"],  # type: ignore[arg-type]
-            buffers["input_zero_point"],  # type: ignore[arg-type]
-        )
+        buffers: Any = self._buffers
+        weight = (buffers["packed"], buffers["weight_scale"], self._parameters["bias"])
+        return ops_int8.int8_linear_static(x, *weight, "none", buffers["input_scale"], buffers["input_zero_point"])
 
     def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         problems = super()._load_problems(state_dict, prefix)
@@ -185,8 +182,7 @@ class Int8WeightOnlyLinear(Int8Linear, scheme=Int8WeightOnly):
 
     def _linear(self, x: Tensor) -> Tensor:
         bias = self._parameters["bias"]
-        weight = torch.ops.pyqkern.dequantize_affine(self._unpack(), self.weight_scale, None, (0,), None, x.dtype)
-        return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return functional.linear(x, self._dequantized(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Int8OutlierLinear(Int8Linear, scheme=Int8Outlier):
@@ -196,4 +192,6 @@ class Int8OutlierLinear(Int8Linear, scheme=Int8Outlier):
 
     def _linear(self, x: Tensor) -> Tensor:
         bias, scheme = self._parameters["bias"], self.scheme
-        return _int8_linear_outlier(x, self.packed, self.weight_scale, bias, scheme.threshold, scheme.symmetric)
+        return torch.ops.pyqkern.int8_linear_outlier.default(
+            x, self.packed, self.weight_scale, bias, scheme.threshold, scheme.symmetric
+        )

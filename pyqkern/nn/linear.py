@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pyqkern.backends import Kernels, Shape
 from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.registry import BACKENDS, kernels_of
 from pyqkern.schemes import Range, Scheme, get_scheme, ranges_for
 
 
@@ -18,8 +20,8 @@ class QLinear(nn.Module):
     `dtype` is that copy's, and follows `.to(dtype)`.
 
     A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
-    `_linear`, `weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain` and `_pack`. Its
-    constructor takes what this one takes, on any device.
+    `_linear`, `weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain`, `_pack`, `_packed_shape`
+    and `_unpacked`. Its constructor takes what this one takes, on any device.
     """
 
     _classes: ClassVar[dict[type[Scheme], type["QLinear"]]] = {}
@@ -129,6 +131,31 @@ class QLinear(nn.Module):
         """The buffer's form of `value`, for the device on which it is."""
         raise NotImplementedError
 
+    def _packed_shape(self, key: str, kernels: Kernels) -> Shape:
+        """The shape of the buffer in the form of a backend."""
+        raise NotImplementedError
+
+    def _unpacked(self, key: str, kernels: Kernels, value: Tensor) -> Tensor:
+        """What the state_dict has under `key`, out of a buffer in the form of that backend, on the CPU."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Packs anew what was packed for another device: map_location of torch.load moves a buffer as it is."""
+        super().__setstate__(state)
+        for key, name in self._packed.items():
+            buffer = self._buffers[name]
+            assert buffer is not None
+            if buffer.shape == self._packed_shape(key, kernels_of(buffer.device)):
+                continue
+            there = [kernels for kernels in BACKENDS.values() if self._packed_shape(key, kernels) == buffer.shape]
+            if not there:
+                raise ValueError(
+                    f"{name} must be in the form of a device of this version of pyqkern, got {list(buffer.shape)}; "
+                    "save the state_dict instead of the module, which is the same on every device"
+                )
+            plain = self._unpacked(key, there[0], buffer.cpu())
+            self._buffers[name] = self._pack(key, plain.to(buffer.device))
+
     def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
         """Shape and possible dtypes of the state_dict's keys."""
         raise NotImplementedError
@@ -138,7 +165,7 @@ class QLinear(nn.Module):
         tensors = (*self._buffers.values(), *self._parameters.values())
         device = next(tensor.device for tensor in tensors if tensor is not None)
         moved = fn(torch.empty(0, dtype=self.dtype, device=device))
-        self.dtype, moves = moved.dtype, moved.device.type != device.type
+        self.dtype, moves = moved.dtype, kernels_of(moved.device) is not kernels_of(device)
         for key, name in self._packed.items() if moves else ():
             self._buffers[name] = self._plain(key)
         before = dict(self._buffers)

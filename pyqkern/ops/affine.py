@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyqkern.backends import QRANGE, cpu, qrange, reference
+from pyqkern.backends import QRANGE, Kernels, qrange, reference
 from pyqkern.ops.checks import check_float, check_qtype, cut, from_channels, to_channels
-from pyqkern.ops.registry import _operator
+from pyqkern.ops.registry import operator
 
 
 def _check_qparams(scale: Tensor, zero_point: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
@@ -74,13 +73,13 @@ def _choose_qparams_fake(
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int32)
 
 
-@_operator(
+@operator(
     "choose_qparams_affine(Tensor x, ScalarType dtype, int[]? axis, int? group_size, bool symmetric, int bits=8)"
     " -> (Tensor, Tensor)",
     _choose_qparams_fake,
 )
 def _choose_qparams(
-    kernels: Any,
+    kernels: Kernels,
     x: Tensor,
     dtype: torch.dtype,
     axis: Sequence[int] | None,
@@ -115,13 +114,13 @@ def _quantize_fake(
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@_operator(
+@operator(
     "quantize_affine(Tensor x, Tensor scale, Tensor? zero_point, int[]? axis, int? group_size, ScalarType dtype, "
     "int bits=8) -> Tensor",
     _quantize_fake,
 )
 def _quantize(
-    kernels: Any,
+    kernels: Kernels,
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
@@ -138,12 +137,7 @@ def _quantize(
     if x.numel() == 0:
         return x.new_empty(x.shape, dtype=dtype)
     flat, sizes, order = to_channels(x, view, kept)
-    if bits == 4:
-        kernels = kernels if kernels is cpu else reference
-        q = kernels.quantize(flat, sizes, scale, zero_point, dtype, not kept, bits)
-    else:
-        q = kernels.quantize(flat, sizes, scale, zero_point, dtype, not kept)
-    return from_channels(q, x.shape, order)
+    return from_channels(kernels.quantize(flat, sizes, scale, zero_point, dtype, not kept, bits), x.shape, order)
 
 
 def _dequantize_fake(
@@ -160,13 +154,13 @@ def _dequantize_fake(
     return q.new_empty(q.shape, dtype=dtype)
 
 
-@_operator(
+@operator(
     "dequantize_affine(Tensor q, Tensor scale, Tensor? zero_point, int[]? axis, int? group_size, ScalarType dtype)"
     " -> Tensor",
     _dequantize_fake,
 )
 def _dequantize(
-    kernels: Any,
+    kernels: Kernels,
     q: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,

@@ -14,18 +14,36 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def check_float(name: str, dtype: torch.dtype) -> None:
     if dtype not in FLOATS:
         raise TypeError(
-            f"{name} must be float32, bfloat16 or float16, got {_short(dtype)}; convert it first, e.g. to float32"
+            f"{name} must be float32, bfloat16 or float16, got {short(dtype)}; convert it first, e.g. to float32"
         )
+
+
+def check_ids(ids: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+    """ids of an embedding that is on `device` and returns `dtype`."""
+    check_float("dtype", dtype)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be int64 or int32, got {ids.dtype}")
+    if ids.device != device:
+        raise ValueError(f"ids must be on {device}, where the embedding is, got {ids.device}")
+
+
+def checked_rows(ids: Tensor, n: int) -> Tensor:
+    """ids, flat and int64, checked to be rows of the embedding; not on CUDA, whose own indexing checks that."""
+    if not ids.is_cuda and ids.numel():
+        least, greatest = (int(end) for end in ids.aminmax())
+        if least < 0 or greatest >= n:
+            raise IndexError(f"ids must be within [0, {n}), got {least if least < 0 else greatest}")
+    return ids.reshape(-1).long().contiguous()
 
 
 def check_qtype(name: str, dtype: torch.dtype, bits: int = 8) -> None:
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
     if dtype not in QRANGE:
-        raise TypeError(f"{name} must be torch.int8 or torch.uint8, got {_short(dtype)}")
+        raise TypeError(f"{name} must be torch.int8 or torch.uint8, got {short(dtype)}")
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -10,12 +10,12 @@ bias of the LayerNorm behind the attention, then of the one behind the feed-forw
 scores. position_bias: floats in the mask's shapes, added to the scores beside it. Returns a tensor like x.
 
 4 bits: quant_type "nf4", "fp4" or "int4". weights as pack_4bit makes them, their rows whole blocks; scales: absmax in
-the order of cpu_4bit.pack_scales. width: rows of the query's weight; wide: of the feed-forward's. nested: nothing, or
+the order of `Kernels.pack_scales`. width: rows of the query's weight; wide: of the feed-forward's. nested: nothing, or
 for each weight what its absmax, then uint8, stands for: fp32 absmax of blocks, fp32 map [256], fp32 offset []. The
 linears have the bits of linear_4bit with compute "int8".
 
-Attention is in integers, see pyqkern.reference_encoder. The result has the same bits on every ISA, with any number of
-threads, and for a sentence alone or in any batch. Raises ValueError for shapes and for NaN in the mask.
+Attention is in integers, see `pyqkern.backends.reference.encoder`. The result has the same bits on every ISA, with any
+number of threads, and for a sentence alone or in any batch. Raises ValueError for shapes and for NaN in the mask.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyqkern import _C
-from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, cpu
-from pyqkern.backends.reference.four_bit import CODEBOOKS
-from pyqkern.ops import registry
+from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, Kernels, Weight4bit, cpu
 from pyqkern.ops.checks import FLOATS
-from pyqkern.ops.four_bit import check_format, check_scales
+from pyqkern.ops.four_bit import check_format, check_weight
+from pyqkern.ops.registry import direct, operator
 
 LINEARS = ("query", "key", "value", "output", "up", "down")
 
@@ -93,53 +91,40 @@ def prepare(
         if not symmetric:
             raise ValueError("symmetric must be True for 4-bit linears, got False")
     linears = []
-    for i, (name, n_k) in enumerate(zip(LINEARS, sizes, strict=True)):
-        bias = _bias(name, biases[i], n_k[0])
+    for i, (name, (n, k)) in enumerate(zip(LINEARS, sizes, strict=True)):
+        bias = biases[i]
+        if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
+            raise ValueError(f"the bias of {name} must be floats [{n}], got {bias.dtype} {tuple(bias.shape)}")
         if quant_type == "int8":
-            linears.append(_int8(name, weights[i], scales[i], bias, *n_k))
+            linears.append(_int8(name, weights[i], scales[i], bias, n, k))
         else:
-            of_absmax = nested[3 * i : 3 * i + 3]
-            linears.append(_4bit(name, weights[i], scales[i], bias, *n_k, quant_type, blocksize, of_absmax))
+            nested_i = tuple(nested[3 * i : 3 * i + 3]) or (None, None, None)
+            weight = Weight4bit._make((weights[i], scales[i], *nested_i, quant_type, blocksize, (n, k)))
+            linears.append(_4bit(name, weight, bias))
     return Prepared(linears, [norm.data_ptr() for norm in norms], cpu.DTYPE_CODES[dtype], hidden, attention // heads)
 
 
-def _bias(name: str, bias: Tensor | None, n: int) -> tuple[int, int]:
-    """Address and type; zeros where there is none."""
-    if bias is None:
-        return 0, 0
-    if bias.dtype not in FLOATS or bias.shape != (n,):
-        raise ValueError(f"the bias of {name} must be floats [{n}], got {bias.dtype} {tuple(bias.shape)}")
-    return bias.data_ptr(), cpu.DTYPE_CODES[bias.dtype]
-
-
-def _int8(name: str, weight: Tensor, scale: Tensor, bias: tuple[int, int], n: int, k: int) -> tuple[int, ...]:
+def _int8(name: str, packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> tuple[int, ...]:
     if k > INT8_LINEAR_MAX_K:
         raise ValueError(f"in_features must be at most {INT8_LINEAR_MAX_K}, got {k} in {name}")
-    if weight.dtype is not torch.int8 or weight.shape != cpu.packed_shape(n, k):
+    if packed.dtype is not torch.int8 or packed.shape != cpu.packed_shape(n, k):
         raise ValueError(
-            f"the weight of {name} must be what int8_pack makes of [{n}, {k}], got {weight.dtype} {tuple(weight.shape)}"
+            f"the weight of {name} must be what int8_pack makes of [{n}, {k}], got {packed.dtype} {tuple(packed.shape)}"
         )
     if scale.dtype is not torch.float32 or scale.shape != (n,):
         raise ValueError(f"the scale of {name} must be float32 [{n}], got {scale.dtype} {tuple(scale.shape)}")
-    return weight.data_ptr(), scale.data_ptr(), *bias, n, k, 0, 0, 0, 0, 0
+    return cpu.encoder_linear(packed, scale, bias, n, k)
 
 
-def _4bit(
-    name: str, weight: Tensor, absmax: Tensor, bias: tuple[int, int], n: int, k: int, quant_type: str, blocksize: int,
-    nested: Sequence[Tensor],
-) -> tuple[int, ...]:  # fmt: skip
+def _4bit(name: str, weight: Weight4bit, bias: Tensor | None) -> tuple[int, ...]:
+    (n, k), blocksize = weight.shape, weight.blocksize
     if not cpu.in_panels(n, k, blocksize):
         raise ValueError(f"the rows of {name} must be whole blocks of {blocksize}, and 16 or more, got [{n}, {k}]")
-    codes, stored = cpu.packed_sizes(n, k, blocksize)
-    if weight.dtype is not torch.uint8 or weight.shape != (codes,):
-        raise ValueError(
-            f"the weight of {name} must be what pack_4bit makes of [{n}, {k}], got {weight.dtype} {tuple(weight.shape)}"
-        )
-    nested_absmax, nested_map, offset = nested or (None, None, None)
-    check_scales(absmax, nested_absmax, nested_map, offset, n * k // blocksize, stored, weight.device)
-    addresses = [tensor.data_ptr() for tensor in nested] or [0, 0, 0]
-    record = CODEBOOKS[quant_type].record.data_ptr()
-    return weight.data_ptr(), absmax.data_ptr(), *bias, n, k, *addresses, blocksize, record
+    try:
+        check_weight(weight, cpu.packed_shapes_4bit(n, k, blocksize), weight.packed.device)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    return cpu.encoder_linear_4bit(weight, bias)
 
 
 def _readable(mask: Tensor | None) -> Tensor | None:
@@ -182,22 +167,28 @@ def run(
     mask, position_bias = _readable(mask), _readable(position_bias)
     sizes = (x.shape[0], heads, x.shape[1])
     added = _added("attention_mask", mask, *sizes), _added("position_bias", position_bias, *sizes)
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    if x.numel():
-        _C.encoder_layer(
-            x.data_ptr(), cpu.DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], *added, parts.linears, parts.norms,
-            parts.norm_dtype, *eps, heads, parts.head_size, scaling, cpu.ACTIVATION_CODES[activation], symmetric,
-            y.data_ptr(),
-        )  # fmt: skip
-    return y
+    if not x.numel():
+        return _fake(x)
+    return cpu.encoder_layer(
+        x.contiguous(), *added, parts.linears, parts.norms, parts.norm_dtype, eps, heads, parts.head_size, scaling,
+        activation, symmetric,
+    )  # fmt: skip
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+@operator(
+    "encoder_layer(Tensor x, Tensor? mask, Tensor[] weights, Tensor[] scales, Tensor?[] biases, Tensor[] norms,"
+    " int heads, float scaling, float[] eps, str activation, bool symmetric,"
+    ' str quant_type="int8", int blocksize=0, int[] features=[], Tensor[]? nested=None,'
+    " Tensor? position_bias=None) -> Tensor",
+    _fake,
+    keys=("CPU",),
+)
 def _encoder_layer(
+    kernels: Kernels,
     x: Tensor,
     mask: Tensor | None,
     weights: Sequence[Tensor],
@@ -220,16 +211,45 @@ def _encoder_layer(
     return run(x, mask, parts, heads, scaling, eps, activation, symmetric, position_bias)
 
 
-registry._lib.define(
-    "encoder_layer(Tensor x, Tensor? mask, Tensor[] weights, Tensor[] scales, Tensor?[] biases, Tensor[] norms,"
-    " int heads, float scaling, float[] eps, str activation, bool symmetric,"
-    ' str quant_type="int8", int blocksize=0, int[] features=[], Tensor[]? nested=None,'
-    " Tensor? position_bias=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+class ShortWay:
+    """torch.ops.pyqkern.encoder_layer by the shortest way, for one layer: what was checked is remembered.
 
+    It stays so while nothing moves: a tensor that changes its dtype or shape changes its address.
+    """
 
-registry._lib.impl("encoder_layer", _encoder_layer, "CPU")
+    def __init__(self) -> None:
+        self._checked: tuple[list[int], Prepared] | None = None
 
+    def __reduce__(self) -> tuple[type["ShortWay"], tuple[()]]:
+        """Addresses mean nothing in a copy or in another process."""
+        return ShortWay, ()
 
-torch.library.register_fake("pyqkern::encoder_layer", _fake, lib=registry._lib)
+    def __call__(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        weights: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        norms: Sequence[Tensor],
+        heads: int,
+        scaling: float,
+        eps: Sequence[float],
+        activation: str,
+        symmetric: bool,
+        quant_type: str = "int8",
+        blocksize: int = 0,
+        features: Sequence[int] = (),
+        nested: Sequence[Tensor] = (),
+        position_bias: Tensor | None = None,
+    ) -> Tensor:
+        quantized = (symmetric, quant_type, blocksize, features, nested)
+        if not direct(x):
+            rest = (heads, scaling, eps, activation, *quantized, position_bias)
+            return torch.ops.pyqkern.encoder_layer.default(x, mask, weights, scales, biases, norms, *rest)
+        addresses = [0 if t is None else t.data_ptr() for t in (*weights, *scales, *biases, *norms, *nested)]
+        checked = self._checked
+        if checked is None or checked[0] != addresses:
+            prepared = prepare(weights, scales, biases, norms, heads, activation, *quantized)
+            self._checked = checked = (addresses, prepared)
+        return run(x, mask, checked[1], heads, scaling, eps, activation, symmetric, position_bias)

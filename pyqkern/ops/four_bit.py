@@ -1,168 +1,68 @@
-"""The operators of 4-bit weights: quantize_4bit, dequantize_4bit, linear_4bit and the packing of a linear's weight.
+"""The operators of 4-bit weights: quantize_4bit, dequantize_4bit, pack_4bit, unpack_4bit, linear_4bit, embedding_4bit.
 
-The scales of a weight are `absmax` fp32 [blocks]; doubly quantized, `absmax` uint8 [blocks], nested_absmax fp32
-[blocks / 256], nested_map fp32 [256] and the offset fp32 [].
+torch.library knows tensors and numbers: this is the one place where a Weight4bit is taken apart for the schema of an
+operator, and put together behind it.
 """
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyqkern.backends import cpu, cuda, reference
-from pyqkern.backends.reference.four_bit import CODEBOOKS, NESTED_BLOCKSIZE, QUANT_TYPES
-from pyqkern.ops.checks import FLOATS, check_float
-from pyqkern.ops.registry import _kernels_of, _lib, _operator, direct
+from pyqkern.backends import BITSANDBYTES_TYPES, NESTED_BLOCKSIZE, QUANT_TYPES, Kernels, Shape, Weight4bit
+from pyqkern.ops import registry
+from pyqkern.ops.checks import check_float, check_ids, checked_rows
+from pyqkern.ops.registry import kernels_of, operator
 from pyqkern.schemes import BLOCKSIZES, COMPUTE
 
-
-class _Triton4bit:
-    """The Triton kernels behind the functions of `pyqkern.backends.reference`; imported for the first CUDA tensor."""
-
-    packed_sizes = staticmethod(reference.packed_sizes)  # needs no triton
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(cuda.kernels("four_bit"), name)
-
-
-_KERNELS_4BIT: dict[Any, Any] = {cpu: cpu, cuda: _Triton4bit()}
-
-
-def kernels_of(device: torch.device) -> Any:
-    """The 4-bit kernels for a device; one without any, such as "meta", has the plain-torch ones."""
-    return _kernels(_kernels_of(device))
-
-
-def _kernels(kernels: Any) -> Any:
-    return _KERNELS_4BIT.get(kernels, reference)
-
+_TENSORS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? nested_offset"
 
 # ---- checks
 
 
-def check_format(quant_type: str, blocksize: int, quant_types: Sequence[str] = tuple(CODEBOOKS)) -> None:
+def check_format(quant_type: str, blocksize: int, quant_types: Sequence[str] = QUANT_TYPES) -> None:
     if quant_type not in quant_types:
         raise ValueError(f"quant_type must be one of {', '.join(quant_types)}, got {quant_type!r}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {blocksize}")
 
 
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: Shape, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}; move the module with .to()")
-    if tensor.dtype is not dtype or tensor.numel() != numel:
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    # Flat data may be a column or a row, as bitsandbytes has it; a form in panels has two dimensions.
+    flat = len(shape) < 2 and tensor.numel() == math.prod(shape) and tensor.numel() in (0, max(tensor.shape, default=1))
+    if not flat and tensor.shape != shape:
         raise ValueError(
-            f"{name} must be {dtype} of {numel} elements for this shape and blocksize, "
-            f"got {tensor.dtype} {tuple(tensor.shape)}"
+            f"{name} must be {dtype} of {math.prod(shape)} elements, {list(shape)}, for this shape and blocksize on "
+            f"{device.type}, got {list(tensor.shape)}; .to() moves a module, its state_dict loads on every device"
         )
 
 
-def check_scales(
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    blocks: int,
-    stored: int,
-    device: torch.device,
-) -> None:
-    """blocks: of the weight. stored: with those that fill up the last rows of a packed weight."""
-    if nested_absmax is None and nested_map is None and offset is None:
-        return _check("absmax", absmax, torch.float32, stored, device)
-    if nested_absmax is None or nested_map is None or offset is None:
-        raise ValueError("nested_absmax, nested_map and nested_offset must be given together, or none of them")
-    _check("absmax", absmax, torch.uint8, stored, device)
-    _check("nested_absmax", nested_absmax, torch.float32, -(-blocks // NESTED_BLOCKSIZE), device)
-    _check("nested_map", nested_map, torch.float32, 256, device)
-    _check("nested_offset", offset, torch.float32, 1, device)
-
-
-# ---- quantize and dequantize
-
-
-def _quantize_fake(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    check_float("x", x.dtype)
-    check_format(quant_type, blocksize, QUANT_TYPES)
-    packed = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
-    return packed, x.new_empty(-(-x.numel() // blocksize), dtype=torch.float32)
-
-
-@_operator("quantize_4bit(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)", _quantize_fake)
-def _quantize(kernels: Any, x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    check_float("x", x.dtype)
-    check_format(quant_type, blocksize, QUANT_TYPES)
-    if x.numel() == 0:
-        return _quantize_fake(x, quant_type, blocksize)
-    packed, absmax = _kernels(kernels).quantize_4bit(x.contiguous(), quant_type, blocksize)
-    finite = absmax.isfinite()
-    if not finite.all():
-        block = int((~finite).nonzero()[0])
-        raise ValueError(f"x must be finite, got NaN or an infinity in block {block} of {blocksize}; repair it first")
-    return packed, absmax
-
-
-def _dequantize_fake(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    check_float("dtype", dtype)
+def check_weight(weight: Weight4bit, shapes: tuple[Shape, Shape], device: torch.device) -> None:
+    """Format, dtypes and shapes. shapes: of packed and absmax, in the form that is meant."""
+    packed, absmax, nested_absmax, nested_map, nested_offset, quant_type, blocksize, shape = weight
     check_format(quant_type, blocksize)
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape must not be negative, got {tuple(shape)}")
+    _check("packed", packed, torch.uint8, shapes[0], device)
+    if nested_absmax is None and nested_map is None and nested_offset is None:
+        return _check("absmax", absmax, torch.float32, shapes[1], device)
+    if nested_absmax is None or nested_map is None or nested_offset is None:
+        raise ValueError("nested_absmax, nested_map and nested_offset must be given together, or none of them")
+    blocks = -(-math.prod(shape) // blocksize)
+    _check("absmax", absmax, torch.uint8, shapes[1], device)
+    _check("nested_absmax", nested_absmax, torch.float32, (-(-blocks // NESTED_BLOCKSIZE),), device)
+    _check("nested_map", nested_map, torch.float32, (256,), device)
+    _check("nested_offset", nested_offset, torch.float32, (), device)
+
+
+def flat_shapes(shape: Sequence[int], blocksize: int) -> tuple[Shape, Shape]:
+    """Of packed and absmax of a tensor that is not packed for a linear."""
     numel = math.prod(shape)
-    blocks = -(-numel // blocksize)
-    _check("packed", packed, torch.uint8, (numel + 1) // 2, packed.device)
-    check_scales(absmax, nested_absmax, nested_map, offset, blocks, blocks, packed.device)
-    return packed.new_empty(tuple(shape), dtype=dtype)
-
-
-@_operator(
-    "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? offset, "
-    "str quant_type, int blocksize, int[] shape, ScalarType dtype) -> Tensor",
-    _dequantize_fake,
-)
-def _dequantize(
-    kernels: Any,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    y = _dequantize_fake(packed, absmax, nested_absmax, nested_map, offset, quant_type, blocksize, shape, dtype)
-    if y.numel() == 0:
-        return y
-    return _kernels(kernels).dequantize_4bit(
-        packed.contiguous(), absmax.contiguous(), *_contiguous(nested_absmax, nested_map, offset), quant_type,
-        blocksize, shape, dtype,
-    )  # fmt: skip
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-# ---- a linear's weight
-
-
-def _pack_fake(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    _check_sizes(n, k, blocksize)
-    _check("packed", packed, torch.uint8, (n * k + 1) // 2, packed.device)
-    return packed.new_empty(kernels_of(packed.device).packed_sizes(n, k, blocksize)[0])
+    return ((numel + 1) // 2,), (-(-numel // blocksize),)
 
 
 def _check_sizes(n: int, k: int, blocksize: int) -> None:
@@ -171,52 +71,110 @@ def _check_sizes(n: int, k: int, blocksize: int) -> None:
     check_format("nf4", blocksize)
 
 
-@_operator("pack_4bit(Tensor packed, int n, int k, int blocksize) -> Tensor", _pack_fake)
-def _pack(kernels: Any, packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    _pack_fake(packed, n, k, blocksize)
-    return _kernels(kernels).pack_4bit(packed.reshape(-1).contiguous(), n, k, blocksize)
+def _check_packed(weight: Weight4bit, device: torch.device) -> None:
+    """weight: of a linear, in the form of the device's backend."""
+    n, k = weight.shape
+    _check_sizes(n, k, weight.blocksize)
+    check_weight(weight, kernels_of(device).packed_shapes_4bit(n, k, weight.blocksize), device)
 
 
-def _unpack_fake(lines: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+def _contiguous(weight: Weight4bit) -> Weight4bit:
+    return Weight4bit._make((*(None if t is None else t.contiguous() for t in weight[:5]), *weight[5:]))
+
+
+def _flat(weight: Weight4bit) -> Weight4bit:
+    return Weight4bit._make((*(None if t is None else t.reshape(-1) for t in weight[:5]), *weight[5:]))
+
+
+# ---- quantize and dequantize
+
+
+def _quantize_fake(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    check_float("x", x.dtype)
+    check_format(quant_type, blocksize, BITSANDBYTES_TYPES)
+    packed = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
+    return packed, x.new_empty(-(-x.numel() // blocksize), dtype=torch.float32)
+
+
+@operator("quantize_4bit(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)", _quantize_fake)
+def _quantize(kernels: Kernels, x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    check_float("x", x.dtype)
+    check_format(quant_type, blocksize, BITSANDBYTES_TYPES)
+    if x.numel() == 0:
+        return _quantize_fake(x, quant_type, blocksize)
+    packed, absmax = kernels.quantize_4bit(x.contiguous(), quant_type, blocksize)
+    finite = absmax.isfinite()
+    if not finite.all():
+        block = int((~finite).nonzero()[0])
+        raise ValueError(f"x must be finite, got NaN or an infinity in block {block} of {blocksize}; repair it first")
+    return packed, absmax
+
+
+def _dequantize_fake(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """Checks everything, and returns an empty result."""
+    check_float("dtype", dtype)
+    check_format(weight.quant_type, weight.blocksize)
+    if any(size < 0 for size in weight.shape):
+        raise ValueError(f"shape must not be negative, got {tuple(weight.shape)}")
+    check_weight(weight, flat_shapes(weight.shape, weight.blocksize), weight.packed.device)
+    return weight.packed.new_empty(tuple(weight.shape), dtype=dtype)
+
+
+@operator(
+    f"dequantize_4bit({_TENSORS}, str quant_type, int blocksize, int[] shape, ScalarType dtype) -> Tensor",
+    _dequantize_fake,
+    arguments=lambda *given: (Weight4bit._make(given[:8]), *given[8:]),
+)
+def _dequantize(kernels: Kernels, weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    y = _dequantize_fake(weight, dtype)
+    return kernels.dequantize_4bit(_contiguous(_flat(weight)), dtype) if y.numel() else y
+
+
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """torch.ops.pyqkern.dequantize_4bit."""
+    return torch.ops.pyqkern.dequantize_4bit.default(*weight, dtype)
+
+
+# ---- a linear's weight
+
+
+def _pack_fake(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     _check_sizes(n, k, blocksize)
-    _check("lines", lines, torch.uint8, kernels_of(lines.device).packed_sizes(n, k, blocksize)[0], lines.device)
-    return lines.new_empty((n * k + 1) // 2)
+    _check("packed", packed, torch.uint8, flat_shapes((n, k), blocksize)[0], packed.device)
+    return packed.new_empty(kernels_of(packed.device).packed_shapes_4bit(n, k, blocksize)[0])
 
 
-@_operator("unpack_4bit(Tensor lines, int n, int k, int blocksize) -> Tensor", _unpack_fake)
-def _unpack(kernels: Any, lines: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    _unpack_fake(lines, n, k, blocksize)
-    return _kernels(kernels).unpack_4bit(lines.contiguous(), n, k, blocksize)
+@operator("pack_4bit(Tensor packed, int n, int k, int blocksize) -> Tensor", _pack_fake)
+def _pack(kernels: Kernels, packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    y = _pack_fake(packed, n, k, blocksize)
+    return kernels.pack_4bit(packed.reshape(-1).contiguous(), n, k, blocksize) if y.numel() else y
+
+
+def _unpack_fake(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    _check_sizes(n, k, blocksize)
+    shape = kernels_of(packed.device).packed_shapes_4bit(n, k, blocksize)[0]
+    _check("packed", packed, torch.uint8, shape, packed.device)
+    return packed.new_empty((n * k + 1) // 2)
+
+
+@operator("unpack_4bit(Tensor packed, int n, int k, int blocksize) -> Tensor", _unpack_fake)
+def _unpack(kernels: Kernels, packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    y = _unpack_fake(packed, n, k, blocksize)
+    return kernels.unpack_4bit(packed.contiguous(), n, k, blocksize) if y.numel() else y
 
 
 # ---- the linear
 
 
-def _linear_fake(
-    x: Tensor,
-    lines: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    n: int,
-    compute: str,
-) -> Tensor:
+def _linear_fake(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
     """Checks everything, and returns an empty result."""
     check_float("x", x.dtype)
-    check_format(quant_type, blocksize)
     if x.dim() == 0:
         raise ValueError("x must be [..., K], got a 0-dim tensor")
     if compute not in COMPUTE:
         raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, got {compute!r}")
-    k = x.shape[-1]
-    _check_sizes(n, k, blocksize)
-    codes, stored = kernels_of(x.device).packed_sizes(n, k, blocksize)
-    _check("weight", lines, torch.uint8, codes, x.device)
-    check_scales(absmax, nested_absmax, nested_map, offset, -(-n * k // blocksize), stored, x.device)
+    _check_packed(weight, x.device)
+    n = weight.shape[0]
     if bias is not None:
         check_float("bias", bias.dtype)
         if bias.shape != (n,):
@@ -226,104 +184,64 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], n))
 
 
-@_operator(
-    "linear_4bit(Tensor x, Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? offset, "
-    "Tensor? bias, str quant_type, int blocksize, int n, str compute) -> Tensor",
+def _linear_arguments(x: Tensor, *given: Any) -> tuple[Any, ...]:
+    *tensors, bias, quant_type, blocksize, n, compute = given
+    shape = (n, x.shape[-1] if x.dim() else 0)
+    return x, Weight4bit._make((*tensors, quant_type, blocksize, shape)), bias, compute
+
+
+@operator(
+    f"linear_4bit(Tensor x, {_TENSORS}, Tensor? bias, str quant_type, int blocksize, int n, str compute) -> Tensor",
     _linear_fake,
+    arguments=_linear_arguments,
+    autocast=True,
 )
-def _linear(
-    kernels: Any,
-    x: Tensor,
-    lines: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    n: int,
-    compute: str,
-) -> Tensor:
-    weight = (lines, absmax, nested_absmax, nested_map, offset)
-    usual = quant_type in CODEBOOKS and compute in COMPUTE and _fits(kernels, x, *weight, bias, blocksize, n)
-    if not usual:
-        y = _linear_fake(x, *weight, bias, quant_type, blocksize, n, compute)
-        if x.numel() == 0 or n == 0:
-            return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    if bias is not None:
-        bias = bias.contiguous()
-    lines, absmax = lines.contiguous(), absmax.contiguous()
-    nested = (None, None, None) if nested_absmax is None else _contiguous(nested_absmax, nested_map, offset)
-    return _kernels(kernels).linear_4bit(
-        x.contiguous(), lines, absmax, *nested, bias, quant_type, blocksize, n, compute
-    )
+def _linear(kernels: Kernels, x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
+    y = _linear_fake(x, weight, bias, compute)
+    if x.numel() == 0 or y.numel() == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    bias = None if bias is None else bias.contiguous()
+    return kernels.linear_4bit(x.contiguous(), _contiguous(weight), bias, compute)
 
 
-# What the sizes of a weight must be, by (n, k, blocksize): few, and asked for at every call.
-_sizes: dict[tuple[int, int, int], tuple[int, int]] = {}
+def _linear_operator(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
+    *tensors, quant_type, blocksize, (n, k) = weight
+    if x.shape[-1:] != (k,):
+        raise ValueError(f"x must be [..., {k}], got shape {tuple(x.shape)}")
+    return torch.ops.pyqkern.linear_4bit.default(x, *tensors, bias, quant_type, blocksize, n, compute)
 
 
-def _fits(
-    kernels: Any,
-    x: Tensor,
-    lines: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    blocksize: int,
-    n: int,
-) -> bool:
-    """A quick check that the usual case passes: CPU, fp32 scales, nothing empty. _linear_fake looks at the rest."""
-    if (
-        kernels is not cpu
-        or not x.numel()
-        or not x.dim()
-        or nested_absmax is not None
-        or nested_map is not None
-        or offset is not None
-    ):
-        return False
-    key = (n, x.shape[-1], blocksize)
-    sizes = _sizes.get(key)
-    if sizes is None:
-        if len(_sizes) > 1000 or n <= 0 or blocksize not in BLOCKSIZES:
-            return False
-        sizes = _sizes[key] = cpu.packed_sizes(*key)
-    return (
-        x.dtype in FLOATS
-        and lines.dtype is torch.uint8
-        and absmax.dtype is torch.float32
-        and (lines.numel(), absmax.numel()) == sizes
-        and lines.is_cpu
-        and absmax.is_cpu
-        and (bias is None or (bias.is_cpu and bias.dtype in FLOATS and bias.shape == (n,)))
-    )
+# torch.ops.pyqkern.linear_4bit of (x, weight: Weight4bit, bias, compute), by the shortest way.
+linear_4bit: Callable[[Tensor, Weight4bit, Tensor | None, str], Tensor] = registry.short_way(
+    "linear_4bit", _linear_operator
+)
+
+# ---- the embedding: rows of a linear's weight, which may be the output head that is tied to it
 
 
-def linear_4bit(x: Tensor, *arguments: Any) -> Tensor:
-    """torch.ops.pyqkern.linear_4bit, by the shortest way."""
-    if direct(x):
-        if cpu.HAS_EXCHANGE and x.dim():
-            y = cpu.linear_4bit_tensors(x, *arguments)
-            if y is not None:
-                return y
-        return _linear(cpu, x, *arguments)
-    return torch.ops.pyqkern.linear_4bit.default(x, *arguments)
+def _embedding_fake(ids: Tensor, weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    check_ids(ids, weight.packed.device, dtype)
+    _check_packed(weight, weight.packed.device)
+    return weight.packed.new_empty((*ids.shape, weight.shape[1]), dtype=dtype)
 
 
-def _linear_autocast(device_type: str, x: Tensor, *arguments: Any) -> Tensor:
-    """As nn.Linear under autocast: x in the autocast dtype, and so the result. The scales stay as they are."""
-    key = torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        if x.dtype in FLOATS:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        return torch.ops.pyqkern.linear_4bit.default(x, *arguments)
+def _embedding_arguments(ids: Tensor, *given: Any) -> tuple[Any, ...]:
+    *tensors, quant_type, blocksize, n, k, dtype = given
+    return ids, Weight4bit._make((*tensors, quant_type, blocksize, (n, k))), dtype
 
 
-_lib.impl("linear_4bit", partial(_linear_autocast, "cpu"), "AutocastCPU")
+@operator(
+    f"embedding_4bit(Tensor ids, {_TENSORS}, str quant_type, int blocksize, int n, int k, ScalarType dtype) -> Tensor",
+    _embedding_fake,
+    arguments=_embedding_arguments,
+)
+def _embedding(kernels: Kernels, ids: Tensor, weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    y = _embedding_fake(ids, weight, dtype)
+    rows = checked_rows(ids, weight.shape[0])
+    return kernels.rows_4bit(_contiguous(weight), rows, dtype).view(y.shape) if y.numel() else y
 
 
-_lib.impl("linear_4bit", partial(_linear_autocast, "cuda"), "AutocastCUDA")
+def embedding_4bit(ids: Tensor, weight: Weight4bit, dtype: torch.dtype) -> Tensor:
+    """torch.ops.pyqkern.embedding_4bit."""
+    *tensors, quant_type, blocksize, shape = weight
+    return torch.ops.pyqkern.embedding_4bit.default(ids, *tensors, quant_type, blocksize, *shape, dtype)

@@ -1,16 +1,15 @@
 """The INT8 operators: int8_matmul, int8_pack, int8_unpack, int8_linear, int8_linear_static, int8_linear_outlier."""
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, INT8_MATMUL_MAX_K, cpu, reference
+from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, INT8_MATMUL_MAX_K, Kernels, reference
 from pyqkern.ops import registry
 from pyqkern.ops.checks import FLOATS, check_float, check_qtype
-from pyqkern.ops.registry import _kernels_of, _lib, _operator, direct
+from pyqkern.ops.registry import kernels_of, operator
 
 
 def _check_matmul(a: Tensor, w: Tensor) -> None:
@@ -38,8 +37,8 @@ def _matmul_fake(a: Tensor, w: Tensor) -> Tensor:
     return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=torch.int32)
 
 
-@_operator("int8_matmul(Tensor a, Tensor w) -> Tensor", _matmul_fake)
-def _matmul(kernels: Any, a: Tensor, w: Tensor) -> Tensor:
+@operator("int8_matmul(Tensor a, Tensor w) -> Tensor", _matmul_fake)
+def _matmul(kernels: Kernels, a: Tensor, w: Tensor) -> Tensor:
     _check_matmul(a, w)
     shape, k = (*a.shape[:-1], w.shape[0]), a.shape[-1]
     if a.numel() == 0 or w.numel() == 0:
@@ -59,18 +58,18 @@ def _check_weight(weight: Tensor) -> None:
 
 def _pack_fake(weight: Tensor) -> Tensor:
     _check_weight(weight)
-    return weight.new_empty(_kernels_of(weight.device).packed_shape(*weight.shape))
+    return weight.new_empty(kernels_of(weight.device).packed_shape(*weight.shape))
 
 
-@_operator("int8_pack(Tensor weight) -> Tensor", _pack_fake)
-def _pack(kernels: Any, weight: Tensor) -> Tensor:
+@operator("int8_pack(Tensor weight) -> Tensor", _pack_fake)
+def _pack(kernels: Kernels, weight: Tensor) -> Tensor:
     _check_weight(weight)
     if weight.numel() == 0:
         return weight.new_zeros(kernels.packed_shape(*weight.shape))
     return kernels.int8_pack(weight.contiguous())
 
 
-def _check_packed(kernels: Any, packed: Tensor, n: int, k: int) -> None:
+def _check_form(kernels: Kernels, packed: Tensor, n: int, k: int) -> None:
     if packed.dtype is not torch.int8:
         raise TypeError(f"packed must be torch.int8, got {packed.dtype}")
     if n < 0 or k < 0 or packed.shape != kernels.packed_shape(n, k):
@@ -80,46 +79,40 @@ def _check_packed(kernels: Any, packed: Tensor, n: int, k: int) -> None:
 
 
 def _unpack_fake(packed: Tensor, n: int, k: int) -> Tensor:
-    _check_packed(_kernels_of(packed.device), packed, n, k)
+    _check_form(kernels_of(packed.device), packed, n, k)
     return packed.new_empty((n, k))
 
 
-@_operator("int8_unpack(Tensor packed, int n, int k) -> Tensor", _unpack_fake)
-def _unpack(kernels: Any, packed: Tensor, n: int, k: int) -> Tensor:
-    _check_packed(kernels, packed, n, k)
+@operator("int8_unpack(Tensor packed, int n, int k) -> Tensor", _unpack_fake)
+def _unpack(kernels: Kernels, packed: Tensor, n: int, k: int) -> Tensor:
+    _check_form(kernels, packed, n, k)
     if n == 0 or k == 0:
         return packed.new_empty((n, k))
     return kernels.int8_unpack(packed.contiguous(), n, k)
 
 
+def check_packed(kernels: Kernels, packed: Tensor, weight_scale: Tensor, k: int, device: torch.device) -> None:
+    """A packed weight and its scales: dtypes, shapes and device."""
+    if weight_scale.dtype is not torch.float32:
+        raise TypeError(f"weight_scale must be float32, got {weight_scale.dtype}")
+    if weight_scale.dim() != 1:
+        raise ValueError(f"weight_scale must be float32 [N], got shape {tuple(weight_scale.shape)}")
+    if packed.device != device or weight_scale.device != device:
+        raise ValueError(
+            f"packed and weight_scale must be on {device}, got {packed.device} and {weight_scale.device}; "
+            "move the module with .to()"
+        )
+    _check_form(kernels, packed, weight_scale.shape[0], k)
+
+
 # ---- the linear
 
 
-def _linear_fits(
-    kernels: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
-) -> bool:
-    """Whether `_check_linear` has nothing to say: the same questions in half the time, for every call."""
-    n, k = weight_scale.numel(), x.shape[-1] if x.dim() else -1
-    device = x.device
-    return (
-        x.dtype in FLOATS
-        and 0 <= k <= INT8_LINEAR_MAX_K
-        and weight.shape == kernels.packed_shape(n, k)
-        and weight.dtype is torch.int8
-        and weight_scale.dtype is torch.float32
-        and weight_scale.dim() == 1
-        and (bias is None or (bias.shape == weight_scale.shape and bias.dtype in FLOATS and bias.device == device))
-        and weight.device == device
-        and weight_scale.device == device
-        and activation in ACTIVATIONS
-    )
-
-
 def _check_linear(
-    kernels: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
+    kernels: Kernels, x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
 ) -> None:
-    """Finds what is wrong with the arguments of int8_linear and raises."""
-    check_float("x", x.dtype)
+    if x.dtype not in FLOATS:
+        check_float("x", x.dtype)
     if x.dim() == 0:
         raise ValueError("x must be [..., K], got a 0-dim tensor")
     k = x.shape[-1]
@@ -128,94 +121,60 @@ def _check_linear(
             f"K must be at most {INT8_LINEAR_MAX_K} (255 * 127 * K < 2**31), got {k}; "
             "split the layer, or keep it in float"
         )
-    if weight_scale.dtype is not torch.float32 or weight_scale.dim() != 1:
-        raise ValueError(f"weight_scale must be float32 [N], got {weight_scale.dtype} {tuple(weight_scale.shape)}")
-    device = x.device
-    if weight.device != device or weight_scale.device != device or (bias is not None and bias.device != device):
-        others = [str(t.device) for t in (weight, weight_scale, bias) if t is not None]
-        raise ValueError(
-            f"weight, weight_scale and bias must be on {device}, where x is, got {', '.join(others)}; "
-            "move the module with .to()"
-        )
-    _check_packed(kernels, weight, weight_scale.shape[0], k)
+    check_packed(kernels, packed, weight_scale, k, x.device)
     if bias is not None:
-        check_float("bias", bias.dtype)
+        if bias.dtype not in FLOATS:
+            check_float("bias", bias.dtype)
         if bias.shape != weight_scale.shape:
             raise ValueError(f"bias must have shape {tuple(weight_scale.shape)}, got {tuple(bias.shape)}")
+        if bias.device != x.device:
+            raise ValueError(f"bias must be on {x.device}, where x is, got {bias.device}; move the module with .to()")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def _linear_fake(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
 ) -> Tensor:
-    _check_linear(_kernels_of(x.device), x, weight, weight_scale, bias, activation)
+    _check_linear(kernels_of(x.device), x, packed, weight_scale, bias, activation)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-@_operator(
-    "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str activation, bool symmetric) -> Tensor",
+@operator(
+    "int8_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, str activation, bool symmetric) -> Tensor",
     _linear_fake,
+    autocast=True,
 )
 def _linear(
-    kernels: Any,
+    kernels: Kernels,
     x: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str,
     symmetric: bool,
 ) -> Tensor:
-    if not _linear_fits(kernels, x, weight, weight_scale, bias, activation):
-        _check_linear(kernels, x, weight, weight_scale, bias, activation)
+    _check_linear(kernels, x, packed, weight_scale, bias, activation)
     if x.numel() == 0 or weight_scale.numel() == 0:
         return _linear_of_nothing(x, weight_scale, bias, activation)
-    if bias is not None:
-        bias = bias.contiguous()
+    bias = None if bias is None else bias.contiguous()
     return kernels.int8_linear(
-        x.contiguous(), weight.contiguous(), weight_scale.contiguous(), bias, activation, symmetric
+        x.contiguous(), packed.contiguous(), weight_scale.contiguous(), bias, activation, symmetric
     )
-
-
-def int8_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
-) -> Tensor:
-    """torch.ops.pyqkern.int8_linear, by the shortest way."""
-    if direct(x):
-        y = None
-        if cpu.HAS_EXCHANGE and x.dim() and weight_scale.dim() == 1:
-            y = cpu.int8_linear_tensors(x, weight, weight_scale, bias, activation, symmetric)
-        return _linear(cpu, x, weight, weight_scale, bias, activation, symmetric) if y is None else y
-    return torch.ops.pyqkern.int8_linear.default(x, weight, weight_scale, bias, activation, symmetric)
 
 
 def _linear_of_nothing(x: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """The linear where M, N or K is 0: a row without elements counts as zeros and gives the bias."""
-    y = torch.zeros((*x.shape[:-1], weight_scale.shape[0]), device=x.device)
+    y = x.new_zeros((*x.shape[:-1], weight_scale.shape[0]), dtype=torch.float32)
     return reference.activate(y if bias is None else y + bias, activation).to(x.dtype)
 
 
-def _linear_autocast(
-    device_type: str,
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    symmetric: bool,
-) -> Tensor:
-    """As nn.Linear under autocast: x in the autocast dtype, and so the result. The scales stay fp32."""
-    key = torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        if x.dtype in FLOATS:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        return torch.ops.pyqkern.int8_linear.default(x, weight, weight_scale, bias, activation, symmetric)
+# torch.ops.pyqkern.int8_linear, by the shortest way.
+int8_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, bool], Tensor] = registry.short_way(
+    "int8_linear", torch.ops.pyqkern.int8_linear.default
+)
 
-
-_lib.impl("int8_linear", partial(_linear_autocast, "cpu"), "AutocastCPU")
-
-
-_lib.impl("int8_linear", partial(_linear_autocast, "cuda"), "AutocastCUDA")
+# ---- one scale and zero point for all of x
 
 
 def _check_qparams(x: Tensor, input_scale: Tensor, input_zero_point: Tensor) -> None:
@@ -224,101 +183,76 @@ def _check_qparams(x: Tensor, input_scale: Tensor, input_zero_point: Tensor) -> 
         ("input_scale", input_scale, torch.float32),
         ("input_zero_point", input_zero_point, torch.int32),
     ):
-        if tensor.dtype is not dtype or tensor.numel() != 1 or tensor.device != x.device:
-            raise ValueError(
-                f"{name} must be one {str(dtype).removeprefix('torch.')} on {x.device}, "
-                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            )
+        if tensor.dtype is not dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+        if tensor.numel() != 1 or tensor.device != x.device:
+            raise ValueError(f"{name} must be one element on {x.device}, got {tuple(tensor.shape)} on {tensor.device}")
 
 
 def _static_fake(
     x: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
 ) -> Tensor:
-    _check_linear(_kernels_of(x.device), x, weight, weight_scale, bias, activation)
+    _check_linear(kernels_of(x.device), x, packed, weight_scale, bias, activation)
     _check_qparams(x, input_scale, input_zero_point)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-@_operator(
-    "int8_linear_static(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, str activation,"
+@operator(
+    "int8_linear_static(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, str activation,"
     " Tensor input_scale, Tensor input_zero_point) -> Tensor",
     _static_fake,
+    autocast=True,
 )
 def _static(
-    kernels: object,
+    kernels: Kernels,
     x: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
 ) -> Tensor:
-    if not _linear_fits(kernels, x, weight, weight_scale, bias, activation):
-        _check_linear(kernels, x, weight, weight_scale, bias, activation)
+    _check_linear(kernels, x, packed, weight_scale, bias, activation)
     _check_qparams(x, input_scale, input_zero_point)
     if x.numel() == 0 or weight_scale.numel() == 0:
         return _linear_of_nothing(x, weight_scale, bias, activation)
-    x, weight, weight_scale = x.contiguous(), weight.contiguous(), weight_scale.contiguous()
+    x, packed, weight_scale = x.contiguous(), packed.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return kernels.int8_linear_static(x, weight, weight_scale, bias, activation, input_scale, input_zero_point)  # type: ignore[attr-defined]
+    return kernels.int8_linear_static(x, packed, weight_scale, bias, activation, input_scale, input_zero_point)
 
 
-def int8_linear_static(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-) -> Tensor:
-    """torch.ops.pyqkern.int8_linear_static, by the shortest way.
-
-    x [..., K] fp32, bf16 or fp16; weight as `int8_pack` makes it of int8 [N, K]; weight_scale fp32 [N]; bias [N] or
-    None; input_scale fp32 and input_zero_point int32, one element each -> [..., N] of x's dtype.
-    """
-    if registry.direct(x):
-        if cpu.HAS_EXCHANGE and x.dim() and weight_scale.dim() == 1:
-            y = cpu.int8_linear_static_tensors(x, weight, weight_scale, bias, activation, input_scale, input_zero_point)
-            if y is not None:
-                return y
-        return _static(cpu, x, weight, weight_scale, bias, activation, input_scale, input_zero_point)
-    return torch.ops.pyqkern.int8_linear_static.default(
-        x, weight, weight_scale, bias, activation, input_scale, input_zero_point
-    )
-
-
-def _static_autocast(device_type: str, x: Tensor, *rest: object) -> Tensor:
-    """As nn.Linear under autocast: x in the autocast dtype, and so the result."""
-    return _without_autocast(device_type, torch.ops.pyqkern.int8_linear_static.default, x, rest)
-
+# torch.ops.pyqkern.int8_linear_static, by the shortest way.
+int8_linear_static: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, Tensor, Tensor], Tensor] = registry.short_way(
+    "int8_linear_static", torch.ops.pyqkern.int8_linear_static.default
+)
 
 # ---- outlier columns
 
 
 def _outlier_fake(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float, symmetric: bool
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float, symmetric: bool
 ) -> Tensor:
-    _check_linear(_kernels_of(x.device), x, weight, weight_scale, bias, "none")
+    _check_linear(kernels_of(x.device), x, packed, weight_scale, bias, "none")
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-@_operator(
-    "int8_linear_outlier(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, float threshold, bool symmetric)"
+@operator(
+    "int8_linear_outlier(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, float threshold, bool symmetric)"
     " -> Tensor",
     _outlier_fake,
+    autocast=True,
 )
 def _outlier(
-    kernels: object,
+    kernels: Kernels,
     x: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     threshold: float,
@@ -328,38 +262,26 @@ def _outlier(
 
     The source is Dettmers et al., "LLM.int8()", 2022. A NaN is in no outlier column; it makes its row NaN as elsewhere.
     """
-    _check_linear(kernels, x, weight, weight_scale, bias, "none")
+    _check_linear(kernels, x, packed, weight_scale, bias, "none")
     if x.numel() == 0 or weight_scale.numel() == 0:
         return _linear_of_nothing(x, weight_scale, bias, "none")
     n, k = weight_scale.shape[0], x.shape[-1]
-    flat = x.reshape(-1, k)
-    lo, hi = flat.aminmax(dim=0)
-    finite = lo.isfinite() & hi.isfinite()  # an infinity stays with the INT8 part, which makes its row NaN
-    columns = (((hi > threshold) | (lo < -threshold)) & finite).nonzero().view(-1)
+    packed, weight_scale = packed.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    args = (weight.contiguous(), weight_scale.contiguous())
+    flat = x.reshape(-1, k).contiguous()
+    columns = _outlier_columns(flat, threshold)
     if columns.numel() == 0:
-        return kernels.int8_linear(x.contiguous(), *args, bias, "none", symmetric)  # type: ignore[attr-defined]
+        return kernels.int8_linear(x.contiguous(), packed, weight_scale, bias, "none", symmetric)
     rest = flat.float().index_fill(1, columns, 0.0)
     outliers = flat.index_select(1, columns).float()
-    codes = kernels.int8_unpack(args[0], n, k).index_select(1, columns)  # type: ignore[attr-defined]
-    y = kernels.int8_linear(rest, *args, bias, "none", symmetric)  # type: ignore[attr-defined]
+    codes = kernels.int8_unpack(packed, n, k).index_select(1, columns)
+    y = kernels.int8_linear(rest, packed, weight_scale, bias, "none", symmetric)
     y = y + functional.linear(outliers, codes.float() * weight_scale[:, None])
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
-def _outlier_autocast(device_type: str, x: Tensor, *rest: object) -> Tensor:
-    return _without_autocast(device_type, torch.ops.pyqkern.int8_linear_outlier.default, x, rest)
-
-
-def _without_autocast(device_type: str, operator: object, x: Tensor, rest: tuple[object, ...]) -> Tensor:
-    key = torch._C.DispatchKey.AutocastCPU if device_type == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        if x.dtype in FLOATS:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        return operator(x, *rest)  # type: ignore[operator]
-
-
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    for _name, _autocast in (("int8_linear_static", _static_autocast), ("int8_linear_outlier", _outlier_autocast)):
-        _lib.impl(_name, partial(_autocast, _device), _key)
+def _outlier_columns(x: Tensor, threshold: float) -> Tensor:
+    """The columns of x [M, K] with a magnitude above the threshold. One with an infinity stays with the INT8 part."""
+    lo, hi = x.aminmax(dim=0)
+    finite = lo.isfinite() & hi.isfinite()
+    return (((hi > threshold) | (lo < -threshold)) & finite).nonzero().view(-1)

@@ -1,7 +1,7 @@
-"""The operators torch.ops.pyqkern.*: where they are defined, and which kernels run them.
+"""The operators torch.ops.pyqkern.*: how they are defined, and which backend runs them.
 
 This is the one place that chooses the device. An operator in the other modules of `pyqkern.ops` checks its arguments,
-gives the kernels contiguous tensors and shapes the result. Sizes of zero are answered there and reach no kernel.
+gives the backend contiguous tensors and shapes the result. Sizes of zero are answered there and reach no backend.
 `Library.impl` is used because it costs the least per call of the ways that torch.compile, torch.export and autocast
 understand.
 """
@@ -13,52 +13,122 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqkern.backends import cpu, cuda, reference
+from pyqkern.backends import Kernels, cpu, cuda, reference
+from pyqkern.ops.checks import FLOATS
 
-_lib = torch.library.Library("pyqkern", "DEF")
-_KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": cuda}
+library = torch.library.Library("pyqkern", "DEF")
+
+# A device without kernels of its own has the plain-torch ones. So has ROCm, whose devices are called "cuda" too.
+BACKENDS: dict[str, Kernels] = {"cpu": cpu, "cuda": cuda if torch.version.hip is None else reference}
+_KEYS = {"CPU": "cpu", "CUDA": "cuda", "XPU": "xpu", "MPS": "mps", "PrivateUse1": "privateuseone"}
+_AUTOCAST = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 
-def _kernels_of(device: torch.device) -> Any:
-    """The kernels for a device; a device without any, such as "meta", has the plain-torch ones."""
-    return _KERNELS.get(device.type, reference)
+def kernels_of(device: torch.device) -> Kernels:
+    """The backend for a device. Raises RuntimeError for "mps", which has no float64 for the plain-torch kernels."""
+    if device.type == "mps":
+        raise RuntimeError("quantized layers do not run on mps, got a tensor there; keep the model on the CPU")
+    return BACKENDS.get(device.type, reference)
 
 
-def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Defines `schema`, implemented by the decorated function of (kernels, *arguments), and its fake implementation."""
+def operator(
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    arguments: Callable[..., tuple[Any, ...]] | None = None,
+    autocast: bool = False,
+    keys: tuple[str, ...] = tuple(_KEYS),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Defines `schema`, implemented by the decorated function of (kernels, *arguments), and its fake implementation.
+
+    arguments: makes those of the function and of the fake implementation out of the schema's, which they are otherwise.
+    autocast: the first argument is taken in the autocast dtype, as nn.Linear does. keys: the devices that have it.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def implementation(device: torch.device, *given: Any) -> Any:
+            return function(kernels_of(device), *(arguments(*given) if arguments else given))
+
+        def meta(*given: Any) -> Any:
+            return fake(*(arguments(*given) if arguments else given))
+
         name = schema.split("(")[0]
-        _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _lib.impl(name, partial(function, cpu), "CPU")
-        _lib.impl(name, partial(function, cuda), "CUDA")
-        for key in ("XPU", "MPS", "PrivateUse1"):
-            _lib.impl(name, partial(function, reference), key)
-        torch.library.register_fake(f"pyqkern::{name}", fake, lib=_lib)
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in keys:
+            library.impl(name, partial(implementation, torch.device(_KEYS[key])), key)
+        torch.library.register_fake(f"pyqkern::{name}", meta, lib=library)
+        for device_type, dispatch_key in _AUTOCAST.items() if autocast else ():
+            library.impl(name, partial(_autocast, device_type, dispatch_key, name), dispatch_key.name)
         return function
 
     return register
 
 
+def _autocast(device_type: str, key: Any, name: str, x: Tensor, *rest: Any) -> Tensor:
+    """As nn.Linear under autocast: x in the autocast dtype, and so the result. Other arguments stay as they are."""
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        if x.dtype in FLOATS:
+            x = x.to(torch.get_autocast_dtype(device_type))
+        return getattr(torch.ops.pyqkern, name).default(x, *rest)
+
+
+# ---- the short way
+
+
+try:
+    from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C._autograd import _profiler_enabled
+    from torch._C._functorch import peek_interpreter_stack
+
+    _can_ask = hasattr(Tensor, "_is_zerotensor")
+except ImportError:  # none of them is public
+    _can_ask = False
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether C++ may read a CPU tensor's memory: no subclass, which may have none, and no pending negation."""
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
+
+
 def direct(x: Tensor) -> bool:
     """Whether a kernel may be called without the dispatcher, which costs 3 us of the 7 that a one-token linear takes.
 
-    So where x is a plain CPU tensor, and nobody listens to operators: no torch.compile or export, no tracing, vmap or
-    dispatch mode, no autocast, no profiler. What the operator does is the same either way.
+    So where x is a plain CPU tensor, and nobody listens to operators: no torch.compile or export, no tracing, vmap,
+    function or dispatch mode, no autocast, no profiler. What the operator does is the same either way.
     """
     return (
-        not torch.compiler.is_compiling()
+        _can_ask
+        and not torch.compiler.is_compiling()
         and type(x) in _PLAIN
         and x.is_cpu
         and x.layout is torch.strided
         and not x.is_neg()
         and not x._is_zerotensor()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
+        and _get_tracing_state() is None
+        and peek_interpreter_stack() is None
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._autograd._profiler_enabled()
+        and not _profiler_enabled()
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def short_way(name: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of the same arguments as `operator` that calls the C++ kernel of that name where it may.
+
+    The kernel checks its arguments itself; what it does not take goes to the operator, which says what is wrong.
+    """
+    kernel = cpu.SHORT_WAY.get(name)
+    if kernel is None:
+        return operator
+
+    def call(x: Tensor, *arguments: Any) -> Tensor:
+        if direct(x):
+            y = kernel(x, *arguments)
+            if y is not None:
+                return y
+        return operator(x, *arguments)
+
+    return call

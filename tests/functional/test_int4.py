@@ -11,7 +11,7 @@ from torch import nn
 
 import pyqkern
 from pyqkern import QLinear, choose_qparams_affine, dequantize_affine, pack_int4, quantize_affine, unpack_int4
-from pyqkern.backends import reference
+from pyqkern.backends import Weight4bit, reference
 from pyqkern.nn.four_bit import Int4Linear
 from pyqkern.schemes import Int4
 
@@ -84,8 +84,8 @@ def test_linear(isa: str, group_size: int, n: int) -> None:
         with torch.no_grad():
             y = layer(x)
         if n >= 16:
-            arguments = (None, None, None, layer.bias, "int4", group_size, n, "int8")
-            assert torch.equal(y, reference.linear_4bit(x, state["weight"], state["absmax"], *arguments))
+            weight = Weight4bit(state["weight"], state["absmax"], None, None, None, "int4", group_size, (n, 384))
+            assert torch.equal(y, reference.linear_4bit(x, weight, layer.bias, "int8"))
 
 
 def test_products_of_integers_are_exact(isa: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from triton_device import EPS, GPU, few, float_types, qtypes, require_device, rows, same, widths
 
-from pyqkern.backends import QRANGE, reference
+from pyqkern.backends import QRANGE, cuda, reference
 
 if available("triton"):
     from pyqkern.kernels import affine, device, int8, row_quantize, tuning
@@ -221,7 +221,7 @@ def test_int8_linear(
     w, scale = integers((n, k), seed, torch.int8).clamp(min=-127), torch.rand(n) + 0.1
     b = None if bias is None else floats((n,), seed, bias)
     packed = int8.int8_pack(w.to(GPU))
-    same(int8.int8_unpack(packed, n, k), w)
+    same(cuda.int8_unpack(packed, n, k), w)
     moved = None if b is None else b.to(GPU)
     with pytest.MonkeyPatch.context() as patch:
         if old:  # the configurations of devices without a tensor memory accelerator

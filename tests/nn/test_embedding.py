@@ -13,7 +13,7 @@ from torch import nn
 from pyqkern import QEmbedding, QLinear, replace_embedding, replace_linear, summary
 from pyqkern.backends import cpu, reference
 from pyqkern.nn.four_bit import Linear4bit
-from pyqkern.ops import embedding as ops_embedding
+from pyqkern.ops import four_bit as ops_four_bit
 from pyqkern.ops import registry
 from pyqkern.schemes import FP4, NF4, Int4
 
@@ -59,9 +59,8 @@ def dequantized(table: QLinear) -> torch.Tensor:
     """All rows, from the flat codes and scales that are saved, by other kernels."""
     n, k = table.out_features, table.in_features
     if isinstance(table, Linear4bit):
-        return torch.ops.pyqkern.dequantize_4bit(
-            table._codes(), table._scales(), *table._nested(), table.quant_type, table.blocksize, (n, k), table.dtype
-        )
+        flat = table._weight4bit()._replace(packed=table._plain("weight"), absmax=table._plain("absmax"))
+        return torch.ops.pyqkern.dequantize_4bit(*flat, table.dtype)
     codes = torch.ops.pyqkern.int8_unpack(table.packed, n, k)
     return (codes * table.weight_scale.unsqueeze(1)).to(table.dtype)
 
@@ -74,16 +73,15 @@ def test_a_device_without_kernels_has_the_same_rows(n: int, k: int, scheme: obje
     if scheme == "int8":
         codes = torch.ops.pyqkern.int8_unpack(table.packed, n, k)
     else:
-        codes, scales, nested = table._codes(), table._scales(), table._nested()
-    registry._KERNELS["cpu"] = reference
+        weight = table._weight4bit()._replace(packed=table._plain("weight").view(-1), absmax=table._plain("absmax"))
+    registry.BACKENDS["cpu"] = reference
     try:
         if scheme == "int8":
-            y = ops_embedding._int8(reference, ids, codes, table.weight_scale, k, torch.float32)
+            y = torch.ops.pyqkern.int8_embedding(ids, codes, table.weight_scale, k, torch.float32)
         else:
-            rest = (codes, scales, *nested, table.quant_type, table.blocksize, n, k, torch.float32)
-            y = ops_embedding._4bit(reference, ids, *rest)
+            y = ops_four_bit.embedding_4bit(ids, weight, torch.float32)
     finally:
-        registry._KERNELS["cpu"] = cpu
+        registry.BACKENDS["cpu"] = cpu
     assert torch.equal(y, layer(ids))
 
 
@@ -139,7 +137,7 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.pyqkern.int8_embedding.default, arguments)
     for scheme in ("nf4", NF4(double_quant=True)):
         table = QEmbedding.from_embedding(embedding(20, 64), scheme).table
-        rest = (table.packed, table.absmax, *table._nested(), "nf4", 64, 20, 64, torch.bfloat16)
+        rest = (*table._weight4bit()[:5], "nf4", 64, 20, 64, torch.bfloat16)
         torch.library.opcheck(torch.ops.pyqkern.embedding_4bit.default, (ids, *rest))
 
 

@@ -375,7 +375,7 @@ def with_weight(values: Tensor) -> nn.Linear:
         (lambda: LAYER(torch.tensor(1.0)), ValueError, r"got shape \(\)"),
         (lambda: LAYER(torch.zeros(3, 70).double()), TypeError, "x must be float32"),
         (lambda: LAYER(torch.zeros(3, 70).int()), TypeError, "got int32"),
-        (lambda: LAYER(torch.zeros(3, 70, device="meta")), ValueError, "must be on meta, where x is, got cpu"),
+        (lambda: LAYER(torch.zeros(3, 70, device="meta")), ValueError, "must be on meta, got cpu"),
     ],
 )
 def test_bad_input(call, error, message) -> None:  # type: ignore[no-untyped-def]

@@ -57,9 +57,9 @@ class Layer:
                 linear = nn.Linear(k, n)
                 linear.weight.data = weight
                 quantized = QLinear.from_linear(linear, scheme)
-                codes, packed, scale = quantized._codes(), quantized.packed, quantized.absmax
-                self.flat_scales.append(quantized._scales())
-                nested += [t for t in quantized._nested() if t is not None]
+                codes, packed, scale = quantized._plain("weight").view(-1), quantized.packed, quantized.absmax
+                self.flat_scales.append(quantized._plain("absmax"))
+                nested += [t for t in quantized._weight4bit()[2:5] if t is not None]
                 four = (quantized.quant_type, quantized.blocksize, [width, wide], nested)
             self.codes.append(codes)
             self.packed.append(packed)

@@ -2,14 +2,16 @@
 
 import copy
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from calls import BIAS, CALLS, SCALE, Q, W, X
+from calls import ABSMAX, BIAS, CALLS, PACKED, SCALE, X4, Q, W, X
 from strategies import FLOATS, floats
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,9 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyqkern
 from pyqkern import QLinear, choose_qparams_affine, dequantize_affine, int8_matmul, quantize_affine, replace_linear
-from pyqkern.backends import cuda, reference
-from pyqkern.ops import affine as ops_affine
-from pyqkern.ops import int8 as ops_int8
+from pyqkern.backends import Kernels, cpu, cuda, reference
 from pyqkern.ops import registry
 
 ops = torch.ops.pyqkern
@@ -54,53 +54,67 @@ def test_fake_and_meta_agree_with_the_real(name: str, arguments: tuple[object, .
         assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
 
 
-@pytest.mark.parametrize(
-    "name, arguments",  # test_nf4.py and test_int4.py hold the 4-bit kernels against their reference
-    [(name, call) for name, calls in CALLS.items() for call in calls if not name.endswith("_4bit")],
-)
+@pytest.mark.parametrize("name, arguments", [(name, call) for name, calls in CALLS.items() for call in calls])
 def test_a_device_without_kernels_gets_the_reference(
-    monkeypatch: pytest.MonkeyPatch, name: str, arguments: tuple[object, ...]
+    monkeypatch: pytest.MonkeyPatch, name: str, arguments: tuple[Any, ...]
 ) -> None:
     """The plain-torch module has every function that the operators call, with the same results."""
     expected = getattr(ops, name)(*arguments)
-    function = {
-        "choose_qparams_affine": ops_affine._choose_qparams,
-        "quantize_affine": ops_affine._quantize,
-        "dequantize_affine": ops_affine._dequantize,
-        "int8_matmul": ops_int8._matmul,
-        "int8_pack": ops_int8._pack,
-        "int8_unpack": ops_int8._unpack,
-        "int8_linear": ops_int8._linear,
-        "int8_linear_static": ops_int8._static,
-        "int8_linear_outlier": ops_int8._outlier,
-    }[name]
-    if name == "int8_unpack" or name.startswith("int8_linear"):
-        position = 0 if name == "int8_unpack" else 1
-        arguments = (*arguments[:position], W, *arguments[position + 1 :])  # its packed form is the weight itself
-    result = function(reference, *arguments)
-    if name == "int8_pack":
+    monkeypatch.setitem(registry.BACKENDS, "cpu", reference)
+    result = getattr(ops, name)(*in_the_reference_form(name, arguments))
+    if name in ("int8_pack", "pack_4bit"):  # a form of its own: the flat one
         assert torch.equal(result, arguments[0])
-    elif name == "int8_linear" and arguments[4] == "gelu":
+    elif "gelu" in arguments:
         assert (result.float() - expected.float()).abs().max() <= 2.0**-8 * expected.float().abs().max()
+    elif name == "linear_4bit" and arguments[-1] == "auto":  # fp32 there: the bound of test_cuda.py
+        bound = 128 * float(X4.abs().max()) * float(ABSMAX.max()) * (2.0**-8 + 2 * 0.5 / 127)
+        assert (result - expected).abs().max() <= bound
     else:
         pairs = zip(result, expected, strict=True) if isinstance(result, tuple) else [(result, expected)]
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_every_kernel_module_has_every_function() -> None:
-    functions = [
-        "min_max",
-        "quantize",
-        "dequantize",
-        "int8_matmul",
-        "int8_linear",
-        "int8_linear_static",
-        "int8_pack",
-        "int8_unpack",
-        "packed_shape",
+def in_the_reference_form(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    if name == "int8_unpack" or name.startswith("int8_linear"):
+        position = 0 if name == "int8_unpack" else 1
+        return (*arguments[:position], W, *arguments[position + 1 :])  # its packed form is the weight itself
+    if name == "unpack_4bit":
+        return (PACKED, *arguments[1:])
+    return (arguments[0], PACKED, ABSMAX, *arguments[3:]) if name == "linear_4bit" else arguments
+
+
+@pytest.mark.parametrize("kernels", [cpu, cuda, reference])
+def test_every_backend_has_every_function(kernels: Kernels) -> None:
+    """mypy checks the types."""
+    names = [name for name, value in vars(Kernels).items() if callable(value) and not name.startswith("_")]
+    assert len(names) > 15 and [name for name in names if not callable(getattr(kernels, name, None))] == []
+
+
+def test_no_other_file_chooses_a_backend() -> None:
+    """`kernels is cpu`, a device's type and the like stand in the registry alone."""
+    package = Path(pyqkern.__file__).parent
+    pattern = re.compile(r"kernels\w* is (not )?(cpu|cuda|reference)|device\.type [!=]= |\.(type|device) in \(")
+    found = [
+        f"{path.relative_to(package)}:{number}: {line.strip()}"
+        for room in ("backends", "functional", "nn", "ops")
+        for path in sorted((package / room).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line) and path.name != "registry.py"
     ]
-    for kernels in (reference, *registry._KERNELS.values()):
-        assert [name for name in functions if not callable(getattr(kernels, name, None))] == []
+    assert found == []
+
+
+def test_mps_is_refused_and_rocm_is_not_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="do not run on mps, got a tensor there; keep the model on the CPU"):
+        registry.kernels_of(torch.device("mps"))
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="do not run on mps"):
+        ops.int8_pack(torch.empty(3, 5, dtype=torch.int8, device="mps"))
+    code = """import torch
+torch.version.hip = "6.2"
+from pyqkern.backends import reference
+from pyqkern.ops import registry
+assert registry.kernels_of(torch.device("cuda")) is reference"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- compiled and exported

@@ -1,8 +1,8 @@
 """Every kernel in plain torch: the specification, the oracle of the tests, and what runs on a device without kernels.
 
-The functions here, in `pyqkern.backends.cpu` (C++) and in `pyqkern.kernels` (Triton) have the same arguments and the
-same results: integers equal, and the float results of the linear equal bit for bit where no GELU is fused. One line of
-arithmetic is one rounding to fp32; nothing is fused except where `fma` is written.
+The functions here and those of `pyqkern.backends.cpu` and `pyqkern.backends.cuda` have the same arguments
+(`pyqkern.backends.Kernels`) and the same results: integers equal, and the float results of the linear equal bit for bit
+where no GELU is fused. One line of arithmetic is one rounding to fp32; nothing is fused except where `fma` is written.
 """
 
 from pyqkern.backends.reference.affine import dequantize, fma, min_max, qparams_from_range, quantize
@@ -12,8 +12,9 @@ from pyqkern.backends.reference.four_bit import (
     linear_4bit,
     pack_4bit,
     pack_scales,
-    packed_sizes,
+    packed_shapes_4bit,
     quantize_4bit,
+    rows_4bit,
     unpack_4bit,
     unpack_scales,
 )
@@ -24,6 +25,7 @@ from pyqkern.backends.reference.int8 import (
     int8_matmul,
     int8_pack,
     int8_quantize_rows,
+    int8_rows,
     int8_unpack,
     packed_shape,
     panels,
@@ -40,17 +42,19 @@ __all__ = [
     "int8_matmul",
     "int8_pack",
     "int8_quantize_rows",
+    "int8_rows",
     "int8_unpack",
     "linear_4bit",
     "min_max",
     "pack_4bit",
     "pack_scales",
     "packed_shape",
-    "packed_sizes",
+    "packed_shapes_4bit",
     "panels",
     "qparams_from_range",
     "quantize",
     "quantize_4bit",
+    "rows_4bit",
     "unpack_4bit",
     "unpack_scales",
 ]

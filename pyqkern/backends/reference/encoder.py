@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyqkern.backends import FLT_MIN, reference
+from pyqkern.backends import FLT_MIN, Weight4bit, reference
 
 LOG2_E = 1.44269504
 
 # Of key j of a sentence: many small probabilities keep their sum, where rounding each for itself would lose them all.
-DITHER = (torch.arange(64) * 39 % 64 + 0.5) / 64 - 0.5
+DITHER = (torch.arange(64, device="cpu") * 39 % 64 + 0.5) / 64 - 0.5
 
 
 def seen_keys(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -87,9 +87,10 @@ def encoder_layer(
     def linear(i: int, rows: Tensor, act: str = "none") -> Tensor:
         if quant_type != "int8":
             n = features[0] if i < 3 else features[1] if i == 4 else x.shape[-1]
-            scale = nested[3 * i : 3 * i + 3] if nested else (None,) * 3
-            arguments = (weights[i], scales[i], *scale, biases[i], quant_type, blocksize, n, "int8")
-            return reference.activate(reference.linear_4bit(rows, *arguments), act)
+            of_absmax = nested[3 * i : 3 * i + 3] if nested else (None,) * 3
+            shape = (n, rows.shape[-1])
+            weight = Weight4bit._make((weights[i], scales[i], *of_absmax, quant_type, blocksize, shape))
+            return reference.activate(reference.linear_4bit(rows, weight, biases[i], "int8"), act)
         return reference.int8_linear(rows, weights[i], scales[i], biases[i], act, symmetric)
 
     batch, length, _ = x.shape

@@ -5,7 +5,7 @@ to a byte, the first in the high four bits: the format of bitsandbytes, bit for 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyqkern.backends import NESTED_BLOCKSIZE, Shape, Weight4bit
 from pyqkern.backends.reference.affine import fma
 from pyqkern.backends.reference.int8 import int8_quantize_rows
-
-QUANT_TYPES = ("nf4", "fp4")
-NESTED_BLOCKSIZE = 256
 
 # The least absmax that a block is divided by; a short last block also stores it.
 LEAST_ABSMAX = 1e-38
@@ -62,7 +60,7 @@ class Codebook:
 
 
 def _fp4() -> Tensor:
-    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32) / 12
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32, device="cpu") / 12
     return torch.cat([positive, -positive])
 
 
@@ -73,12 +71,12 @@ CODEBOOKS = {
             -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
             0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-        ], dtype=torch.float32),
+        ], dtype=torch.float32, device="cpu"),
         127.0,
     ),
     "fp4": Codebook(_fp4(), 127.0),
     # Two's complement: the code is q & 15, its value q, the scale that of quantize_affine.
-    "int4": Codebook(torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32), 1.0),
+    "int4": Codebook(torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device="cpu"), 1.0),
 }  # fmt: skip
 
 
@@ -101,23 +99,24 @@ def pack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     return packed.clone()
 
 
-def unpack_4bit(lines: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+def unpack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     """The flat packed codes out of `pack_4bit`."""
-    return lines.clone()
+    return packed.clone()
 
 
-def pack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+def pack_scales(absmax: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     """The scales in the order that belongs to `pack_4bit`: here the flat one."""
-    return scales.clone()
+    return absmax.clone()
 
 
-def unpack_scales(scales: Tensor, n: int, k: int, blocksize: int) -> Tensor:
-    return scales.clone()
+def unpack_scales(absmax: Tensor, n: int, k: int, blocksize: int) -> Tensor:
+    """The flat scales out of `pack_scales`."""
+    return absmax.clone()
 
 
-def packed_sizes(n: int, k: int, blocksize: int) -> tuple[int, int]:
-    """The lengths of what pack_4bit and pack_scales return."""
-    return (n * k + 1) // 2, -(-n * k // blocksize)
+def packed_shapes_4bit(n: int, k: int, blocksize: int) -> tuple[Shape, Shape]:
+    """The shapes of what pack_4bit and pack_scales return."""
+    return ((n * k + 1) // 2,), (-(-n * k // blocksize),)
 
 
 # ---- quantize and dequantize
@@ -143,51 +142,55 @@ def quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, T
     return pack(codes), absmax
 
 
-def block_scales(
-    absmax: Tensor, nested_absmax: Tensor | None, nested_map: Tensor | None, offset: Tensor | None
-) -> Tensor:
-    """absmax itself, or what its uint8 codes stand for: map[absmax] * nested_absmax[block of 256] + offset."""
-    if nested_absmax is None or nested_map is None or offset is None:
-        return absmax
-    each = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
-    return nested_map[absmax.long()] * each + offset
+def nested_scales(codes: Tensor, blocks: Tensor, weight: Weight4bit) -> Tensor:
+    """What absmax of 8 bits stand for: map[code] * nested_absmax[block // 256] + offset. blocks: their numbers."""
+    assert weight.nested_absmax is not None and weight.nested_map is not None and weight.nested_offset is not None
+    each = weight.nested_absmax[blocks // NESTED_BLOCKSIZE]
+    return weight.nested_map[codes.long()] * each + weight.nested_offset
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+def block_scales(weight: Weight4bit) -> Tensor:
+    """absmax of a flat weight, in fp32."""
+    if weight.nested_absmax is None:
+        return weight.absmax
+    return nested_scales(weight.absmax, torch.arange(weight.absmax.numel(), device=weight.absmax.device), weight)
+
+
+def plain(packed: Tensor, absmax: Tensor, like: Weight4bit, shape: Sequence[int]) -> Weight4bit:
+    """A flat weight of fp32 scales, in the format of another."""
+    return Weight4bit(packed, absmax, None, None, None, like.quant_type, like.blocksize, shape)
+
+
+def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     """value[code] * absmax of its block in fp32, rounded once to dtype."""
-    numel = math.prod(shape)
-    scales = block_scales(absmax, nested_absmax, nested_map, offset).repeat_interleave(blocksize)[:numel]
-    values = CODEBOOKS[quant_type].values.to(packed.device)[unpack(packed, numel).long()]
-    return (values * scales).to(dtype).view(*shape)
+    numel = math.prod(weight.shape)
+    scales = block_scales(weight).repeat_interleave(weight.blocksize)[:numel]
+    values = CODEBOOKS[weight.quant_type].values.to(weight.packed.device)[unpack(weight.packed, numel).long()]
+    return (values * scales).to(dtype).view(*weight.shape)
+
+
+def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight[rows] dequantized."""
+    return rows_of_flat(dequantize_4bit, weight, rows, dtype)
+
+
+def rows_of_flat(
+    dequantize: Callable[[Weight4bit, torch.dtype], Tensor], weight: Weight4bit, rows: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """weight[rows] of a flat weight by the dequantize_4bit of a backend: all of it where blocks cross rows."""
+    n, k = weight.shape
+    if k % weight.blocksize:
+        return dequantize(weight, dtype).index_select(0, rows)
+    codes = weight.packed.view(n, k // 2).index_select(0, rows)
+    scales = block_scales(weight).view(n, k // weight.blocksize).index_select(0, rows)
+    return dequantize(plain(codes.view(-1), scales.view(-1), weight, (rows.numel(), k)), dtype)
 
 
 # ---- the linear
 
 
-def linear_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    n: int,
-    compute: str,
-) -> Tensor:
-    """x [..., K], weight [n, K] as quantize_4bit packs it -> [..., n] of x's dtype.
+def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
+    """x [..., K], a flat weight [n, K] -> [..., n] of x's dtype.
 
     compute="fp32": x @ dequantized.T in fp32. "bf16": both rounded to bf16 first. "int8": rows of x as s8 codes q with
     scale s, and with W the integers of the codebook
@@ -196,26 +199,24 @@ def linear_4bit(
     it takes K of whole blocks. "auto" is "fp32".
     """
     k = x.shape[-1]
-    scales = block_scales(absmax, nested_absmax, nested_map, offset)
-    if compute == "int8" and k % blocksize == 0:
-        y = _linear_int8(x.reshape(-1, k), packed, scales, quant_type, blocksize, n)
-        y = y if bias is None else y + bias.float()
+    rows = x.reshape(-1, k)
+    if compute == "int8" and k % weight.blocksize == 0:
+        y = _linear_int8(rows, weight)
     else:
         dtype = torch.bfloat16 if compute == "bf16" else torch.float32
-        weight = dequantize_4bit(packed, scales, None, None, None, quant_type, blocksize, (n, k), dtype)
-        y = functional.linear(x.reshape(-1, k).to(dtype), weight).float()
-        y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+        y = functional.linear(rows.to(dtype), dequantize_4bit(weight, dtype)).float()
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
-def _linear_int8(x: Tensor, packed: Tensor, scales: Tensor, quant_type: str, blocksize: int, n: int) -> Tensor:
-    book, step, k = CODEBOOKS[quant_type], min(blocksize, STEP), x.shape[-1]
+def _linear_int8(x: Tensor, weight: Weight4bit) -> Tensor:
+    book, step, (n, k) = CODEBOOKS[weight.quant_type], min(weight.blocksize, STEP), weight.shape
     q, scale, zero = int8_quantize_rows(x, True)
     q = (q.double() - zero.unsqueeze(1)).view(-1, k // step, step)
-    w = book.integers.to(x.device)[unpack(packed, n * k).long()].double().view(n, k // step, step)
+    w = book.integers.to(x.device)[unpack(weight.packed, n * k).long()].double().view(n, k // step, step)
     products = torch.einsum("msk,nsk->smn", q, w)
-    scales = scales.view(n, k // blocksize).repeat_interleave(blocksize // step, 1)
+    scales = block_scales(weight).view(n, k // weight.blocksize).repeat_interleave(weight.blocksize // step, 1)
     total = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
     for s in range(k // step):
         total = fma(products[s].float(), scales[:, s].expand_as(total), total)
-    return total * (scale * torch.tensor(1.0 / book.levels, dtype=torch.float32)).unsqueeze(1)
+    return total * (scale * scale.new_tensor(1.0 / book.levels)).unsqueeze(1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern.backends import PANEL
+from pyqkern.backends import PANEL, Shape
 from pyqkern.backends.reference.affine import min_max, qparams_from_range, quantize
 
 
@@ -34,23 +34,24 @@ def activate(y: Tensor, activation: str) -> Tensor:
 
 
 def int8_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
 ) -> Tensor:
-    """x [..., K] fp32/bf16/fp16, weight int8 [N, K], weight_scale fp32 [N], bias [N] or None -> [..., N] of x's dtype.
+    """x [..., K] fp32/bf16/fp16, packed int8 [N, K], the weight itself, weight_scale fp32 [N], bias [N] or
+    None -> [..., N] of x's dtype.
 
     y[m, n] = activation((sx[m] * sw[n]) * (sum_k q[m,k] * w[n,k] - z[m] * sum_k w[n,k]) + bias[n])
     """
     q, scale, zero_point = int8_quantize_rows(x.reshape(-1, x.shape[-1]), symmetric)
-    product = (q.double() - zero_point.unsqueeze(1)) @ weight.double().T
+    product = (q.double() - zero_point.unsqueeze(1)) @ packed.double().T
     y = (scale.unsqueeze(1) * weight_scale) * product.float()
     if bias is not None:
         y = y + bias.float()
-    return activate(y, activation).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return activate(y, activation).to(x.dtype).view(*x.shape[:-1], packed.shape[0])
 
 
 def int8_linear_static(
     x: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str,
@@ -61,12 +62,12 @@ def int8_linear_static(
     x2 = x.reshape(-1, x.shape[-1])
     sizes = (x2.shape[0], 1, x2.shape[1])
     q = quantize(x2, sizes, input_scale.view(1), input_zero_point.view(1), torch.uint8, fused=False)
-    product = (q.double() - input_zero_point.view(1)) @ weight.double().T
+    product = (q.double() - input_zero_point.view(1)) @ packed.double().T
     y = (input_scale.view(1) * weight_scale) * product.float()
     y = torch.where(x2.isfinite().all(1, keepdim=True), y, torch.nan)
     if bias is not None:
         y = y + bias.float()
-    return activate(y, activation).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return activate(y, activation).to(x.dtype).view(*x.shape[:-1], packed.shape[0])
 
 
 def int8_pack(weight: Tensor) -> Tensor:
@@ -79,7 +80,12 @@ def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
     return packed.clone()
 
 
-def packed_shape(n: int, k: int) -> tuple[int, ...]:
+def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
+    """weight[rows]."""
+    return packed.index_select(0, rows)
+
+
+def packed_shape(n: int, k: int) -> Shape:
     """The shape of `int8_pack`'s result."""
     return (n, k)
 

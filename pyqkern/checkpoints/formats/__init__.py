@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqkern.backends.reference.four_bit import CODEBOOKS, NESTED_BLOCKSIZE
+from pyqkern.backends import NESTED_BLOCKSIZE
+from pyqkern.backends.reference.four_bit import CODEBOOKS
 from pyqkern.nn.four_bit import NESTED, Linear4bit
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops.checks import FLOATS
