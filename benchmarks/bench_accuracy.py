@@ -252,7 +252,7 @@ def measure(
 
 
 def saved_bytes(model: nn.Module) -> int:
-    from pyqkern.demo import _saved_bytes
+    from pyqkern.cli.demo import _saved_bytes
 
     return _saved_bytes(model)
 

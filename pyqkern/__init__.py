@@ -1,6 +1,7 @@
 """Quantization kernels for PyTorch: `pyqkern.replace_linear(model)` turns a model's linears into INT8 ones in place."""
 
 import importlib
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch  # noqa: F401  before _C, which runs on torch's OpenMP pool
 from pyqkern._C import isa, isas
 from pyqkern.calibration.calibrate import Ranges, calibrate
 from pyqkern.calibration.smooth import smooth
+from pyqkern.checkpoints import convert
 from pyqkern.functional.affine import choose_qparams_affine, dequantize_affine, pack_int4, quantize_affine, unpack_int4
 from pyqkern.functional.four_bit import Quantized4bit, dequantize_4bit, quantize_4bit
 from pyqkern.functional.int8 import int8_matmul
@@ -26,6 +28,7 @@ from pyqkern.schemes import FP4, NF4, Int4, Int8, Int8Outlier, Int8Static, Int8W
 __version__ = version("pyqkern")
 
 register()
+sys.modules["pyqkern.convert"] = convert  # its public name: `from pyqkern.convert import quantize, inspect`
 
 
 if TYPE_CHECKING:
@@ -39,7 +42,6 @@ else:
         if name == "analysis":
             return importlib.import_module("pyqkern.analysis")
         if name in ("PyqkernConfig", "checkpoint_config"):
-            importlib.import_module("pyqkern.hf.quantizer")
             return getattr(importlib.import_module("pyqkern.hf.config"), name)
         if name == "lora":
             return importlib.import_module("pyqkern.hf.lora").lora
@@ -71,6 +73,7 @@ __all__ = [
     "calibrate",
     "checkpoint_config",
     "choose_qparams_affine",
+    "convert",
     "dequantize_4bit",
     "dequantize_affine",
     "int8_matmul",

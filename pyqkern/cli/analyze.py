@@ -1,25 +1,79 @@
 """The command `pyqkern analyze`: a classifier and a CSV in, the layers that hurt and an HTML report out."""
 
+import argparse
 import copy
 import csv
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyqkern.analysis.compare import compare_samples, error_propagation, first_tensor
+from pyqkern.analysis.compare import compare_samples, error_propagation, evaluated, first_tensor
 from pyqkern.analysis.ranges import range_report
+from pyqkern.analysis.records import matplotlib_pyplot
 from pyqkern.analysis.report import report
 from pyqkern.analysis.sensitivity import fallback, sensitivity
 from pyqkern.calibration.calibrate import calibrate
-from pyqkern.calibration.run import evaluated
 from pyqkern.models.replace import replace_linear
 from pyqkern.schemes import Int8Static, Scheme, get_scheme
 
+HELP = "Finds the linears of a text classifier that quantization hurts, and what to do; writes an HTML report."
 BATCH = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder of a sequence classification model")
+    add("--data", type=Path, required=True, metavar="FILE.csv", help="texts to run, with a header")
+    add("--text-column", default="text", metavar="NAME", help="column of the texts (default: text)")
+    add("--label-column", metavar="NAME", help="column of the labels; without it, agreement with float is measured")
+    add("--scheme", default="int8", help='scheme by name (default: int8); "int8-static" is calibrated on the data')
+    add("--limit", type=int, default=1000, metavar="N", help="use N texts, evenly spread; 0: all (default: 1000)")
+    add("--max-length", type=int, default=128, metavar="TOKENS", help="cut texts there (default: 128)")
+    add("--tolerance", type=float, default=0.005, help="score that may be lost in the model found (default: 0.005)")
+    add("--output", type=Path, default=Path("analysis.html"), help="the report (default: analysis.html)")
+    add("--state", type=Path, metavar="FILE", help="keep finished evaluations there, and go on from them")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the layers that lose most, and writes the report."""
+    matplotlib_pyplot()  # before the work, not after it
+    task = load(options)
+    scheme = scheme_of(options.scheme, task.network, task.batches)
+    quantized = replace_linear(copy.deepcopy(task.network), scheme)
+    losses = sensitivity(task.network, task.evaluate, scheme, file=options.state)
+    show_losses(task, scheme, quantized, losses)
+    found = fallback(task.network, task.evaluate, losses.float_score - options.tolerance, scheme, order=losses)
+    show_fallback(task, found)
+    advice = report(
+        options.output,
+        title=f"{Path(options.model).name}, {scheme.name}",
+        notes=task.notes,
+        sensitivity=losses,
+        fallback=found,
+        propagation=error_propagation(task.network, quantized, task.batches),
+        samples=compare_samples(task.network, quantized, task.batches, task.texts),
+        ranges=range_report(task.network, task.batches, scheme.carried_ranges()),
+    )
+    print("\n" + "\n".join(f"- {finding.text}\n  {finding.advice}" for finding in advice))
+    print(f"\nwritten: {options.output}")
+
+
+@dataclass
+class Task:
+    """A float classifier, texts in order of length, as batches, and how its answers are scored."""
+
+    network: Any
+    texts: list[str]
+    batches: list[dict[str, Tensor]]
+    evaluate: "Confidence"
+    metric: str
+    accuracy: float  # of the float model
+    notes: list[str]
 
 
 class Confidence:
@@ -81,57 +135,25 @@ def scheme_of(name: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> 
     return Int8Static(calibrate(model, batches)) if scheme.needs_ranges else scheme
 
 
-def analyze(
-    model: str,
-    data: Path,
-    text_column: str,
-    label_column: str | None,
-    scheme_name: str,
-    output: Path,
-    *,
-    limit: int,
-    max_length: int,
-    tolerance: float,
-    state: Path | None,
-) -> None:
-    """Prints the layers that lose most, and writes the report. See `pyqkern analyze --help`."""
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise RuntimeError('pyqkern analyze needs transformers: pip install "pyqkern[hf,analysis]"') from error
-    from pyqkern.analysis.records import matplotlib_pyplot
-
-    matplotlib_pyplot()  # before the work, not after it
-    texts, labels = read_csv(data, text_column, label_column)
-    if limit and len(texts) > limit:  # evenly over the file, which may be sorted by label
-        chosen = [i * len(texts) // limit for i in range(limit)]
-        texts = [texts[i] for i in chosen]
-        labels = None if labels is None else [labels[i] for i in chosen]
-    if not Path(model).is_dir():
-        raise ValueError(f"MODEL must be a folder as save_pretrained writes it, got {model!r}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    network: Any = transformers.AutoModelForSequenceClassification.from_pretrained(model).float().eval()
+def load(options: argparse.Namespace) -> Task:
+    """Reads the model and the data, and looks whether they fit each other."""
+    texts, labels = chosen_rows(options)
+    network, tokenizer = read_model(options.model)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # by length, so that there is little padding
     texts = [texts[i] for i in order]
-    if network.config.num_labels < 2:
-        raise ValueError(f"MODEL must be a classifier with 2 labels or more, got {network.config.num_labels}")
-    batches = [
-        dict(tokenizer(texts[i : i + BATCH], padding=True, truncation=True, max_length=max_length, return_tensors="pt"))
-        for i in range(0, len(texts), BATCH)
-    ]
+    cut = {"padding": True, "truncation": True, "max_length": options.max_length, "return_tensors": "pt"}
+    batches = [dict(tokenizer(texts[i : i + BATCH], **cut)) for i in range(0, len(texts), BATCH)]
     if labels is None:
         truth = torch.cat([first_tensor(evaluated(network, batch)).argmax(-1) for batch in batches])
     else:
         truth = label_ids(labels, network.config.label2id)[torch.tensor(order)]
     evaluate = Confidence(batches, truth)
-    notes = [
-        f"{len(texts)} texts of {data.name}. The score is the mean probability of the right answer; "
-        f"the target is that of the float model less {tolerance}."
-    ]
     accuracy = evaluate.accuracy(network)
+    metric = "accuracy" if labels is not None else "agreement with the float model"
+    notes = [
+        f"{len(texts)} texts of {options.data.name}. The score is the mean probability of the right answer; "
+        f"the target is that of the float model less {options.tolerance}."
+    ]
     if accuracy <= 1 / network.config.num_labels:
         notes.append(
             f"The float model is right on {accuracy:.1%} of the texts, no more than guessing one of "
@@ -139,11 +161,39 @@ def analyze(
             "Name them in its config.label2id, or leave out --label-column."
         )
         print(f"warning: {notes[-1]}")
-    scheme = scheme_of(scheme_name, network, batches)
-    quantized = replace_linear(copy.deepcopy(network), scheme)
-    losses = sensitivity(network, evaluate, scheme, file=state)
-    metric = "accuracy" if labels is not None else "agreement with the float model"
-    print(f"{metric}: float {accuracy:.4f}, {scheme.name} {evaluate.accuracy(quantized):.4f}")
+    return Task(network, texts, batches, evaluate, metric, accuracy, notes)
+
+
+def chosen_rows(options: argparse.Namespace) -> tuple[list[str], list[str] | None]:
+    """Texts and labels of the CSV, at most --limit of them, evenly over the file, which may be sorted by label."""
+    texts, labels = read_csv(options.data, options.text_column, options.label_column)
+    if not options.limit or len(texts) <= options.limit:
+        return texts, labels
+    chosen = [i * len(texts) // options.limit for i in range(options.limit)]
+    return [texts[i] for i in chosen], None if labels is None else [labels[i] for i in chosen]
+
+
+def read_model(model: str) -> tuple[Any, Any]:
+    """The classifier, in float32, and its tokenizer. Runs no code of the folder."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise RuntimeError('pyqkern analyze needs transformers: pip install "pyqkern[hf,analysis]"') from error
+    if not Path(model).is_dir():
+        raise ValueError(f"MODEL must be a folder as save_pretrained writes it, got {model!r}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    auto = transformers.AutoModelForSequenceClassification
+    network = auto.from_pretrained(model, trust_remote_code=False).float().eval()
+    if network.config.num_labels < 2:
+        raise ValueError(f"MODEL must be a classifier with 2 labels or more, got {network.config.num_labels}")
+    return network, tokenizer
+
+
+def show_losses(task: Task, scheme: Scheme, quantized: nn.Module, losses: Any) -> None:
+    print(f"{task.metric}: float {task.accuracy:.4f}, {scheme.name} {task.evaluate.accuracy(quantized):.4f}")
     print(
         f"mean probability of the right answer: float {losses.float_score:.4f}, "
         f"{scheme.name} {losses.quantized_score:.4f}"
@@ -151,20 +201,11 @@ def analyze(
     print("\nwhat it loses when one linear alone is quantized:")
     for record in losses[:10]:
         print(f"  {record.drop:+.4f}  {record.name}")
-    found = fallback(network, evaluate, losses.float_score - tolerance, scheme, order=losses)
+
+
+def show_fallback(task: Task, found: Any) -> None:
     extra = f"{len(found.kept)} linears in float ({found.kept_bytes / 1e6:.2f} MB more)"
-    print(f"\nwith {extra}: {metric} {evaluate.accuracy(found.model):.4f}, mean probability {found.score:.4f}")
+    accuracy = task.evaluate.accuracy(found.model)
+    print(f"\nwith {extra}: {task.metric} {accuracy:.4f}, mean probability {found.score:.4f}")
     for name in found.kept:
         print(f"  {name}")
-    advice = report(
-        output,
-        title=f"{Path(model).name}, {scheme.name}",
-        notes=notes,
-        sensitivity=losses,
-        fallback=found,
-        propagation=error_propagation(network, quantized, batches),
-        samples=compare_samples(network, quantized, batches, texts),
-        ranges=range_report(network, batches, scheme.carried_ranges()),
-    )
-    print("\n" + "\n".join(f"- {finding.text}\n  {finding.advice}" for finding in advice))
-    print(f"\nwritten: {output}")

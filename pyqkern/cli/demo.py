@@ -1,5 +1,6 @@
 """`pyqkern demo`: float, torch's quantize_dynamic and pyqkern's INT8 side by side, in under two minutes."""
 
+import argparse
 import copy
 import importlib.util
 import os
@@ -20,6 +21,7 @@ from pyqkern.models.optimize import optimize
 from pyqkern.models.replace import replace_linear
 from pyqkern.nn.encoder import QEncoderLayer
 
+HELP = "Sizes, latency, error and sentence similarity of quantized BERTs, against torch's own."
 SENTENCES = (
     "How do I reset my password?",
     "I forgot my login and need a new one.",
@@ -36,7 +38,11 @@ Models = dict[str, nn.Module]
 BUDGET = 4.0  # seconds for each row of a table
 
 
-def run() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(options: argparse.Namespace) -> None:
     """Prints the tables; progress bars go to stderr."""
     about = describe()
     threads, isa = (about[name].split()[0] for name in ("threads", "isa in use"))

@@ -1,5 +1,6 @@
 """`pyqkern info`: versions, instruction sets, threads and CUDA, as pyqkern sees them."""
 
+import argparse
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -8,6 +9,17 @@ import torch
 
 import pyqkern
 from pyqkern import _C
+
+HELP = "Versions, instruction sets, threads and CUDA, as pyqkern sees them."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none."""
+
+
+def run(options: argparse.Namespace) -> None:
+    for name, value in describe().items():
+        print(f"{name:14} {value}")
 
 
 def describe() -> dict[str, str]:

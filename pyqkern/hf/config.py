@@ -1,4 +1,4 @@
-"""Quantized models in transformers: `PyqkernConfig` for from_pretrained, and what save_pretrained writes.
+"""`PyqkernConfig`, with which from_pretrained quantizes a model, and which config.json holds of a quantized one.
 
     model = AutoModel.from_pretrained(folder, quantization_config=pyqkern.PyqkernConfig("nf4"))
     model.save_pretrained(other)
@@ -6,7 +6,7 @@
 
 Weights are quantized as they are read. A folder holds the state_dict of the quantized modules in safetensors, and in
 config.json, under quantization_config, which modules are quantized how. Works with transformers 5 and with 4.57, the
-last of 4. `pyqkern.register` imports this module once transformers is there.
+last of 4. `pyqkern.hf.register` tells transformers of it.
 """
 
 import copy
@@ -15,16 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pyqkern.checkpoints import formats
-from pyqkern.checkpoints.files import Files
-from pyqkern.models.find import find_layers, linear_types
-from pyqkern.nn.embedding import QEmbedding, check_embedding_scheme
-from pyqkern.nn.linear import QLinear
-from pyqkern.schemes import Scheme, get_scheme
+from pyqkern.checkpoints.config import VERSION, own_config, quantization_of
+from pyqkern.checkpoints.formats import get_format
+from pyqkern.nn.embedding import check_embedding_scheme
+from pyqkern.schemes import Scheme
 
 
 def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **kwargs: Any) -> Any:
@@ -38,27 +34,14 @@ def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **
 
     Raises ValueError, which names the key, for files that are not what they say.
     """
-    config = transformers.AutoConfig.from_pretrained(folder, **kwargs)
-    said = getattr(config, "quantization_config", None)
+    said = quantization_of(Path(folder))
     if said is None:
         raise ValueError(f"{folder} must hold a quantized model, but its config.json has no quantization_config")
-    said = said if isinstance(said, dict) else said.to_dict()
-    format = formats.foreign_format(said)
-    if format is None:
-        return config
-    with Files(folder) as files:
-        layers = formats.read_layers(format, said, files, None if scheme is None else get_scheme(scheme))
-    for entry in layers:
-        entry["scheme"] = entry["scheme"].to_dict()
-    made = PyqkernConfig(layers[0]["scheme"], format=format, layers=layers)
-    config.quantization_config = made.own_dict()
+    config = transformers.AutoConfig.from_pretrained(folder, **kwargs)
+    config.quantization_config = PyqkernConfig(**own_config(Path(folder), said, scheme)).own_dict()
     return config
 
 
-VERSION = 1
-
-
-@register_quantization_config("pyqkern")
 class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How from_pretrained quantizes a model, or how a saved one is quantized.
 
@@ -95,14 +78,13 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.embeddings = check_embedding_scheme(
                 self.scheme if embeddings is True else Scheme.from_dict(embeddings)
             )
-        self.format = formats.check_format(format)
+        self.format = get_format(format).name
         self.layers = layers
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says: in a foreign format, what that format's own reader expects."""
-        if self.format != "pyqkern" and self.layers is not None:
-            return formats.foreign_config(self.format, self.layers)
-        return self.own_dict()
+        own = self.own_dict()
+        return own if self.layers is None else get_format(self.format).config(own)
 
     def own_dict(self) -> dict[str, Any]:
         """All of it, as the constructor takes it."""
@@ -125,64 +107,3 @@ def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | No
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{name} must be name patterns here, which a file can hold, got {patterns!r}")
     return patterns
-
-
-# ---- which modules are quantized how, as config.json has it
-
-
-def describe(model: nn.Module) -> list[dict[str, Any]]:
-    """One entry per scheme: its linears, its embeddings and the linears tied to them, each with the name of its table.
-
-    The last entry, without a scheme, names the linears that are not quantized.
-    """
-    entries: dict[str, dict[str, Any]] = {}
-
-    def entry(scheme: Scheme) -> dict[str, Any]:
-        said = scheme.to_dict()
-        return entries.setdefault(repr(said), {"scheme": said, "linears": [], "embeddings": {}, "heads": {}})
-
-    tables: dict[int, str] = {}
-    for layer in find_layers(model, (QEmbedding,)):
-        table, name = layer.module.table, layer.names[0]
-        entry(table.scheme)["embeddings"][name] = tables.setdefault(id(table), f"{name}.table")
-    kept = []
-    for layer in find_layers(model, linear_types()):
-        name, module = layer.names[0], layer.module
-        if id(module) in tables:
-            entry(module.scheme)["heads"][name] = tables[id(module)]
-        elif isinstance(module, QLinear):
-            entry(module.scheme)["linears"].append(name)
-        else:
-            kept.append(name)
-    return [*entries.values(), {"scheme": None, "linears": kept, "embeddings": {}, "heads": {}}]
-
-
-def state_dict(model: nn.Module, format: str) -> dict[str, Tensor]:
-    """The model's state_dict with the quantized layers in a format; what an embedding and its head share, once."""
-    tensors = dict(model.state_dict())
-
-    def drop(prefix: str, *but: str) -> None:
-        for key in [key for key in tensors if key.startswith(prefix) and key.removeprefix(prefix) not in but]:
-            del tensors[key]
-
-    tables: set[int] = set()
-    for layer in find_layers(model, (QEmbedding,)):
-        if format != "pyqkern":
-            raise ValueError(f"{format} has no quantized embeddings, as {layer.names[0]} is; use format='pyqkern'")
-        first = layer.names[0]
-        for name in layer.names:
-            if name != first or id(layer.module.table) in tables:
-                drop(f"{name}.table.")
-        tensors.pop(f"{first}.table.bias", None)
-        tables.add(id(layer.module.table))
-    for layer in find_layers(model, (QLinear,)):
-        for name in layer.names:
-            if id(layer.module) in tables:
-                drop(f"{name}.", "bias")
-            elif format != "pyqkern":
-                prefix = f"{name}."
-                own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                drop(prefix)
-                encoded = formats.encode(format, name, layer.module, own)
-                tensors |= {prefix + key: value for key, value in encoded.items()}
-    return tensors

@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from pyqkern import PyqkernConfig, checkpoint_config
 from pyqkern.backends.reference.four_bit import CODEBOOKS, Codebook
-from pyqkern.checkpoints import formats
 from pyqkern.checkpoints.files import Files
+from pyqkern.checkpoints.formats.compressed_tensors import w8a8_scheme
 from pyqkern.functional import four_bit as functional_four_bit
 from pyqkern.schemes import FP4, NF4, Int8, Int8Outlier
 
@@ -184,7 +184,10 @@ def changed(folder: Path, to: Path, changes: dict[str, Any]) -> Path:
         ({QUANT_STATE: torch.tensor([91, 93], dtype=torch.uint8)}, "must be a JSON object, got list"),
         ({f"{KEY}.weight": torch.zeros(99, 1, dtype=torch.uint8)}, "weight must be uint8 \\[4096, 1\\]"),
         ({f"{KEY}.weight.absmax": torch.ones(5)}, "absmax must be float32 \\[128\\], got float32 \\[5\\]"),
-        ({f"{KEY}.weight.absmax": torch.full((128,), -1.0)}, "absmax must be finite and not negative, got -1.0"),
+        (
+            {f"{KEY}.weight.absmax": torch.full((128,), -1.0)},
+            "absmax must be finite and not negative, got values from -1.0",
+        ),
         ({f"{KEY}.weight.absmax": None}, "absmax is missing"),
         ({f"{KEY}.weight.quant_map": torch.linspace(-1, 1, 16)}, "quant_map must be the values of nf4"),
     ],
@@ -200,7 +203,7 @@ def test_formats_that_are_not_read(nf4_folder: Path, tmp_path: Path) -> None:
     config = json.loads((nf4_folder / "config.json").read_text())
     tensors = {"a.weight": torch.zeros(2, 2)}
     for quantization, message in (
-        ({"quant_method": "gptq"}, "quant_method must be pyqkern, bitsandbytes or compressed-tensors, got 'gptq'"),
+        ({"quant_method": "gptq"}, "quant_method must be one of pyqkern, bitsandbytes, compressed-tensors, got 'gptq'"),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
             "compressed-tensors must be 'int-quantized'",
@@ -217,7 +220,7 @@ def test_formats_that_are_not_read(nf4_folder: Path, tmp_path: Path) -> None:
             "input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True} | inputs,
         }
         with pytest.raises(ValueError, match="must be 8-bit int"):
-            formats._w8a8_scheme({"config_groups": {"group_0": group}})
+            w8a8_scheme({"config_groups": {"group_0": group}})
 
 
 def test_no_pickle_is_loaded(source: Path, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def test_info_with_a_wrong_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(COMMAND, "info")
     assert result.returncode == 1 and result.stderr.startswith("pyqkern info: ") and "mmx" in result.stderr
     assert "Traceback" not in result.stderr
+    debug = run(COMMAND, "info", "--debug")
+    assert debug.returncode == 1 and "Traceback" in debug.stderr and "pyqkern info: " in debug.stderr
 
 
 def test_demo() -> None:

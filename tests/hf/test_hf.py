@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,33 @@ def test_loading_needs_no_argument_in_a_process_that_imports_pyqkern(
 
 def test_a_transformers_that_does_not_fit_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyqkern.hf.quantizer", None)  # importing it raises ImportError
+    with pytest.warns(UserWarning, match="save_pretrained cannot write what pyqkern quantized"):
+        assert isinstance(replace_linear(bert()).pooler.dense, QLinear)
+    tables = types.ModuleType("transformers.quantizers.auto")
+    tables.AUTO_QUANTIZER_MAPPING = {}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, tables.__name__, tables)
     with pytest.warns(UserWarning, match="pyqkern cannot be used by transformers' from_pretrained"):
         register()
+
+
+IMPORTS = """
+import sys
+for name in sys.argv[2:]:
+    __import__(name)
+from transformers import AutoModelForSequenceClassification
+import pyqkern
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], quantization_config=pyqkern.PyqkernConfig())
+assert isinstance(model.bert.pooler.dense, pyqkern.QLinear) and len(pyqkern.models.replace.replaced) == 1
+"""
+FIRST = ["config", "quantizer", "slots lora names", "transformers.quantizers register transformers4"]
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_modules_of_hf_can_be_imported_in_any_order(classifier: Path, first: str) -> None:
+    names = [name if "." in name else f"pyqkern.hf.{name}" for name in first.split()]
+    command = [sys.executable, "-W", "error::UserWarning:pyqkern", "-c", IMPORTS, str(classifier), *names]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 # ---- what is wrong is said

@@ -1,0 +1,93 @@
+"""Which layers are quantized how: one group a scheme, as the quantization_config of a folder lists them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyqkern.schemes import Scheme
+
+
+@dataclass
+class Group:
+    """The layers that one scheme quantizes; scheme None: the linears that are kept in float.
+
+    linears: their names. embeddings: name -> name of its table, "<name>.table", or that of an embedding with which it
+    shares it. heads: linears tied to an embedding, name -> name of that table.
+    """
+
+    scheme: Scheme | None
+    linears: list[str] = field(default_factory=list)
+    embeddings: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        scheme = None if self.scheme is None else self.scheme.to_dict()
+        return {
+            "scheme": scheme,
+            "linears": list(self.linears),
+            "embeddings": dict(self.embeddings),
+            "heads": dict(self.heads),
+        }
+
+    def names(self) -> list[str]:
+        """All layers."""
+        return [*self.linears, *self.embeddings, *self.heads]
+
+    def modules(self) -> list[str]:
+        """The names of the modules whose tensors the files hold: linears, and tables of embeddings."""
+        if self.scheme is None:
+            return []
+        return [*self.linears, *(table for name, table in self.embeddings.items() if table == f"{name}.table")]
+
+
+def groups_from(said: Any) -> list[Group]:
+    """What `Group.to_dict` wrote, checked. ValueError for anything else."""
+    if not isinstance(said, list):
+        raise ValueError(f"layers must be a list of objects, one a scheme, got {type(said).__name__}")
+    groups = [_group_from(one) for one in said]
+    names = [name for group in groups for name in group.names()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"layers must name each layer once, got {twice!r} twice")
+    tables = {name for group in groups for name in group.modules()}
+    for group in groups:
+        for name, table in (group.embeddings | group.heads).items():
+            if table not in tables:
+                raise ValueError(f"layers must name the table of {name!r}, got {table!r}, which is no embedding's")
+    return groups
+
+
+def _group_from(said: Any) -> Group:
+    if not isinstance(said, dict) or set(said) != {"scheme", "linears", "embeddings", "heads"}:
+        raise ValueError(f"layers must hold objects of scheme, linears, embeddings and heads, got {said!r:.200}")
+    linears, embeddings, heads = said["linears"], said["embeddings"], said["heads"]
+    if not isinstance(linears, list) or not all(isinstance(name, str) for name in linears):
+        raise ValueError(f"linears must be a list of names, got {linears!r:.200}")
+    for what, names in (("embeddings", embeddings), ("heads", heads)):
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{what} must map names to names of tables, got {names!r:.200}")
+    if said["scheme"] is None:
+        if embeddings or heads:
+            raise ValueError("layers without a scheme must be linears, got embeddings or heads")
+        return Group(None, linears)
+    try:
+        return Group(Scheme.from_dict(said["scheme"]), linears, embeddings, heads)
+    except TypeError as error:
+        raise ValueError(f"scheme of the layers: {error}") from error
+
+
+def renamed(groups: list[Group], rename: Callable[[str], str]) -> list[Group]:
+    """The same groups under other names of their modules; a table is called after its embedding."""
+
+    def table(name: str) -> str:
+        return rename(name.removesuffix(".table")) + ".table"
+
+    return [
+        Group(
+            group.scheme,
+            [rename(name) for name in group.linears],
+            {rename(name): table(of) for name, of in group.embeddings.items()},
+            {rename(name): table(of) for name, of in group.heads.items()},
+        )
+        for group in groups
+    ]

@@ -1,0 +1,67 @@
+"""What of a model goes into files: which layers are quantized how, and their tensors in a format."""
+
+from torch import Tensor, nn
+
+from pyqkern.checkpoints.formats.base import Format
+from pyqkern.checkpoints.layers import Group
+from pyqkern.models.find import find_layers, linear_types
+from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.linear import QLinear
+from pyqkern.schemes import Scheme
+
+
+def describe(model: nn.Module) -> list[Group]:
+    """The model's groups, by the names that its layers have in it. The last, without a scheme, is of what is kept."""
+    groups: dict[Scheme, Group] = {}
+
+    def group(scheme: Scheme) -> Group:
+        return groups.setdefault(scheme, Group(scheme))
+
+    tables: dict[int, str] = {}
+    for layer in find_layers(model, (QEmbedding,)):
+        table, name = layer.module.table, layer.names[0]
+        group(table.scheme).embeddings[name] = tables.setdefault(id(table), f"{name}.table")
+    kept = Group(None)
+    for layer in find_layers(model, linear_types()):
+        name, module = layer.names[0], layer.module
+        if id(module) in tables:
+            group(module.scheme).heads[name] = tables[id(module)]
+        elif isinstance(module, QLinear):
+            group(module.scheme).linears.append(name)
+        else:
+            kept.linears.append(name)
+    return [*groups.values(), kept]
+
+
+def state_dict(model: nn.Module, format: Format) -> dict[str, Tensor]:
+    """The model's state_dict with the quantized layers in a format; what an embedding and its head share, once.
+
+    Raises ValueError, before anything is written, for a layer that the format cannot hold.
+    """
+    tensors = dict(model.state_dict())
+
+    def drop(prefix: str, *but: str) -> None:
+        for key in [key for key in tensors if key.startswith(prefix) and key.removeprefix(prefix) not in but]:
+            del tensors[key]
+
+    tables: set[int] = set()
+    for layer in find_layers(model, (QEmbedding,)):
+        if not format.embeddings:
+            raise ValueError(f"{format.name} has no quantized embeddings, as {layer.names[0]} is; use format='pyqkern'")
+        first = layer.names[0]
+        for name in layer.names:
+            if name != first or id(layer.module.table) in tables:
+                drop(f"{name}.table.")
+        tensors.pop(f"{first}.table.bias", None)
+        tables.add(id(layer.module.table))
+    for layer in find_layers(model, (QLinear,)):
+        for name in layer.names:
+            if id(layer.module) in tables:
+                drop(f"{name}.", "bias")
+                continue
+            format.check(name, layer.module.scheme)
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            drop(prefix)
+            tensors |= {prefix + key: value for key, value in format.encode(layer.module, own).items()}
+    return tensors

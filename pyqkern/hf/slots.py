@@ -1,0 +1,220 @@
+"""Modules that stand where quantized layers will be while transformers reads a quantized folder.
+
+A slot has the tensors that the files have for its layer, so that transformers fills them in; then the layer, made of
+them, takes its place.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyqkern.checkpoints.formats.base import Format
+from pyqkern.checkpoints.layers import Group
+from pyqkern.models.find import Layer, as_linear, find_layers, linear_types
+from pyqkern.models.replace import put
+from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.linear import QLinear
+from pyqkern.schemes import Scheme
+
+Find = Callable[[str], Layer | None]
+
+
+def buffer_name(key: str) -> str:
+    """The buffer for what the file calls `key`: a buffer's name has no point."""
+    return key.replace(".", "_")
+
+
+class Slot(nn.Module):
+    """Where a quantized layer will be: buffers called as in the file, and the bias, all empty until they are loaded."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, linear: nn.Module, layer: QLinear, format: Format, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.register_parameter("bias", bias)  # the linear's own, which another module may share
+        self.float_layer, self.layer = [linear], [layer]  # in lists, so that they are no submodules
+        self.format = format
+        self.keys = [key for key in format.stored(layer) if key != "bias"]
+        for key in self.keys:
+            self.register_buffer(buffer_name(key), format.stored(layer)[key])
+
+    def buffer_names(self) -> dict[str, str]:
+        """What the file calls a tensor -> its buffer."""
+        return {key: buffer_name(key) for key in self.keys}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of the file."""
+        tensors: dict[str, Any] = {key: self._buffers[name] for key, name in self.buffer_names().items()}
+        tensors["bias"] = self.bias
+        return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+    def loaded(self) -> dict[str, Tensor]:
+        """Those that were read from a file, which are marked."""
+        return {
+            key: tensor
+            for key, tensor in self.tensors().items()
+            if not tensor.is_meta and getattr(tensor, "_is_hf_initialized", False)
+        }
+
+    def optional(self) -> tuple[str, ...]:
+        """What a file may lack."""
+        return self.format.optional(self.layer[0])
+
+    def fill(self, name: str) -> QLinear:
+        """The layer, made of what was loaded. Raises ValueError, which names the key, where it does not fit."""
+        (layer,) = self.layer
+        loaded = self.loaded()
+        for key in self.tensors():
+            if key not in loaded and key not in self.optional():
+                raise ValueError(f"{name}.{key} is missing from the checkpoint")
+        layer.load_state_dict(self.format.read(name, layer, loaded), assign=True)
+        return layer.train(self.training)
+
+
+class EmbeddingSlot(nn.Module):
+    """Where a QEmbedding will be. Its table's slot is in it as `table`, unless that has another name already."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, embedding: nn.Embedding, slot: Slot, own: Slot | None) -> None:
+        super().__init__()
+        self.table = own
+        self.float_layer, self.slot = [embedding], [slot]
+
+
+class HeadSlot(nn.Module):
+    """Where a linear will be that is tied to a quantized embedding: its bias, if it has one."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, slot: Slot, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_parameter("bias", linear.bias)
+        self.float_layer, self.slot = [linear], [slot]
+        self.weight = torch.empty(linear.out_features, 0, device="meta")  # transformers asks for the number of rows
+
+
+SLOTS = (Slot, EmbeddingSlot, HeadSlot)
+
+
+def put_slots(model: Any, groups: list[Group], format: Format, find: Find) -> dict[str, Slot]:
+    """Puts a slot in the place of each layer of the groups that the model has; returns the slots by name.
+
+    find: the layer of a name, None where the model has none.
+    """
+    slots: dict[str, Slot] = {}
+    for group in groups:
+        if group.scheme is None:
+            continue
+        for name in group.linears:
+            layer = find(name)
+            if layer is not None and isinstance(layer.module, linear_types()):
+                linear = as_linear(layer.module)
+                empty = _empty(linear, linear.bias is not None, group.scheme)
+                slots[name] = Slot(layer.module, empty, format, linear.bias)
+                put(layer, slots[name], model)
+        # The embedding that a table is called after comes first.
+        for name, table in sorted(group.embeddings.items(), key=lambda item: item[1] != f"{item[0]}.table"):
+            layer = find(name)
+            if layer is None or not isinstance(layer.module, nn.Embedding):
+                continue
+            own = None
+            if table == f"{name}.table":
+                linear = _as_table(layer.module)
+                own = slots[table] = Slot(linear, _empty(linear, False, group.scheme), format)
+            put(layer, EmbeddingSlot(layer.module, slots[table], own), model)
+        for name, table in group.heads.items():
+            layer = find(name)
+            if layer is not None and table in slots:
+                put(layer, HeadSlot(slots[table], layer.module), model)
+    return slots
+
+
+def _as_table(embedding: nn.Embedding) -> nn.Linear:
+    linear = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, device="meta")
+    linear.weight = embedding.weight
+    return linear
+
+
+def _empty(linear: nn.Linear, bias: bool, scheme: Scheme) -> QLinear:
+    subclass: Any = QLinear._classes[type(scheme)]
+    layer: QLinear = subclass(linear.in_features, linear.out_features, bias, scheme, "meta", linear.weight.dtype)
+    return layer
+
+
+def fill_slots(model: Any) -> None:
+    """Puts each quantized layer, made of what was loaded, in the place of its slot."""
+    filled: dict[int, QLinear] = {}
+    for layer in find_layers(model, (Slot,)):
+        filled[id(layer.module)] = layer.module.fill(layer.names[0])
+        put(layer, with_accelerate_hook(layer.module, filled[id(layer.module)]), model)
+    for layer in find_layers(model, (EmbeddingSlot,)):
+        (slot,), padding_idx = layer.module.slot, layer.module.float_layer[0].padding_idx
+        if id(slot) not in filled:
+            filled[id(slot)] = slot.fill(f"{layer.names[0]}.table")
+        put(layer, QEmbedding(filled[id(slot)], padding_idx).train(model.training), model)
+    for layer in find_layers(model, (HeadSlot,)):
+        (slot,) = layer.module.slot
+        filled[id(slot)].bias = layer.module.bias
+        put(layer, filled[id(slot)], model)
+
+
+def with_accelerate_hook(old: nn.Module, new: nn.Module) -> nn.Module:
+    """The hook that moves inputs to the layer's device, where a model is spread over several."""
+    hook = getattr(old, "_hf_hook", None)
+    if hook is not None:
+        hooks = importlib.import_module("accelerate.hooks")
+        hooks.remove_hook_from_module(old)
+        hooks.add_hook_to_module(new, hook)
+    return new
+
+
+def initialize_around_slots(model: Any) -> None:
+    """Keeps transformers' initialization of what the files lack away from slots and from weights already quantized.
+
+    A module may initialize the linears that it holds by their weights and sizes. While it does, the float layers of the
+    model, on the meta device and marked as initialized, are in their places again.
+    """
+    initialize = model.initialize_weights
+
+    def initialize_weights(*args: Any, **kwargs: Any) -> None:
+        del model.initialize_weights
+        layers = [layer for layer in find_layers(model, (*SLOTS, *linear_types())) if _waits(layer.module)]
+        for layer in layers:
+            put(layer, _stand_in(layer.module), model)
+        try:
+            initialize(*args, **kwargs)
+        finally:
+            for layer in layers:
+                put(layer, layer.module, model)
+
+    model.initialize_weights = initialize_weights
+
+
+def taken(weight: nn.Parameter) -> nn.Parameter:
+    """What a linear has for its weight after it was quantized: nothing, of the same dtype, and the meta tensor."""
+    empty = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]
+    empty._float = weight  # type: ignore[attr-defined]
+    return empty
+
+
+def _waits(module: Any) -> bool:
+    return isinstance(module, SLOTS) or hasattr(module.weight, "_float")
+
+
+def _stand_in(module: Any) -> nn.Module:
+    """The float layer that a slot stands for, or one like the linear whose weight was taken, with its bias."""
+    if isinstance(module, SLOTS):
+        layer: Any = module.float_layer[0]
+        layer._is_hf_initialized = True
+    else:
+        layer = copy.copy(module)
+        layer._parameters = module._parameters | {"weight": module.weight._float}
+    for parameter in layer.parameters() if isinstance(module, SLOTS) else [layer.weight]:
+        parameter._is_hf_initialized = True
+    return layer
