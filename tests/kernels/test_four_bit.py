@@ -149,15 +149,15 @@ def test_linear_4bit(
 @given(numel=st.integers(1, 700), seed=seeds, dtype=float_types, quant_type=quant_types)
 def test_4bit_is_the_reference(numel: int, seed: int, dtype: torch.dtype, quant_type: str) -> None:
     """Blocks with NaN and infinities too: the operator finds them by their absmax."""
-    from pyqkern import reference_4bit
+    from pyqkern.backends import reference
 
     x = floats((numel,), seed, dtype, FINITE if seed % 2 else FINITE + INFINITE + NAN)
     packed, absmax = four_bit.quantize_4bit(x.to(GPU), quant_type, 64)
-    packed_there, absmax_there = reference_4bit.quantize_4bit(x, quant_type, 64)
+    packed_there, absmax_there = reference.quantize_4bit(x, quant_type, 64)
     same(absmax, absmax_there)
     if absmax_there.isfinite().all():
         same(packed, packed_there)
-    assert four_bit.packed_sizes(numel, 3, 64) == reference_4bit.packed_sizes(numel, 3, 64)
+    assert four_bit.packed_sizes(numel, 3, 64) == reference.packed_sizes(numel, 3, 64)
     for ours in (four_bit.pack_4bit, four_bit.unpack_4bit):
         same(ours(packed, numel, 1, 64), packed)
     for ours in (four_bit.pack_scales, four_bit.unpack_scales):
