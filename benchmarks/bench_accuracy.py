@@ -31,6 +31,8 @@ from typing import Any
 
 import common
 import torch
+from peers import saved_size
+from shapes import DRY
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,10 +40,10 @@ import pyqkern
 from pyqkern.cli.analyze import label_ids
 from pyqkern.schemes import Int8, Int8Static
 
-EPOCHS, BATCH, RATE, MAX_LENGTH = 3, 32, 3e-4, 64
-CALIBRATION_TEXTS = 512
-OUTLIERS = (1, 30, 1000)  # 1000: strong enough that torch's quantize_dynamic loses nearly everything
-ROUNDS = 7
+EPOCHS, BATCH, RATE, MAX_LENGTH = 1 if DRY else 3, 32, 3e-4, 64
+CALIBRATION_TEXTS = 4 if DRY else 512
+OUTLIERS = (30,) if DRY else (1, 30, 1000)  # 1000: so strong that torch's quantize_dynamic loses nearly everything
+ROUNDS = 1 if DRY else 7
 
 Texts = list[tuple[str, str]]
 Batches = list[dict[str, Tensor]]
@@ -247,14 +249,8 @@ def measure(
         model(**middle)
         seconds.append(time.perf_counter() - start)
     accuracy = float((logits.argmax(-1) == truth).double().mean())
-    row = Row(factor, name, accuracy, agreement, sqnr, saved_bytes(model) / 1e6, 1e3 * statistics.median(seconds))
+    row = Row(factor, name, accuracy, agreement, sqnr, saved_size(model) / 1e6, 1e3 * statistics.median(seconds))
     return row, logits
-
-
-def saved_bytes(model: nn.Module) -> int:
-    from pyqkern.cli.demo import _saved_bytes
-
-    return _saved_bytes(model)
 
 
 def main() -> int:
@@ -271,6 +267,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=0, help="test texts; 0: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    common.add_dry(parser)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -6,7 +6,7 @@ Needs this repository (not installed), torch, triton and one GPU; bitsandbytes a
 less than 8 minutes. Every call is timed in a CUDA graph that runs it on one set of random data after another, more of
 them than the L2 cache holds; what counts is the median of the replays, and the quartiles are kept in the JSON file.
 `--tune` measures each kernel's configurations first and keeps the fastest in the file that pyqkern reads (see
-kernels/tuning.py). `--dry-run` runs everything once, at toy sizes, in Triton's interpreter on the CPU: it checks this
+kernels/tuning.py). `--dry` runs everything once, at toy sizes, in Triton's interpreter on the CPU: it checks this
 script and says nothing about speed.
 """
 
@@ -434,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tune", action="store_true", help="measure the kernels' configurations first, keep the fastest"
     )
-    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, to check this script")
+    parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU, to check this script")
     parser.add_argument(
         "--plot-only", type=Path, metavar="JSON", help="show and plot an earlier result, measure nothing"
     )
@@ -447,16 +447,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(report)
         plot(report, options.plot_only.with_suffix(".png"))
         return 0
-    if options.dry_run:
+    if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     elif not torch.cuda.is_available():
-        print(f"{parser.prog}: no CUDA device; --dry-run checks the script without one", file=sys.stderr)
+        print(f"{parser.prog}: no CUDA device; --dry checks the script without one", file=sys.stderr)
         return 2
     start = time.monotonic()
     torch.manual_seed(0)
-    timer: Gpu | Interpreter = Interpreter() if options.dry_run else Gpu()
+    timer: Gpu | Interpreter = Interpreter() if options.dry else Gpu()
     bench = Bench(timer, load_kernels())
-    toy = options.dry_run
+    toy = options.dry
     shapes, rows = (((96, 64),), (1, 16, 80)) if toy else (SHAPES, ROWS)
     with torch.inference_mode():
         ragged = [(5, 70, 33), (130, 96, 64)]

@@ -93,7 +93,7 @@ def _linear(contender: str, case: Case, threads: int) -> Job:
 
 def _check_bits(module: Any, x: Tensor, result: Tensor) -> None:
     """The output is the specification's, bit for bit."""
-    from pyqkern import reference
+    from pyqkern.backends import reference
 
     state = module.state_dict()
     weight, scale, bias = state["weight"], state["weight_scale"], state["bias"]

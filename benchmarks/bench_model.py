@@ -69,7 +69,7 @@ def _model(name: str) -> nn.Module:
 
     torch.manual_seed(0)
     if name == "base":
-        random: nn.Module = BertModel(BertConfig(), add_pooling_layer=False).eval()
+        random: nn.Module = BertModel(BertConfig(**shapes.BERT), add_pooling_layer=False).eval()
         return random
     real: nn.Module = AutoModel.from_pretrained(_minilm(), add_pooling_layer=False).float().eval()
     return real

@@ -152,11 +152,11 @@ def _linear(contender: str, case: Case, threads: int) -> Job:
 
 def _operator(layer: Any, x: torch.Tensor) -> Callable[[], object]:
     """The layer's operator with its tensors, as the layer calls it."""
-    from pyqkern import ops_4bit
+    from pyqkern.ops import four_bit
 
     tensors = [layer.packed, layer.absmax, layer.nested_absmax, layer.nested_map, layer.nested_offset, layer.bias]
     format_ = (layer.quant_type, layer.blocksize, layer.out_features, layer.scheme.compute)
-    return functools.partial(ops_4bit.linear_4bit, x, *tensors, *format_)
+    return functools.partial(four_bit.linear_4bit, x, *tensors, *format_)
 
 
 def _tensor(contender: str, case: TensorCase, threads: int) -> Job:
@@ -184,7 +184,7 @@ def _model(contender: str, case: ModelCase) -> Job:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    model: Any = BertModel(BertConfig(), add_pooling_layer=False).eval()
+    model: Any = BertModel(BertConfig(**shapes.BERT), add_pooling_layer=False).eval()
     ids, mask = shapes.model_inputs(case.size)
     switch = _switch(contender)
     if switch:
@@ -275,13 +275,13 @@ def main() -> int:
 
 def _cases(arguments: argparse.Namespace) -> list[Any]:
     if arguments.models:
-        return [ModelCase("1x128"), ModelCase("8x128")]
+        return [ModelCase(size) for size in (shapes.MODEL_SIZES[0], shapes.MODEL_SIZES[-1])]
     if arguments.tensors:
-        return [TensorCase(n << 20, inverse) for inverse in (False, True) for n in (1, 16, 64)]
+        return [TensorCase(n, inverse) for inverse in (False, True) for n in shapes.FOUR_BIT_SIZES]
     copies = {kn: max(1, int(shapes.COLD_BYTES / (kn[0] * kn[1] * BYTES_PER_WEIGHT))) for kn in shapes.LINEARS}
     return [
         Case(m, k, n, copies[k, n] if arguments.cold else 1)
-        for m in arguments.m or ([1] if arguments.cold else [1, 4, 16, 128, 1024])
+        for m in arguments.m or ([1] if arguments.cold else shapes.ROWS_4BIT)
         for k, n in shapes.LINEARS
     ]
 

@@ -35,6 +35,7 @@ from typing import Any, Protocol
 import limits
 import peers
 import torch
+from shapes import DRY
 from tqdm import tqdm
 
 SAMPLE_SECONDS = 1e-3  # a sample repeats its call until it takes at least this long
@@ -270,6 +271,10 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def add_dry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, one round: checks that the benchmark runs")
+
+
 def options(description: str, *, rounds: int) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
@@ -285,7 +290,9 @@ def options(description: str, *, rounds: int) -> argparse.ArgumentParser:
         default=[],
         help="pyqkern's instruction sets, e.g. avx2,avxvnni, or all (default: the best)",
     )
+    rounds = 1 if DRY else rounds
     parser.add_argument("--rounds", type=int, default=rounds, help=f"samples of each contender (default: {rounds})")
+    add_dry(parser)
     parser.add_argument(
         "--isolate", action=argparse.BooleanOptionalAction, default=None,
         help="a process of its own for each contender; by default with more than one thread",

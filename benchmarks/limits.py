@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from shapes import MIB
+from shapes import DRY, MIB
 
 #: Instruction peaks by name; GOP/s (or GFLOP/s), a multiply-add counting as two operations.
 PEAKS = (
@@ -30,7 +30,8 @@ PEAKS = (
 #: The peak that bounds the INT8 product of an ISA.
 PEAK_OF_ISA = {"avx512vnni": "vpdpbusd zmm", "avxvnni": "vpdpbusd ymm", "avx2": "vpmaddwd ymm"}
 
-READ_SIZES = (16 << 10, 512 << 10, 1 * MIB, 8 * MIB, 24 * MIB, 64 * MIB, 256 * MIB)
+READ_SIZES = (16 << 10,) if DRY else (16 << 10, 512 << 10, 1 * MIB, 8 * MIB, 24 * MIB, 64 * MIB, 256 * MIB)
+MOVED = MIB if DRY else 320 * MIB
 LINE = 64
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-shared", "-fPIC")
 
@@ -82,7 +83,7 @@ class Limits:
         """The peaks that this CPU has the instruction for."""
         return [name for name in PEAKS if self._peak(name.encode(), 1)]
 
-    def peak(self, name: str, threads: int = 1, loops: int = 2_000_000) -> Work:
+    def peak(self, name: str, threads: int = 1, loops: int = 1000 if DRY else 2_000_000) -> Work:
         operations = self._peak(name.encode(), 1)
         if not operations:
             raise LimitsUnavailable(f"this CPU has no {name}")
@@ -147,8 +148,9 @@ def overview(threads: int) -> dict[str, float]:
         found[f"read {size_name(size)}, GB/s"] = rate(limits.read(size, threads)) / 1e9
     for reads, writes in ((4, 1), (1, 4)):
         for non_temporal in (False, True):
-            name = f"{reads} bytes read, {writes} written{', non-temporal' if non_temporal else ''}, 320 MiB, GB/s"
-            found[name] = rate(limits.move(320 * MIB, reads, writes, non_temporal, threads), 5) / 1e9
+            stores = ", non-temporal" if non_temporal else ""
+            name = f"{reads} bytes read, {writes} written{stores}, {size_name(MOVED)}, GB/s"
+            found[name] = rate(limits.move(MOVED, reads, writes, non_temporal, threads), 5) / 1e9
     return found
 
 

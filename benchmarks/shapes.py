@@ -1,25 +1,38 @@
-"""The shapes that every benchmark measures: BERT-base's linears and inputs."""
+"""The shapes that every benchmark measures: BERT-base's linears and inputs; with --dry, tiny ones."""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 import torch
 
 MIB = 1 << 20
 
+#: Everything once and as small as it gets, to see that a benchmark still runs; its figures mean nothing. The shapes
+#: below are defaults of options, so that this is asked before options are parsed; processes started later ask again.
+DRY = "--dry" in sys.argv
+
 #: (in_features K, out_features N) of BERT-base: query/key/value/output, intermediate, output of the feed-forward.
-LINEARS = ((768, 768), (768, 3072), (3072, 768))
+LINEARS = ((64, 96),) if DRY else ((768, 768), (768, 3072), (3072, 768))
 
 #: Rows: one token, a short query, one sentence of 128 tokens, a batch of eight.
-ROWS = (1, 16, 128, 1024)
+ROWS = (2,) if DRY else (1, 16, 128, 1024)
+
+#: The same for 4 bits, where up to four rows go another way.
+ROWS_4BIT = (1, 5) if DRY else (1, 4, 16, 128, 1024)
 
 #: Weights that a cold run goes through before it meets the same one again, so that each comes from DRAM.
-COLD_BYTES = 96 * MIB
+COLD_BYTES = 16 << 10 if DRY else 96 * MIB
 
 #: Elements of the float tensor that is quantized or dequantized: 1 to 256 MiB of fp32.
-AFFINE_SIZES = (1, 64, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
+AFFINE_SIZES = (1, 1 << 18) if DRY else (1, *(1 << power for power in (6, *range(10, 27, 2))))
 
 #: Columns of the matrix that is quantized per channel (fewer elements make one row).
 AFFINE_COLUMNS = 1024
+
+#: Elements of the tensor that is quantized to or dequantized from 4 bits.
+FOUR_BIT_SIZES = (1 << 12,) if DRY else (1 << 20, 1 << 24, 1 << 26)
 
 #: What the real model reads: random tokens take it where it was never trained, and an error there says little.
 TEXT = (
@@ -36,7 +49,12 @@ TEXT = (
 )
 
 #: Model inputs, BATCHxLENGTH. "8x16-128" is a batch of 8, lengths from 16 to 128, padded to 128 under a mask.
-MODEL_SIZES = ("1x128", "1x384", "8x128")
+MODEL_SIZES = ("1x16", "2x8-16") if DRY else ("1x128", "1x384", "8x128")
+
+#: What is passed to BertConfig, whose defaults are BERT-base.
+BERT: dict[str, Any] = (
+    {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128} if DRY else {}
+)
 
 
 def model_inputs(size: str, text_tokens: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 # ruff: noqa: E402 -- the path is put right before anything is imported
 """What all tests share: the fixture `isa`, and PYQKERN_REQUIRE (see support/require.py)."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 # The folder kernels/ in the repository's root must not hide PyPI's package of that name, which transformers imports.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+# Two processes share the cores: threads that wait for work must not spin. Processes that tests start do the same.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -21,6 +25,11 @@ from pyqkern import _C
 settings.register_profile("pyqkern", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("sanitizer", settings.get_profile("pyqkern"), max_examples=20)  # .ci/run
 settings.load_profile("pyqkern")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite; this one alone where files or tests are named."""
+    return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
 
 
 def pytest_sessionstart() -> None:

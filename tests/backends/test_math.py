@@ -1,5 +1,6 @@
 """exp, GELU, and what the softmax takes for 2**t: the functions of csrc/math.inl and encoder.inl on their own."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,16 +29,21 @@ def all_floats(least: float, greatest: float, step: int) -> list[Tensor]:
     ]
 
 
-def test_exp_errs_by_two_ulp_at_most() -> None:
-    """All fp32 from 2**-6 on, and every 61st below, on the best ISA; the others have the same bits."""
-    for x in (*all_floats(2.0**-100, 2.0**-6, 61), *all_floats(2.0**-6, 87.33654, 1)):
+# Every step-th fp32 from 2**-6 on, and every 61st of those below, on the best ISA: the others have the same bits.
+density = pytest.mark.parametrize("step", [61, pytest.param(1, marks=pytest.mark.long)])
+
+
+@density
+def test_exp_errs_by_two_ulp_at_most(step: int) -> None:
+    for x in (*all_floats(2.0**-100, 2.0**-6, 61 * step), *all_floats(2.0**-6, 87.33654, step)):
         for signed in (x, -x):
             assert (ulps(elementwise(0, signed), torch.exp(signed.double())) <= 2).all()
 
 
-def test_gelu_errs_by_four_units_of_its_argument_at_most() -> None:
-    """As for exp. |error| <= 4 * 2**-24 * |x|: where that comes from stands at test_gelu_error in test_int8.py."""
-    for x in (*all_floats(2.0**-100, 2.0**-6, 61), *all_floats(2.0**-6, 7.0, 1)):
+@density
+def test_gelu_errs_by_four_units_of_its_argument_at_most(step: int) -> None:
+    """|error| <= 4 * 2**-24 * |x|: where that comes from stands at test_gelu_error in test_int8.py."""
+    for x in (*all_floats(2.0**-100, 2.0**-6, 61 * step), *all_floats(2.0**-6, 7.0, step)):
         for signed in (x, -x):
             exact = torch.nn.functional.gelu(signed.double())
             assert ((elementwise(1, signed) - exact).abs() <= 4 * 2.0**-24 * x.double()).all()

@@ -11,13 +11,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 CAPABILITIES = (80, 89, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one block, CUDA C guide, table 21
@@ -139,40 +138,38 @@ if __name__ == "__main__":
     sys.exit()
 
 
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list[Compiled]]]:
-    """What was compiled, for each capability; two processes at a time."""
+def compiled(capability: int, tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+    """What was compiled for the capability, once: a worker that comes second waits for the first one's result."""
     from require import require
 
     require("triton", "no kernel is compiled")
-    folder = tmp_path_factory.mktemp("triton")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
-    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-
-    def compile_for(capability: int) -> list[Compiled]:
-        out = folder / f"{capability}.json"
-        command = [sys.executable, __file__, str(capability), str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"compute capability {capability}:\n{done.stdout[-3000:]}{done.stderr[-5000:]}"
-        return [Compiled(**one) for one in json.loads(out.read_text())]
-
-    with ThreadPoolExecutor(2) as pool:
-        yield dict(zip(CAPABILITIES, pool.map(compile_for, CAPABILITIES), strict=True))
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = shared / f"compiled-{capability}.json"
+    with FileLock(out.with_suffix(".lock")):
+        if not out.exists():
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+            environment |= {"TRITON_CACHE_DIR": str(base / "triton"), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, __file__, str(capability), str(out)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"capability {capability}:\n{done.stdout[-3000:]}{done.stderr[-5000:]}"
+    return [Compiled(**one) for one in json.loads(out.read_text())]
 
 
-Everything = dict[int, list[Compiled]]
-each_capability = pytest.mark.parametrize("capability", CAPABILITIES)
-
-
-@each_capability
-def test_every_kernel_compiles(compiled: Everything, capability: int) -> None:
+def test_every_kernel_compiles(compiled: list[Compiled]) -> None:
     from pyqkern.kernels import affine, four_bit, int8, row_quantize
 
     listed = {
         name for module in (affine, four_bit, int8, row_quantize) for name in vars(module) if name.endswith("_kernel")
     }
-    assert {one.kernel for one in compiled[capability]} == listed
-    assert all(one.cubin > 0 for one in compiled[capability])
+    assert {one.kernel for one in compiled} == listed
+    assert all(one.cubin > 0 for one in compiled)
 
 
 def test_every_module_with_kernels_is_listed() -> None:
@@ -185,8 +182,7 @@ def test_every_module_with_kernels_is_listed() -> None:
     assert with_kernels == {"affine", "int8", "four_bit", "row_quantize"}
 
 
-@each_capability
-def test_every_configuration_compiles(compiled: Everything, capability: int) -> None:
+def test_every_configuration_compiles(compiled: list[Compiled], capability: int) -> None:
     from pyqkern.kernels import tuning
 
     table = [
@@ -195,14 +191,13 @@ def test_every_configuration_compiles(compiled: Everything, capability: int) -> 
         for configs in families[tuning.family(capability)].values()
         for config in configs
     ]
-    done = [one.config for one in compiled[capability]]
+    done = [one.config for one in compiled]
     assert [config for config in table if config not in done] == []
 
 
-@each_capability
-def test_registers_and_shared_memory_suffice(compiled: Everything, capability: int) -> None:
-    assert [one for one in compiled[capability] if one.stack] == []
-    assert [one for one in compiled[capability] if one.shared > SHARED_MEMORY[capability]] == []
+def test_registers_and_shared_memory_suffice(compiled: list[Compiled], capability: int) -> None:
+    assert [one for one in compiled if one.stack] == []
+    assert [one for one in compiled if one.shared > SHARED_MEMORY[capability]] == []
 
 
 def tensor_core_instruction(capability: int, config: dict[str, Any], types: str) -> str:
@@ -214,22 +209,20 @@ def tensor_core_instruction(capability: int, config: dict[str, Any], types: str)
     return r"tcgen05\.mma\S*kind::(i8|f16)|mma\.sync\S*\.s32\.s8\.s8"  # Triton 3.6 has no tcgen05 for int8
 
 
-@each_capability
 @pytest.mark.parametrize(
     "kernel, types", [("int8_matmul_kernel", r"s32\.s8\.s8"), ("dot_4bit_kernel", r"f32\.bf16\.bf16")]
 )
-def test_tensor_cores(compiled: Everything, capability: int, kernel: str, types: str) -> None:
-    dots = [one for one in compiled[capability] if one.kernel == kernel and one.config is not None]
+def test_tensor_cores(compiled: list[Compiled], capability: int, kernel: str, types: str) -> None:
+    dots = [one for one in compiled if one.kernel == kernel and one.config is not None]
     assert len(dots) >= 3
     for one in dots:
         wanted = tensor_core_instruction(capability, one.config, types)
         assert any(re.search(wanted, instruction) for instruction in one.ptx), (wanted, one)
 
 
-@each_capability
-def test_tiles_come_in_pieces_of_16_bytes(compiled: Everything, capability: int) -> None:
+def test_tiles_come_in_pieces_of_16_bytes(compiled: list[Compiled], capability: int) -> None:
     """Tiles of the operands go to shared memory without registers, through the TMA or 16 bytes at a time."""
-    for one in compiled[capability]:
+    for one in compiled:
         if one.kernel in ("int8_matmul_kernel", "gemv_4bit_kernel", "dot_4bit_kernel"):
             wide = [i for i in one.ptx if re.match(r"cp\.async\.bulk\.tensor|cp\.async\.cg\.shared\.global.* 0x10$", i)]
             assert wide, one
@@ -238,9 +231,8 @@ def test_tiles_come_in_pieces_of_16_bytes(compiled: Everything, capability: int)
             assert narrow == [] or (one.kernel != "int8_matmul_kernel" and narrow == ["ld.global.b8"]), one
 
 
-@each_capability
-def test_elementwise_kernels_load_and_store_16_bytes(compiled: Everything, capability: int) -> None:
-    for one in compiled[capability]:
+def test_elementwise_kernels_load_and_store_16_bytes(compiled: list[Compiled], capability: int) -> None:
+    for one in compiled:
         if one.kernel not in ("int8_matmul_kernel", "gemv_4bit_kernel", "dot_4bit_kernel"):
             assert any(re.match(r"ld\.global\S*\.v4\.b32", i) for i in one.ptx), one
             wide = r"st\.global\S*\.v2\.b32" if "split_k" in one.kernel else r"st\.global\S*\.v4\.b32"

@@ -1,0 +1,63 @@
+"""Every benchmark for CPUs runs, with tiny shapes: what the README calls, and every other way through it."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import SENTENCES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+
+WAYS = {
+    "bench_affine.py": ["--json r.json --plot r.png", "--threads 1,2 --sizes 64"],
+    "bench_int8.py": ["--json r.json --plot r.png", "--cold", "--matmul", "--isa all"],
+    "bench_nf4.py": ["--json r.json", "--cold", "--tensors", "--models --isa scalar"],
+    "bench_model.py": ["--json r.json --plot r.png --models base"],
+    "bench_accuracy.py": [],
+}
+IN_README = re.findall(r"`python benchmarks/(\w+\.py)([^`]*)`", README)
+
+# One process for all calls of a benchmark: most of the time goes into importing torch.
+RUN = """
+import runpy, shlex, sys
+sys.path.insert(0, sys.argv[1])
+script, *calls = sys.argv[2:]
+for call in calls:
+    sys.argv = [script, *shlex.split(call), "--dry"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"{script} {call}: {end.code}")
+"""
+
+
+def calls_of(script: str) -> list[str]:
+    """Those of the README, without --peers (which others have to be installed for), then the rest."""
+    listed = [options.replace("--peers", "").strip() for name, options in IN_README if name == script]
+    return list(dict.fromkeys([*listed, *WAYS[script]]))
+
+
+def test_every_benchmark_is_listed() -> None:
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert scripts == {*WAYS, "bench_cuda.py"}  # which test_launch.py runs
+    assert {name for name, _ in IN_README} == scripts
+
+
+@pytest.mark.parametrize("script", WAYS)
+def test_a_benchmark_runs(script: str, tmp_path: Path) -> None:
+    data = tmp_path / "texts.csv"
+    data.write_text("text,label\n" + "".join(f'"{text}",{i % 2}\n' for i, text in enumerate(SENTENCES)))
+    calls = [call.replace("FOLDER", f"{data} --cache {tmp_path}") for call in calls_of(script)]
+    command = [sys.executable, "-c", RUN, str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / script), *calls]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(calls)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    assert "failed" not in done.stdout, done.stdout
+    written = {name for call in calls for name in re.findall(r"r\.\w+", call)}
+    assert written == {path.name for path in tmp_path.glob("r.*")}
