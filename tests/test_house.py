@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pyqkern"
 # Each room imports those listed before it. A room is a folder of pyqkern/, or the one file schemes.py.
 ROOMS = (
     "schemes", "backends", "ops", "functional", "nn", "models",
-    "calibration", "training", "checkpoints", "hf", "analysis", "cli",
+    "calibration", "checkpoints", "hf", "analysis", "cli",
 )  # fmt: skip
 
 MODULES = {
@@ -25,14 +25,13 @@ LONGEST, SHORTEST = 500, 15  # lines of a file; an __init__.py may be shorter
 
 # Questions about the device that choose no kernel: (file, source of the expression) and why it is asked.
 ABOUT_DEVICES = {
-    ("pyqkern/nn/linear.py", "moved.device.type"): "a weight is packed again when its module changes devices",
-    ("pyqkern/nn/linear.py", "device.type"): "as above",
     ("pyqkern/nn/encoder.py", "x.is_cpu"): "the operator of a whole layer is for CPUs; elsewhere its linears run",
     ("pyqkern/nn/encoder.py", "linear._buffers['packed'].is_cpu"): "as above",
     ("pyqkern/ops/encoder.py", "tensor.is_cpu"): "the operator of a whole layer refuses what is not on the CPU",
     ("pyqkern/ops/encoder.py", "mask.is_cpu"): "as above",
     ("pyqkern/ops/affine.py", "tensor.is_cuda"): "values are not checked on a GPU, which would have to wait for them",
-    ("pyqkern/ops/embedding.py", "ids.is_cpu"): "as above",
+    ("pyqkern/ops/checks.py", "ids.is_cuda"): "as above",
+    ("pyqkern/ops/four_bit.py", "device.type"): "an error names the device",
     ("kernels/device.py", "head.device.type"): "a Triton kernel refuses tensors that are not on CUDA",
     ("kernels/device.py", "device.type"): "properties of a CUDA device, and what stands for them in the interpreter",
 }

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqkern.analysis.compare import compare_samples, error_propagation, evaluated, first_tensor
+from pyqkern.analysis.compare import compare_samples, error_propagation, first_tensor
 from pyqkern.analysis.ranges import range_report
 from pyqkern.analysis.records import matplotlib_pyplot
 from pyqkern.analysis.report import report
 from pyqkern.analysis.sensitivity import fallback, sensitivity
 from pyqkern.calibration.calibrate import calibrate
+from pyqkern.calibration.run import evaluated
 from pyqkern.models.replace import replace_linear
 from pyqkern.schemes import Int8Static, Scheme, get_scheme
 

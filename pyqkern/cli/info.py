@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-import pyqkern
 from pyqkern import _C
 
 HELP = "Versions, instruction sets, threads and CUDA, as pyqkern sees them."
@@ -25,14 +24,14 @@ def run(options: argparse.Namespace) -> None:
 def describe() -> dict[str, str]:
     """What `pyqkern info` prints, by name."""
     return {
-        "pyqkern": pyqkern.__version__,
+        "pyqkern": _version("pyqkern"),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         "triton": _version("triton"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cpu": _cpu(),
-        "isas": ", ".join(pyqkern.isas()),
-        "isa in use": f"{pyqkern.isa()} (PYQKERN_ISA chooses another)",
+        "isas": ", ".join(_C.isas()),
+        "isa in use": f"{_C.isa()} (PYQKERN_ISA chooses another)",
         "threads": f"{_C.threads()} (torch.set_num_threads sets them)",
         "openmp": _C.openmp() or "none: the kernels run on one thread",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
