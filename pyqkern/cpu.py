@@ -129,4 +129,4 @@ def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
 
 
 def packed_shape(n: int, k: int) -> tuple[int, ...]:
-    return ((n + PANEL - 1) // PANEL, (k + 3) // 4 + 1, 4 * PANEL)
+    return ((n + PANEL - 1) // PANEL, (k + 3) // 4 + 2, 4 * PANEL)
