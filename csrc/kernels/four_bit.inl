@@ -416,7 +416,7 @@ static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps
         for (int r = 0; r < R; ++r) c[r][v] = start;
       }
       tile<R, VECTORS_INT8, 0, false>(c, a + step * size, lda, integers + step * size * kStrip + n * 4, COLS * 4,
-                                      kStrip * 4, size / 4, nullptr);
+                                      kStrip * 4, size / 4, nullptr, 0);
       for (int v = 0; v < V; ++v) {
         const f32 s = load(scale + step * kStrip + n + v * LANES);
         for (int r = 0; r < R; ++r) t[r][v] = fma(to_float((i32)c[r][v]), s, t[r][v]);

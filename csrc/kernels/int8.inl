@@ -6,167 +6,19 @@
 //             q = clamp(rint(x * (1/scale) + zero));   a row of zeros has scale 1; NaN or inf in it makes scale NaN
 //   static    scale and zero are given, the same for every row: no pass for lo and hi; q and NaN as above
 //   sum       S[m][n] = sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k], exact while it fits an int32: K <= kMaxK
-//   tail      y = activation((scale[m] * w_scale[n]) * float(S) + bias[n]), each operation rounded, then rounded to y's
-//   type
+//   tail      y = activation((scale[m] * w_scale[n]) * float(S) + bias[n]), each operation rounded, then
+//             rounded to y's type
 //
 // The product keeps a tile of MR rows by NV vectors of columns in registers over all of K. No blocking over K: up to
 // K = 3072 a strip of NV vectors stays in L2, and beyond that it is still read once for the 100 rows or more of a
 // block.
 #pragma once
 
-#include "kernels/affine.inl"
 #include "kernels/math.inl"
+#include "kernels/rows.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
-
-// ---- quantized rows
-
-struct RowScale {
-  float scale;
-  int32_t zero;
-};
-
-INLINE RowScale row_scale(float least, float greatest, bool symmetric) {
-  float lo = least < 0 ? least : 0.0f, hi = greatest > 0 ? greatest : 0.0f;
-  if (least != least || greatest != greatest) return {__builtin_nanf(""), symmetric ? 128 : 0};
-  float levels = symmetric ? 127.0f : 255.0f;
-  float extent = symmetric ? (-lo > hi ? -lo : hi) : hi - lo;
-  float scale = extent / levels;
-  if (extent > kGreatest) scale = hi / levels - lo / levels;
-  if (scale < kLeastNormal) scale = extent == 0 ? 1.0f : kLeastNormal;
-  if (symmetric) return {scale, 128};
-  float zero = __builtin_rintf(-lo / scale);
-  return {scale, zero > 255 ? 255 : (int32_t)zero};
-}
-
-// Codes of one row, filled up to a multiple of four by that of 0 (the weight is zero there, so any code does). Returns
-// the row's correction. Rounding can carry a code one past its range, x * (1/scale) + zero having three roundings:
-// store_codes limits it.
-template <class T> INLINE int32_t quantize_row(const T* x, size_t K, float inverse, int32_t zero_point, ROW_T* q) {
-  const size_t block = 4 * LANES;
-  const f32 inv_scale = set1(inverse), zero = set1((float)zero_point);
-  i32 pairs{};
-  auto code = [&](const T* p) { return round(load(p) * inv_scale + zero); };
-  auto codes = [&](const T* p, ROW_T* out) {
-    store_codes(out, code(p), code(p + LANES), code(p + 2 * LANES), code(p + 3 * LANES), set1(zero_point), pairs);
-  };
-  size_t k = 0;
-  for (; k + block <= K; k += block) codes(x + k, q + k);
-  if (k < K) {
-    T rest[block] = {};
-    ROW_T last[block];
-    memcpy(rest, x + k, (K - k) * sizeof(T));
-    codes(rest, last);
-    memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
-  }
-  return PAIRED ? total(pairs) : zero_point;
-}
-
-template <class T> static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric,
-                                                const QRows& out) {
-  float least, greatest;
-  range_of(x, K, &least, &greatest);
-  for (size_t m = 0; m < rows; ++m, x += ldx) {
-    const RowScale s = row_scale(least, greatest, symmetric);
-    if (m + 1 < rows)
-      range_of(x + ldx, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
-    ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
-    out.scale[m] = s.scale;
-    if (s.scale == s.scale) {
-      out.correction[m] = quantize_row(x, K, 1.0f / s.scale, s.zero, q);
-    } else {  // any codes: NaN times their sum is NaN
-      memset(q, 0, 4 * quads(K) * sizeof(ROW_T));
-      out.correction[m] = 0;
-    }
-  }
-}
-
-static void int8_quantize_rows(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric,
-                               const QRows& out) {
-  if (dtype == kFloat32) quantize_rows_of((const float*)x, ldx, rows, K, symmetric, out);
-  else if (dtype == kBFloat16) quantize_rows_of((const bf16*)x, ldx, rows, K, symmetric, out);
-  else quantize_rows_of((const fp16*)x, ldx, rows, K, symmetric, out);
-}
-
-// Codes of one row under a given scale: values beyond its range saturate before they are rounded, since they may be too
-// large for an int32. False where the row holds NaN or an infinity.
-template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, ROW_T* q, int32_t* correction) {
-  const size_t block = 4 * LANES;
-  const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero), top = set1(255.0f);
-  f32 bad[4] = {};
-  i32 pairs{};
-  auto code = [&](const T* p, f32& nan) {
-    const f32 v = load(p);
-    nan = nan_if_not_finite(v, nan);
-    return round(clamp(v * inv_scale + zero, f32{}, top));
-  };
-  auto codes = [&](const T* p, ROW_T* out) {
-    const i32 a = code(p, bad[0]), b = code(p + LANES, bad[1]), c = code(p + 2 * LANES, bad[2]),
-              d = code(p + 3 * LANES, bad[3]);
-    store_codes(out, a, b, c, d, set1(s.zero), pairs);
-  };
-  size_t k = 0;
-  for (; k + block <= K; k += block) codes(x + k, q + k);
-  if (k < K) {
-    T rest[block] = {};
-    ROW_T last[block];
-    memcpy(rest, x + k, (K - k) * sizeof(T));
-    codes(rest, last);
-    memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
-  }
-  *correction = PAIRED ? total(pairs) : s.zero;
-  float lanes[LANES];
-  store(lanes, (bad[0] + bad[1]) + (bad[2] + bad[3]));
-  for (int i = 0; i < LANES; ++i)
-    if (lanes[i] != lanes[i]) return false;
-  return true;
-}
-
-template <class T> static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale s,
-                                                       const QRows& out) {
-  for (size_t m = 0; m < rows; ++m, x += K) {
-    const bool finite = quantize_row_static(x, K, s, (ROW_T*)out.q + m * 4 * quads(K), out.correction + m);
-    out.scale[m] = finite ? s.scale : __builtin_nanf("");
-  }
-}
-
-static void int8_quantize_rows_static(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero,
-                                      const QRows& out) {
-  const RowScale s{scale, zero};
-  if (dtype == kFloat32) quantize_rows_static_of((const float*)x, rows, K, s, out);
-  else if (dtype == kBFloat16) quantize_rows_static_of((const bf16*)x, rows, K, s, out);
-  else quantize_rows_static_of((const fp16*)x, rows, K, s, out);
-}
-
-static void int8_load_rows(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows& out) {
-  const int32_t zero = is_unsigned ? 0 : 128;
-  const size_t block = 4 * LANES;
-  for (size_t m = 0; m < rows; ++m, a += K) {
-    ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
-    if constexpr (PAIRED) {
-      i32 pairs{};
-      auto code = [&](const uint8_t* p) { return load_bytes(p) ^ zero; };
-      auto codes = [&](const uint8_t* p, ROW_T* to) {
-        store_codes(to, code(p), code(p + LANES), code(p + 2 * LANES), code(p + 3 * LANES), set1(zero), pairs);
-      };
-      size_t k = 0;
-      for (; k + block <= K; k += block) codes(a + k, q + k);
-      if (k < K) {
-        uint8_t rest[block] = {};
-        ROW_T last[block];
-        memcpy(rest, a + k, K - k);
-        codes(rest, last);
-        memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
-      }
-      out.correction[m] = total(pairs);
-    } else {
-      for (size_t k = 0; k < K; ++k) q[k] = (ROW_T)(uint8_t(a[k] ^ zero) - (CENTERED ? zero : 0));
-      for (size_t k = K; k < 4 * quads(K); ++k) q[k] = 0;
-      out.correction[m] = zero;
-    }
-  }
-}
 
 // ---- packed weights
 
@@ -300,11 +152,11 @@ INLINE const int8_t* vector_at(const int8_t* packed, size_t K, size_t v) {
 // c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. On the
 // way it asks for AHEAD panels of the weight, a line of each in each step: a model's weights come from memory, not from
 // the cache.
-template <int R, int V, int AHEAD, bool PAIRS>
-INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const int8_t* __restrict b, size_t stride,
-                 size_t step, size_t Q, const int8_t* ahead) {
+template <int R, int V, int AHEAD, bool PAIRS, class B>
+INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const B* __restrict b, size_t stride,
+                 size_t step, size_t Q, const int8_t* ahead, size_t ahead_stride) {
   for (size_t q = 0; q < Q; ++q, a += 4, b += step, ahead += kLine) {
-    for (int p = 0; p < AHEAD; ++p) __builtin_prefetch(ahead + p * stride, 0, 1);
+    for (int p = 0; p < AHEAD; ++p) __builtin_prefetch(ahead + p * ahead_stride, 0, 1);
     b_t bv[V];
     unroll<V>([&](auto v) INLINE_LAMBDA { bv[v] = load_b(b + v * stride); });
     unroll<R>([&](auto r) INLINE_LAMBDA {
@@ -335,7 +187,8 @@ INLINE void finish(acc_t (&c)[R][V], const int8_t* column_sums, size_t stride, c
 struct Strip {
   const QRows& a;
   size_t K;
-  const int8_t* b;  // its first vector in the packed weight
+  const int8_t* b;     // its first vector in the packed weight
+  const wide_t* wide;  // the strip widened, [quads][V], or nullptr
   size_t n0;
   const Tail& t;
   TailFunction tail;
@@ -354,12 +207,21 @@ static void tile_and_tail(const Strip& s, size_t m, Ahead ahead) {
   const size_t Q = quads(s.K), panel = panel_bytes(s.K), stride = VECTORS == 1 ? panel : COLS * 4;
   const ROW_T* a = (const ROW_T*)s.a.q + m * 4 * Q;
   acc_t c[R][V] = {};
-  if (ahead.panels == 1) tile<R, V, 1, true>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
-  else if (STRIP_PANELS > 1 && ahead.panels == 2) tile<R, V, 2, true>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
-  else if (STRIP_PANELS > 2 && ahead.panels == 3) tile<R, V, 3, true>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
-  else tile<R, V, 0, true>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
-  finish<R, V>(c, s.b + Q * kLine, panel, s.a, m, s.n0, s.t,
-               s.tail);  // behind its last quad, a panel has its column sums
+  auto product = [&](auto* b, size_t vector, size_t step) INLINE_LAMBDA {
+    if (ahead.panels == 1) tile<R, V, 1, true>(c, a, 4 * Q, b, vector, step, Q, ahead.from, panel);
+    else if (STRIP_PANELS > 1 && ahead.panels == 2)
+      tile<R, V, 2, true>(c, a, 4 * Q, b, vector, step, Q, ahead.from, panel);
+    else if (STRIP_PANELS > 2 && ahead.panels == 3)
+      tile<R, V, 3, true>(c, a, 4 * Q, b, vector, step, Q, ahead.from, panel);
+    else tile<R, V, 0, true>(c, a, 4 * Q, b, vector, step, Q, nullptr, 0);
+  };
+  if constexpr (WIDE_QUADS) {
+    if (R <= MR_WIDE && s.wide) product(s.wide, WIDE_B, V * WIDE_B);
+    else product(s.b, stride, kLine);
+  } else {
+    product(s.b, stride, kLine);
+  }
+  finish<R, V>(c, s.b + Q * kLine, panel, s.a, m, s.n0, s.t, s.tail);  // a panel's sums are behind its last quad
 }
 
 template <int V, int R = MR>
@@ -369,14 +231,27 @@ static void tile_rows(size_t rows, const Strip& s, size_t m, Ahead ahead) {
   tile_and_tail<R, V>(s, m, ahead);
 }
 
+// Widens a strip of NV vectors once for all its tiles, which saves them the shifts: worth it from eight tiles on.
+template <class Wide> INLINE const Wide* widen_strip(const int8_t* b, size_t Q, Wide* wide) {
+  if constexpr (WIDE_QUADS)
+    for (size_t q = 0; q < Q; ++q)
+      unroll<NV>([&](auto v)
+                     INLINE_LAMBDA { store_b(wide + (q * NV + v) * WIDE_B, load_b(b + q * kLine + v * COLS * 4)); });
+  return wide;
+}
+
 static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
                       const Tail& t) {
   const size_t stop = end * kPanel < t.N ? end * kPanel : t.N;
   const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
-  const size_t tiles = (rows + MR - 1) / MR;
+  const bool widen = WIDE_QUADS && quads(K) <= WIDE_QUADS && rows >= 8 * MR_WIDE;
+  const size_t most = widen ? MR_WIDE : MR, tiles = (rows + most - 1) / most;
   const size_t per_tile = (STRIP_PANELS + tiles - 1) / tiles;  // the next strip is asked for by this one's first tiles
+  alignas(64) wide_t wide[WIDE_QUADS ? WIDE_QUADS * NV * WIDE_B : 1];
   for (size_t v = 0, width; v < vectors; v += width) {
-    const Strip strip{a, K, vector_at(packed, K, v), begin * kPanel + v * COLS, t, tail_of(t)};
+    const int8_t* b = vector_at(packed, K, v);
+    const wide_t* widened = widen ? widen_strip(b, quads(K), wide) : nullptr;
+    const Strip strip{a, K, b, widened, begin * kPanel + v * COLS, t, tail_of(t)};
     const size_t left = vectors - v;
     width = left < NV ? left : NV > 2 && left == NV + 1 ? 2 : NV;  // two and two: a tile of one waits for its own sums
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {

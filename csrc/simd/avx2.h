@@ -32,6 +32,16 @@ INLINE b_t load_b(const int8_t* p) {
   const __m256i v = _mm256_loadu_si256((const __m256i*)p);
   return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)};
 }
+constexpr size_t WIDE_QUADS = 768;  // 96 KB, which stay in L2 beside the rows
+constexpr size_t WIDE_B = 32;
+typedef int16_t wide_t;  // a vector's even bytes and behind them its odd ones
+INLINE b_t load_b(const wide_t* p) {
+  return {_mm256_load_si256((const __m256i*)p), _mm256_load_si256((const __m256i*)(p + 16))};
+}
+INLINE void store_b(wide_t* p, b_t b) {
+  _mm256_store_si256((__m256i*)p, b.even);
+  _mm256_store_si256((__m256i*)(p + 16), b.odd);
+}
 INLINE a_t load_row(const ROW_T* p) {
   const __m256 low = _mm256_loadu_ps((const float*)p), high = _mm256_loadu_ps((const float*)(p + 16));
   const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88));
@@ -80,7 +90,7 @@ INLINE i32 dot(i32 acc, w_t w, x_t x) {
 }
 
 // ---- tiles
-constexpr int MR = 6, NV = 2;
+constexpr int MR = 6, NV = 2, MR_WIDE = 4;
 constexpr size_t GEMV_ROWS = 4, DOT_ROWS = 4;
 constexpr int GEMV_SUMS = 8;
 constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 2;

@@ -90,6 +90,9 @@ INLINE a_t load_a(const ROW_T* p) {
   return (a_t)_mm512_set1_epi32(quad);
 }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm512_loadu_si512(p); }
+constexpr size_t WIDE_QUADS = 0, WIDE_B = 0;
+constexpr int MR_WIDE = 0;
+typedef int8_t wide_t;
 INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm512_loadu_si512(p); }
 INLINE int32_t reduce_add(acc_t v) { return _mm512_reduce_add_epi32((__m512i)v); }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }

@@ -20,6 +20,9 @@ INLINE a_t load_a(const ROW_T* p) {
   return (a_t)_mm256_set1_epi32(quad);
 }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_loadu_si256((const __m256i*)p); }
+constexpr size_t WIDE_QUADS = 0, WIDE_B = 0;
+constexpr int MR_WIDE = 0;
+typedef int8_t wide_t;
 INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm256_loadu_si256((const __m256i*)p); }
 INLINE int32_t reduce_add(acc_t v) { return reduce_add_lanes(v); }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }

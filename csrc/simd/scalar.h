@@ -134,6 +134,9 @@ typedef i32 acc_t, b_t;
 struct a_t { int32_t k[4]; };
 INLINE a_t load_a(const ROW_T* p) { return {{p[0], p[1], p[2], p[3]}}; }
 INLINE b_t load_b(const int8_t* p) { return load((const int32_t*)p); }
+constexpr size_t WIDE_QUADS = 0, WIDE_B = 0;
+constexpr int MR_WIDE = 0;
+typedef int8_t wide_t;
 INLINE a_t load_row(const ROW_T* p) { return load_a(p); }  // not used: ROW_K = 0
 INLINE int32_t reduce_add(acc_t v) { return v[0]; }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) {  // byte k of each lane, sign-extended by two shifts
