@@ -14,7 +14,7 @@ void min_max(const void* x, int dtype, size_t outer, size_t channels, size_t inn
 // A bias [n] in fp32: as it is, or widened into a buffer of this thread until the next call. nullptr stays nullptr.
 const float* widened(const Kernels& k, const void* bias, int dtype, size_t n);
 
-// w int8 [N, K] to and from packed int8 [panels(N), quads(K) + 1, 64].
+// w int8 [N, K] to and from packed int8 [panels(N), quads(K) + 2, 64].
 void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed);
 void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w);
 

@@ -224,7 +224,7 @@ template <class Work> void for_blocks(const Call& c, const Group& g, const Work&
 // Where the queries of a head, from token t of the group on, lie.
 QRows queries_at(const Call& c, const Group& g, size_t head, size_t t) {
   const size_t row = head * g.tokens + t;
-  return {static_cast<char*>(g.queries.q) + row * c.head_row_bytes, g.queries.scale + row, g.queries.zero + row};
+  return {static_cast<char*>(g.queries.q) + row * c.head_row_bytes, g.queries.scale + row, g.queries.correction + row};
 }
 
 // Step 1 for tokens [t, t + n) of the group.

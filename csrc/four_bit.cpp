@@ -66,23 +66,10 @@ void flat_totals(const Kernels& k, const Weight4Bit& w, const float* absmax, con
 struct Shared {
   const float* x;
   const QRows* q;
-  const int8_t* few;
-  const int32_t* minus_sums;
+  int8_t* few;
+  int32_t* minus_sums;
   const float* flat_scales;
 };
-
-// Few quantized rows for four_bit_gemv_int8.
-void signed_rows(const QRows& q, bool bytes, size_t rows, size_t K, size_t step, int8_t* few, int32_t* minus_sums) {
-  for (size_t i = 0; i < rows * K; i += step) {
-    int32_t sum = 0;
-    for (size_t j = i; j < i + step; ++j) {
-      few[j] =
-          static_cast<int8_t>(bytes ? static_cast<const uint8_t*>(q.q)[j] ^ 0x80 : static_cast<const int16_t*>(q.q)[j]);
-      sum += few[j];
-    }
-    minus_sums[i / step] = -128 * sum;
-  }
-}
 
 // Ways to fill total [rows][kStrip] with rows [m, m + rows) of one strip.
 
@@ -136,7 +123,8 @@ void strip_totals(const Kernels& k, const Weight4Bit& w, const Shared& in, size_
   if (in.few)
     return k.four_bit_gemv_int8(in.few, in.minus_sums, rows, w.K, strip_codes(w, strip), scales, w.blocksize,
                                 panels_of(w.N, strip), *w.book, total);
-  int8_totals(k, w, {static_cast<char*>(in.q->q) + m * w.K * k.row_element_bytes, in.q->scale + m, in.q->zero + m},
+  int8_totals(k, w,
+              {static_cast<char*>(in.q->q) + m * w.K * k.row_element_bytes, in.q->scale + m, in.q->correction + m},
               strip, scales, rows, total);
 }
 
@@ -248,7 +236,7 @@ void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* 
          reinterpret_cast<int32_t*>(scales + M * 4)};
     parallel_for((M + 15) / 16, count, [&](size_t i) {
       const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
-      const QRows part{static_cast<char*>(q.q) + m * K * k.row_element_bytes, q.scale + m, q.zero + m};
+      const QRows part{static_cast<char*>(q.q) + m * K * k.row_element_bytes, q.scale + m, q.correction + m};
       k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, K, rows, K, true, part);
       for (size_t r = 0; r < rows; ++r) q.scale[m + r] *= 1.0f / w.book->levels;
     });
@@ -258,8 +246,7 @@ void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* 
       char* buffer = static_cast<char*>(scratch(kPacked, sums + M * K));
       in.minus_sums = reinterpret_cast<int32_t*>(buffer);
       in.few = reinterpret_cast<int8_t*>(buffer + sums);
-      signed_rows(q, k.row_element_bytes == 1, M, K, step, reinterpret_cast<int8_t*>(buffer + sums),
-                  reinterpret_cast<int32_t*>(buffer));
+      k.four_bit_signed_rows(q, M, K, step, in.few, in.minus_sums);
     }
   } else if (dtype != kFloat32) {
     float* wide = static_cast<float*>(scratch(kRows, M * K * sizeof(float)));

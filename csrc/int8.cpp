@@ -13,7 +13,7 @@ constexpr size_t kDotColumns = 64;         // columns of a piece where nothing i
 constexpr size_t kTileRows = 24;           // rows of a block: a multiple of every tile height
 
 QRows rows_at(const QRows& r, size_t m, size_t row_bytes) {
-  return {static_cast<char*>(r.q) + m * row_bytes, r.scale + m, r.zero + m};
+  return {static_cast<char*>(r.q) + m * row_bytes, r.scale + m, r.correction + m};
 }
 
 // Room for `rows` quantized rows, kept by this thread.

@@ -123,13 +123,6 @@ static void elementwise(int function, const float* x, size_t n, float* y) {
   }
 }
 
-INLINE int32_t total(i32 v) {
-  int32_t lanes[LANES], sum = 0;
-  store(lanes, v);
-  for (int i = 0; i < LANES; ++i) sum += lanes[i];
-  return sum;
-}
-
 // Scores past n, up to a multiple of 64, are overwritten; so are codes of the row behind the last, up to 64.
 static void softmax_codes(float* scores, size_t ld, size_t rows, size_t n, const QRows& out) {
   const size_t whole = softmax_width(n);
@@ -140,17 +133,17 @@ static void softmax_codes(float* scores, size_t ld, size_t rows, size_t n, const
       for (int v = 0; v < 4; ++v) most[v] = max(load(scores + j + v * LANES), most[v]);
     const f32 greatest = set1(reduce_max(max(max(most[0], most[1]), max(most[2], most[3]))));
     ROW_T* q = (ROW_T*)out.q + m * 4 * quads(n);
-    i32 sum[4] = {};
+    i32 sum[4] = {}, pairs{};
     for (size_t j = 0; j < whole; j += 4 * LANES) {
       i32 code[4];
       for (int v = 0; v < 4; ++v) {
         code[v] = probability_code(load(scores + j + v * LANES) - greatest, load(kDither.of + (j + v * LANES) % 64));
         sum[v] += code[v];
       }
-      store_row(q + j, code[0], code[1], code[2], code[3], i32{});
+      store_codes(q + j, code[0], code[1], code[2], code[3], i32{}, pairs);
     }
     out.scale[m] = 1.0f / (float)total((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    out.zero[m] = 0;
+    out.correction[m] = PAIRED ? total(pairs) : 0;
   }
 }
 
@@ -159,7 +152,6 @@ static void int8_pack_values(const float* v, size_t ld, size_t tokens, size_t d,
     const size_t part = j >= d ? 0 : d - j < LANES ? d - j : LANES;
     int8_t* panel = packed + j / kPanel * panel_bytes(tokens);
     int8_t* line = panel + j % kPanel * 4;
-    memset(panel + quads(tokens) * kLine, 0, kLine);  // the sums of the columns: the probabilities' zero point is 0
     f32 most{}, bad{};
     for (size_t t = 0; t < tokens; ++t) {
       const f32 x = load_n(v + t * ld + j, part);
@@ -179,6 +171,10 @@ static void int8_pack_values(const float* v, size_t ld, size_t tokens, size_t d,
       }
       store((int32_t*)line, quad);
     }
+  }
+  for (size_t p = 0; p < panels(d); ++p, packed += panel_bytes(tokens)) {
+    if (PAIRED) sum_panel(packed, quads(tokens));
+    else memset(packed + quads(tokens) * kLine, 0, kLine);  // the probabilities' zero point is 0
   }
 }
 
@@ -213,11 +209,10 @@ static void int8_quantize_heads(const float* x, size_t rows, size_t heads, size_
           for (size_t k = 0; k < d; k += CODES_AT_ONCE) {
             const size_t n = d - k < CODES_AT_ONCE ? d - k : CODES_AT_ONCE;
             quantize_row(first + h * d + k, n, inverse[h], 128, q);
-            for (size_t i = 0; i < n; ++i) codes[at * d + k + i] = (int8_t)(q[i] - (CENTERED ? 0 : 128));
+            for (size_t i = 0; i < n; ++i) codes[at * d + k + i] = code_at(q, i);
           }
         } else {
-          quantize_row(first + h * d, d, inverse[h], 128, (ROW_T*)out.q + at * row);
-          out.zero[at] = 128;
+          out.correction[at] = quantize_row(first + h * d, d, inverse[h], 128, (ROW_T*)out.q + at * row);
         }
       }
     }

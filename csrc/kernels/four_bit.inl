@@ -213,6 +213,20 @@ static void four_bit_gemv(const float* x, size_t rows, size_t K, const uint8_t* 
   else gemv_strip<4>(x, K, packed, scale, blocksize, panels, book, total);
 }
 
+static void four_bit_signed_rows(const QRows& q, size_t rows, size_t K, size_t step, int8_t* codes,
+                                 int32_t* minus_sums) {
+  for (size_t i = 0; i < rows * K; i += step) {
+    const ROW_T* row = (const ROW_T*)q.q + i;
+    int32_t sum = 0;
+    for (size_t j = 0; j < step; j += 4)
+      for (size_t k = 0; k < 4; ++k) {
+        codes[i + j + k] = code_at(row + j, k);
+        sum += codes[i + j + k];
+      }
+    minus_sums[i / step] = -128 * sum;
+  }
+}
+
 // The same of integers, one step after the other: V vectors of a strip. Codes of columns 0 to 3 and 4 to 7 of a line
 // have sums of their own where one row alone would wait for its additions.
 template <int R, int V>
@@ -390,7 +404,7 @@ static void four_bit_expand_int8(const uint8_t* packed, size_t size, size_t pane
 template <int R>
 static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps, const int8_t* integers,
                            const int32_t* minus_sums, const float* scale, float* total) {
-  constexpr int V = VECTORS_INT8 / SUMS;
+  constexpr int V = VECTORS_INT8;
   for (size_t n = 0; n < kStrip; n += VECTORS_INT8 * COLS) {
     f32 t[R][V];
     for (int r = 0; r < R; ++r)
@@ -401,11 +415,11 @@ static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps
         const acc_t start = CENTERED ? acc_t{} : (acc_t)load(minus_sums + step * kStrip + n + v * COLS);
         for (int r = 0; r < R; ++r) c[r][v] = start;
       }
-      tile<R, VECTORS_INT8, 0>(c, a + step * size, lda, integers + step * size * kStrip + n * 4, COLS * 4, kStrip * 4,
-                               size / 4, nullptr);
+      tile<R, VECTORS_INT8, 0, false>(c, a + step * size, lda, integers + step * size * kStrip + n * 4, COLS * 4,
+                                      kStrip * 4, size / 4, nullptr, 0);
       for (int v = 0; v < V; ++v) {
         const f32 s = load(scale + step * kStrip + n + v * LANES);
-        for (int r = 0; r < R; ++r) t[r][v] = fma(to_float(sums(&c[r][v * SUMS])), s, t[r][v]);
+        for (int r = 0; r < R; ++r) t[r][v] = fma(to_float((i32)c[r][v]), s, t[r][v]);
       }
     }
     for (int r = 0; r < R; ++r)

@@ -6,159 +6,40 @@
 //             q = clamp(rint(x * (1/scale) + zero));   a row of zeros has scale 1; NaN or inf in it makes scale NaN
 //   static    scale and zero are given, the same for every row: no pass for lo and hi; q and NaN as above
 //   sum       S[m][n] = sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k], exact while it fits an int32: K <= kMaxK
-//   tail      y = activation((scale[m] * w_scale[n]) * float(S) + bias[n]), each operation rounded, then rounded to y's
-//   type
+//   tail      y = activation((scale[m] * w_scale[n]) * float(S) + bias[n]), each operation rounded, then
+//             rounded to y's type
 //
 // The product keeps a tile of MR rows by NV vectors of columns in registers over all of K. No blocking over K: up to
 // K = 3072 a strip of NV vectors stays in L2, and beyond that it is still read once for the 100 rows or more of a
 // block.
 #pragma once
 
-#include "kernels/affine.inl"
 #include "kernels/math.inl"
+#include "kernels/rows.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
 
-// ---- quantized rows
-
-struct RowScale {
-  float scale;
-  int32_t zero;
-};
-
-INLINE RowScale row_scale(float least, float greatest, bool symmetric) {
-  float lo = least < 0 ? least : 0.0f, hi = greatest > 0 ? greatest : 0.0f;
-  if (least != least || greatest != greatest) return {__builtin_nanf(""), symmetric ? 128 : 0};
-  float levels = symmetric ? 127.0f : 255.0f;
-  float extent = symmetric ? (-lo > hi ? -lo : hi) : hi - lo;
-  float scale = extent / levels;
-  if (extent > kGreatest) scale = hi / levels - lo / levels;
-  if (scale < kLeastNormal) scale = extent == 0 ? 1.0f : kLeastNormal;
-  if (symmetric) return {scale, 128};
-  float zero = __builtin_rintf(-lo / scale);
-  return {scale, zero > 255 ? 255 : (int32_t)zero};
-}
-
-// Rounding can carry a code one past its range, x * (1/scale) + zero having three roundings: both ways saturate.
-INLINE void store_row(uint8_t* q, i32 a, i32 b, i32 c, i32 d, i32) {
-  bytes_t codes = narrow(a, b, c, d);
-  memcpy(q, &codes, sizeof codes);
-}
-INLINE void store_row(int16_t* q, i32 a, i32 b, i32 c, i32 d, i32 zero) {
-  const i32 v[4] = {a, b, c, d};
-  i32 code[4];
-  for (int j = 0; j < 4; ++j) code[j] = max(min(v[j], set1(255)), i32{}) - zero;
-  store_shorts(q, code[0], code[1]);
-  store_shorts(q + 2 * LANES, code[2], code[3]);
-}
-
-// Codes of one row, filled up to a multiple of four (the weight is zero there, so any code does).
-template <class T> INLINE void quantize_row(const T* x, size_t K, float inverse, int32_t zero_point, ROW_T* q) {
-  const size_t block = 4 * LANES;
-  const f32 inv_scale = set1(inverse), zero = set1((float)zero_point);
-  auto code = [&](const T* p) { return round(load(p) * inv_scale + zero); };
-  auto codes = [&](const T* p, ROW_T* out) {
-    store_row(out, code(p), code(p + LANES), code(p + 2 * LANES), code(p + 3 * LANES), set1(zero_point));
-  };
-  size_t k = 0;
-  for (; k + block <= K; k += block) codes(x + k, q + k);
-  if (k < K) {
-    T rest[block] = {};
-    ROW_T last[block];
-    memcpy(rest, x + k, (K - k) * sizeof(T));
-    codes(rest, last);
-    memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
-  }
-}
-
-template <class T> static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric,
-                                                const QRows& out) {
-  float least, greatest;
-  range_of(x, K, &least, &greatest);
-  for (size_t m = 0; m < rows; ++m, x += ldx) {
-    const RowScale s = row_scale(least, greatest, symmetric);
-    if (m + 1 < rows)
-      range_of(x + ldx, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
-    ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
-    if (s.scale == s.scale) quantize_row(x, K, 1.0f / s.scale, s.zero, q);
-    else memset(q, 0, 4 * quads(K) * sizeof(ROW_T));  // any codes: NaN times their sum is NaN
-    out.scale[m] = s.scale;
-    out.zero[m] = s.zero;
-  }
-}
-
-static void int8_quantize_rows(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric,
-                               const QRows& out) {
-  if (dtype == kFloat32) quantize_rows_of((const float*)x, ldx, rows, K, symmetric, out);
-  else if (dtype == kBFloat16) quantize_rows_of((const bf16*)x, ldx, rows, K, symmetric, out);
-  else quantize_rows_of((const fp16*)x, ldx, rows, K, symmetric, out);
-}
-
-// Codes of one row under a given scale: values beyond its range saturate before they are rounded, since they may be too
-// large for an int32. False where the row holds NaN or an infinity.
-template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, ROW_T* q) {
-  const size_t block = 4 * LANES;
-  const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero), top = set1(255.0f);
-  f32 bad[4] = {};
-  auto code = [&](const T* p, f32& nan) {
-    const f32 v = load(p);
-    nan = nan_if_not_finite(v, nan);
-    return round(clamp(v * inv_scale + zero, f32{}, top));
-  };
-  auto codes = [&](const T* p, ROW_T* out) {
-    const i32 a = code(p, bad[0]), b = code(p + LANES, bad[1]), c = code(p + 2 * LANES, bad[2]),
-              d = code(p + 3 * LANES, bad[3]);
-    store_row(out, a, b, c, d, set1(s.zero));
-  };
-  size_t k = 0;
-  for (; k + block <= K; k += block) codes(x + k, q + k);
-  if (k < K) {
-    T rest[block] = {};
-    ROW_T last[block];
-    memcpy(rest, x + k, (K - k) * sizeof(T));
-    codes(rest, last);
-    memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
-  }
-  float lanes[LANES];
-  store(lanes, (bad[0] + bad[1]) + (bad[2] + bad[3]));
-  for (int i = 0; i < LANES; ++i)
-    if (lanes[i] != lanes[i]) return false;
-  return true;
-}
-
-template <class T> static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale s,
-                                                       const QRows& out) {
-  for (size_t m = 0; m < rows; ++m, x += K) {
-    const bool finite = quantize_row_static(x, K, s, (ROW_T*)out.q + m * 4 * quads(K));
-    out.scale[m] = finite ? s.scale : __builtin_nanf("");
-    out.zero[m] = s.zero;
-  }
-}
-
-static void int8_quantize_rows_static(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero,
-                                      const QRows& out) {
-  const RowScale s{scale, zero};
-  if (dtype == kFloat32) quantize_rows_static_of((const float*)x, rows, K, s, out);
-  else if (dtype == kBFloat16) quantize_rows_static_of((const bf16*)x, rows, K, s, out);
-  else quantize_rows_static_of((const fp16*)x, rows, K, s, out);
-}
-
-static void int8_load_rows(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows& out) {
-  const int32_t zero = is_unsigned ? 0 : 128;
-  for (size_t m = 0; m < rows; ++m, a += K) {
-    ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
-    for (size_t k = 0; k < K; ++k) q[k] = (ROW_T)(uint8_t(a[k] ^ zero) - (CENTERED ? zero : 0));
-    for (size_t k = K; k < 4 * quads(K); ++k) q[k] = 0;
-    out.zero[m] = zero;
-  }
-}
-
 // ---- packed weights
+
+// Writes the sums of a panel behind its Q quads.
+static void sum_panel(int8_t* packed, size_t Q) {
+  auto byte = [](u32 quad, int k) { return (i32)(quad << (24 - 8 * k)) >> 24; };
+  for (size_t n = 0; n < kPanel; n += LANES) {
+    i32 sum{}, pairs{};
+    for (size_t q = 0; q < Q; ++q) {
+      const u32 quad = (u32)load((const int32_t*)(packed + q * kLine) + n);
+      const i32 a = byte(quad, 0), b = byte(quad, 1), c = byte(quad, 2), d = byte(quad, 3);
+      sum += a + b + c + d;
+      pairs += a * b + c * d;
+    }
+    store((int32_t*)(packed + Q * kLine) + n, sum);
+    store((int32_t*)(packed + (Q + 1) * kLine) + n, pairs);
+  }
+}
 
 static void int8_pack(const int8_t* w, size_t N, size_t K, size_t panel, int8_t* packed) {
   const size_t n0 = panel * kPanel, count = N - n0 < kPanel ? N - n0 : kPanel;
-  int32_t column_sum[kPanel] = {};
   if (count < kPanel || K % 4) memset(packed, 0, quads(K) * kLine);
   if (count == kPanel)
     for (size_t k = 0; k + 16 <= K; k += 16)
@@ -170,20 +51,31 @@ static void int8_pack(const int8_t* w, size_t N, size_t K, size_t panel, int8_t*
   for (size_t n = 0; n < count; ++n) {
     const int8_t* row = w + (n0 + n) * K;
     int8_t* out = packed + 4 * n;
-    int32_t sum = 0;
-    for (size_t k = 0; k < K; ++k) sum += row[k];
     const size_t whole = count == kPanel ? K / 16 * 16 : 0;  // up to there it was transposed
     for (size_t k = whole; k + 4 <= K; k += 4) memcpy(out + k * kPanel, row + k, 4);
     if (K % 4) memcpy(out + (K - K % 4) * kPanel, row + K - K % 4, K % 4);
-    column_sum[n] = sum;
   }
-  memcpy(packed + quads(K) * kLine, column_sum, sizeof column_sum);
+  sum_panel(packed, quads(K));
 }
 
 // ---- the tail
 
 constexpr size_t VECTORS = kPanel / COLS;  // vectors of columns in a panel
-static_assert((VECTORS == 1 ? SUMS == 1 : VECTORS % NV == 0 && NV % SUMS == 0), "tile");
+static_assert(VECTORS == 1 || VECTORS % NV == 0, "tile");
+
+// Takes the corrections of row m and of LANES columns, whose sums are k, off their sums s. Modulo 2^32: what is left is
+// exact.
+struct ColumnSums { i32 sum, pairs; };
+INLINE ColumnSums load_sums(const int8_t* column_sums) {
+  ColumnSums k;
+  if (!CENTERED) k.sum = load((const int32_t*)column_sums);
+  if (PAIRED) k.pairs = load((const int32_t*)(column_sums + kLine));
+  return k;
+}
+INLINE i32 correct(i32 s, const QRows& a, size_t m, const ColumnSums& k) {
+  if (PAIRED) return (i32)((u32)s - (u32)k.pairs - (u32)set1(a.correction[m]));
+  return CENTERED ? s : s - set1(a.correction[m]) * k.sum;
+}
 
 // Applies the tail to `rows` rows of V vectors of columns, the last of them `part` wide: sum_at(r, v) are the sums.
 // What belongs to the columns is loaded once; `column_sums` points at those of the first column, `stride` apart by
@@ -196,12 +88,11 @@ INLINE void apply_tail(SumAt sum_at, size_t rows, size_t part, const int8_t* col
     const bool whole = v < V - 1 || part == LANES;
     const f32 w = whole ? load(t.w_scale + n) : load_part(t.w_scale + n, part);
     const f32 b = !t.bias ? f32{} : whole ? load(t.bias + n) : load_part(t.bias + n, part);
-    const i32 k = load((const int32_t*)(column_sums + v * LANES / kPanel * stride) + v * LANES % kPanel);
+    const ColumnSums k = load_sums(column_sums + v * LANES / kPanel * stride + v * LANES % kPanel * 4);
     T* y = (T*)t.y + m * t.ld + n;
 #pragma GCC unroll 8
     for (size_t r = 0; r < rows; ++r, y += t.ld) {
-      i32 s = sum_at(r, v);
-      if (!CENTERED) s -= set1(a.zero[m + r]) * k;
+      const i32 s = correct(sum_at(r, v), a, m + r, k);
       const f32 value = activate<ACTIVATION>((set1(a.scale[m + r]) * w) * to_float(s) + b);
       if (whole) store(y, value);
       else store_part(y, value, part);
@@ -225,10 +116,9 @@ static void tail_sums(const int32_t* sum, size_t ld_sum, const int8_t* column_su
   int32_t* y = (int32_t*)t.y + m * t.ld + n0;
   for (size_t j = 0; j < n; j += LANES) {
     const size_t part = n - j < LANES ? n - j : LANES;
-    const i32 k = load((const int32_t*)(column_sums + j / kPanel * stride) + j % kPanel);
+    const ColumnSums k = load_sums(column_sums + j / kPanel * stride + j % kPanel * 4);
     for (size_t r = 0; r < rows; ++r) {
-      i32 s = load(sum + r * ld_sum + j);
-      if (!CENTERED) s -= set1(a.zero[m + r]) * k;
+      const i32 s = correct(load(sum + r * ld_sum + j), a, m + r, k);
       if (part == LANES) store(y + r * t.ld + j, s);
       else store_part(y + r * t.ld + j, s, part);
     }
@@ -262,17 +152,18 @@ INLINE const int8_t* vector_at(const int8_t* packed, size_t K, size_t v) {
 // c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. On the
 // way it asks for AHEAD panels of the weight, a line of each in each step: a model's weights come from memory, not from
 // the cache.
-template <int R, int V, int AHEAD, class B>
+template <int R, int V, int AHEAD, bool PAIRS, class B>
 INLINE void tile(acc_t (&c)[R][V], const ROW_T* __restrict a, size_t lda, const B* __restrict b, size_t stride,
-                 size_t step, size_t Q, const int8_t* ahead) {
+                 size_t step, size_t Q, const int8_t* ahead, size_t ahead_stride) {
   for (size_t q = 0; q < Q; ++q, a += 4, b += step, ahead += kLine) {
-    for (int p = 0; p < AHEAD; ++p) __builtin_prefetch(ahead + p * stride, 0, 1);
+    for (int p = 0; p < AHEAD; ++p) __builtin_prefetch(ahead + p * ahead_stride, 0, 1);
     b_t bv[V];
-    for (int v = 0; v < V; ++v) bv[v] = load_b(b + v * stride);
-    for (int r = 0; r < R; ++r) {
-      a_t av = load_a(a + r * lda);
-      for (int v = 0; v < V; ++v) c[r][v] = dot(c[r][v], av, bv[v]);
-    }
+    unroll<V>([&](auto v) INLINE_LAMBDA { bv[v] = load_b(b + v * stride); });
+    unroll<R>([&](auto r) INLINE_LAMBDA {
+      const a_t av = load_a(a + r * lda);
+      unroll<V>([&](auto v)
+                    INLINE_LAMBDA { c[r][v] = PAIRS ? dot_pairs(c[r][v], av, bv[v]) : dot(c[r][v], av, bv[v]); });
+    });
   }
 }
 
@@ -283,12 +174,12 @@ INLINE void finish(acc_t (&c)[R][V], const int8_t* column_sums, size_t stride, c
                    const Tail& t, TailFunction tail) {
   constexpr int COLUMNS = V * COLS;
   const size_t n = t.N - n0 < COLUMNS ? t.N - n0 : COLUMNS;
-  auto sum_at = [&](size_t r, int v) { return sums(&c[r][v * SUMS]); };
+  auto sum_at = [&](size_t r, int v) { return (i32)c[r][v]; };
   if (tail == tail_tile<float, kNone> && n == COLUMNS)
-    return apply_tail<float, kNone, V / SUMS>(sum_at, R, LANES, column_sums, stride, a, m, n0, t);
+    return apply_tail<float, kNone, V>(sum_at, R, LANES, column_sums, stride, a, m, n0, t);
   alignas(64) int32_t sum[R][COLUMNS];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V / SUMS; ++v) store(sum[r] + v * LANES, sum_at(r, v));
+    for (int v = 0; v < V; ++v) store(sum[r] + v * LANES, sum_at(r, v));
   tail(sum[0], COLUMNS, column_sums, stride, a, m, R, n0, n, t);
 }
 
@@ -296,8 +187,8 @@ INLINE void finish(acc_t (&c)[R][V], const int8_t* column_sums, size_t stride, c
 struct Strip {
   const QRows& a;
   size_t K;
-  const int8_t* b;      // its first vector in the packed weight
-  const int16_t* wide;  // the strip widened to int16, [quads][V][4 * COLS], or nullptr
+  const int8_t* b;     // its first vector in the packed weight
+  const wide_t* wide;  // the strip widened, [quads][V], or nullptr
   size_t n0;
   const Tail& t;
   TailFunction tail;
@@ -316,20 +207,21 @@ static void tile_and_tail(const Strip& s, size_t m, Ahead ahead) {
   const size_t Q = quads(s.K), panel = panel_bytes(s.K), stride = VECTORS == 1 ? panel : COLS * 4;
   const ROW_T* a = (const ROW_T*)s.a.q + m * 4 * Q;
   acc_t c[R][V] = {};
-  if constexpr (WIDEN) {
-    if (s.wide) tile<R, V, 0>(c, a, 4 * Q, s.wide, 4 * COLS, V * 4 * COLS, Q, nullptr);
-    else tile<R, V, 0>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
-  } else if (ahead.panels == 1) {
-    tile<R, V, 1>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
-  } else if (STRIP_PANELS > 1 && ahead.panels == 2) {
-    tile<R, V, 2>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
-  } else if (STRIP_PANELS > 2 && ahead.panels == 3) {
-    tile<R, V, 3>(c, a, 4 * Q, s.b, stride, kLine, Q, ahead.from);
+  auto product = [&](auto* b, size_t vector, size_t step) INLINE_LAMBDA {
+    if (ahead.panels == 1) tile<R, V, 1, true>(c, a, 4 * Q, b, vector, step, Q, ahead.from, panel);
+    else if (STRIP_PANELS > 1 && ahead.panels == 2)
+      tile<R, V, 2, true>(c, a, 4 * Q, b, vector, step, Q, ahead.from, panel);
+    else if (STRIP_PANELS > 2 && ahead.panels == 3)
+      tile<R, V, 3, true>(c, a, 4 * Q, b, vector, step, Q, ahead.from, panel);
+    else tile<R, V, 0, true>(c, a, 4 * Q, b, vector, step, Q, nullptr, 0);
+  };
+  if constexpr (WIDE_QUADS) {
+    if (R <= MR_WIDE && s.wide) product(s.wide, WIDE_B, V * WIDE_B);
+    else product(s.b, stride, kLine);
   } else {
-    tile<R, V, 0>(c, a, 4 * Q, s.b, stride, kLine, Q, nullptr);
+    product(s.b, stride, kLine);
   }
-  finish<R, V>(c, s.b + Q * kLine, panel, s.a, m, s.n0, s.t,
-               s.tail);  // behind its last quad, a panel has its column sums
+  finish<R, V>(c, s.b + Q * kLine, panel, s.a, m, s.n0, s.t, s.tail);  // a panel's sums are behind its last quad
 }
 
 template <int V, int R = MR>
@@ -339,26 +231,29 @@ static void tile_rows(size_t rows, const Strip& s, size_t m, Ahead ahead) {
   tile_and_tail<R, V>(s, m, ahead);
 }
 
-// Widens a strip of NV vectors once for all its tiles, where the product works on int16: a sixth of its instructions.
-constexpr size_t WIDE_QUADS = 256;  // 16 KB, which leaves room in L1 for the rows
-INLINE void widen_strip(const int8_t* b, size_t Q, int16_t* wide) {
-  for (size_t q = 0; q < Q; ++q, b += kLine)
-    for (int i = 0; i < NV * 4 * COLS; ++i) *wide++ = b[i];
+// Widens a strip of NV vectors once for all its tiles, which saves them the shifts: worth it from eight tiles on.
+template <class Wide> INLINE const Wide* widen_strip(const int8_t* b, size_t Q, Wide* wide) {
+  if constexpr (WIDE_QUADS)
+    for (size_t q = 0; q < Q; ++q)
+      unroll<NV>([&](auto v)
+                     INLINE_LAMBDA { store_b(wide + (q * NV + v) * WIDE_B, load_b(b + q * kLine + v * COLS * 4)); });
+  return wide;
 }
 
 static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
                       const Tail& t) {
   const size_t stop = end * kPanel < t.N ? end * kPanel : t.N;
   const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
-  const size_t tiles = (rows + MR - 1) / MR;
+  const bool widen = WIDE_QUADS && quads(K) <= WIDE_QUADS && rows >= 8 * MR_WIDE;
+  const size_t most = widen ? MR_WIDE : MR, tiles = (rows + most - 1) / most;
   const size_t per_tile = (STRIP_PANELS + tiles - 1) / tiles;  // the next strip is asked for by this one's first tiles
-  const bool widen = WIDEN && tiles > 2 && quads(K) <= WIDE_QUADS;
-  alignas(64) int16_t wide[WIDEN ? WIDE_QUADS * NV * 4 * COLS : 1];
+  alignas(64) wide_t wide[WIDE_QUADS ? WIDE_QUADS * NV * WIDE_B : 1];
   for (size_t v = 0, width; v < vectors; v += width) {
-    const Strip strip{a, K, vector_at(packed, K, v), widen ? wide : nullptr, begin * kPanel + v * COLS, t, tail_of(t)};
+    const int8_t* b = vector_at(packed, K, v);
+    const wide_t* widened = widen ? widen_strip(b, quads(K), wide) : nullptr;
+    const Strip strip{a, K, b, widened, begin * kPanel + v * COLS, t, tail_of(t)};
     const size_t left = vectors - v;
     width = left < NV ? left : NV > 2 && left == NV + 1 ? 2 : NV;  // two and two: a tile of one waits for its own sums
-    if (widen) widen_strip(strip.b, quads(K), wide);
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
       height = rows / tiles + (i < rows % tiles);  // differing by one at most: a tile of one row wastes the machine
       const size_t next = v + width + i * per_tile * VECTORS;
@@ -387,19 +282,23 @@ static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed
     acc_t c[U][R][V] = {};
     size_t q = 0;
     for (; q + U <= Q; q += U, row += 4 * U, b += U * kLine)
-      for (int u = 0; u < U; ++u) {
+      unroll<U>([&](auto u) INLINE_LAMBDA {
         __builtin_prefetch(b + PREFETCH + u * kLine);
-        for (int v = 0; v < V; ++v) {
-          b_t bv = load_b(b + u * kLine + v * COLS * 4);
-          for (int r = 0; r < R; ++r) c[u][r][v] = dot(c[u][r][v], load_a(row + r * lda + 4 * u), bv);
-        }
-      }
+        unroll<V>([&](auto v) INLINE_LAMBDA {
+          const b_t bv = load_b(b + u * kLine + v * COLS * 4);
+          unroll<R>([&](auto r)
+                        INLINE_LAMBDA { c[u][r][v] = dot_pairs(c[u][r][v], load_a(row + r * lda + 4 * u), bv); });
+        });
+      });
     for (; q < Q; ++q, row += 4, b += kLine)
-      for (int v = 0; v < V; ++v)
-        for (int r = 0; r < R; ++r) c[0][r][v] = dot(c[0][r][v], load_a(row + r * lda), load_b(b + v * COLS * 4));
-    for (int u = 1; u < U; ++u)
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) c[0][r][v] += c[u][r][v];
+      unroll<V>([&](auto v) INLINE_LAMBDA {
+        unroll<R>([&](auto r) INLINE_LAMBDA {
+          c[0][r][v] = dot_pairs(c[0][r][v], load_a(row + r * lda), load_b(b + v * COLS * 4));
+        });
+      });
+    unroll<U - 1>([&](auto u) INLINE_LAMBDA {
+      unroll<R>([&](auto r) INLINE_LAMBDA { unroll<V>([&](auto v) INLINE_LAMBDA { c[0][r][v] += c[u + 1][r][v]; }); });
+    });
     finish<R, V>(c[0], packed + v0 * COLS * 4 + Q * kLine, 0, a, m0, n0 + v0 * COLS, t, tail);
     if (n0 + (v0 + V) * COLS >= t.N) break;
   }
@@ -442,13 +341,13 @@ static void dot_columns(const QRows& a, size_t K, const int8_t* w, size_t N, siz
   if (k < K) {
     alignas(64) ROW_T rows[R][STEP] = {};
     alignas(64) int8_t columns[4][STEP] = {};
-    for (int r = 0; r < R; ++r) memcpy(rows[r], (const ROW_T*)a.q + r * lda + k, (K - k) * sizeof(ROW_T));
+    for (int r = 0; r < R; ++r) memcpy(rows[r], (const ROW_T*)a.q + r * lda + k, (lda - k) * sizeof(ROW_T));
     for (int j = 0; j < 4; ++j) memcpy(columns[j], column[j] + k, K - k);
     step([&](int r) { return (const ROW_T*)rows[r]; }, [&](int j) { return (const int8_t*)columns[j]; });
   }
   for (int r = 0; r < R; ++r)
     for (size_t j = 0; j < 4 && n + j < N; ++j) {
-      const uint32_t off = CENTERED ? 0 : (uint32_t)a.zero[r] * (uint32_t)reduce_add(column_sum[j]);
+      const uint32_t off = CENTERED ? 0 : (uint32_t)a.correction[r] * (uint32_t)reduce_add(column_sum[j]);
       y[r * N + n + j] = (int32_t)((uint32_t)reduce_add(c[r][j]) - off);
     }
 }

@@ -52,12 +52,13 @@ struct Channels {
 
 // The packed weight of an INT8 linear, the same on every ISA: panels of 16 rows of W, int8
 //   packed[panel][k/4][n%16][k%4] = W[n][k],  n = 16*panel + n%16,  zero outside [N, K],
-// and behind each panel its 16 column sums, sum_k W[n][k], as int32. So a panel is (ceil(K/4) + 1) * 64 bytes.
+// and behind each panel, as int32, its 16 column sums, sum_k W[n][k], and its 16 sums of pairs, sum_i W[n][2i]
+// W[n][2i+1]. So a panel is (ceil(K/4) + 2) * 64 bytes.
 constexpr size_t kPanel = 16;
 constexpr size_t kLine = 64;
 static inline size_t quads(size_t K) { return (K + 3) / 4; }
 static inline size_t panels(size_t N) { return (N + kPanel - 1) / kPanel; }
-static inline size_t panel_bytes(size_t K) { return (quads(K) + 1) * kLine; }
+static inline size_t panel_bytes(size_t K) { return (quads(K) + 2) * kLine; }
 
 // The softmax takes this many scores at a time; it overwrites those past the last.
 constexpr size_t kSoftmaxStep = 64;
@@ -75,9 +76,9 @@ struct Tail {
 
 // Rows of activations, quantized: what int8_quantize_rows fills and int8_gemm reads.
 struct QRows {
-  void* q;        // [rows, 4 * ceil(K/4)] of Kernels::row_element_bytes each
-  float* scale;   // [rows]
-  int32_t* zero;  // [rows]
+  void* q;       // [rows, 4 * ceil(K/4)] of Kernels::row_element_bytes each, in the order that the ISA's product reads
+  float* scale;  // [rows]
+  int32_t* correction;  // [rows], what the ISA's product takes off its sums for a row (simd.h)
 };
 
 // A 4-bit code: what its sixteen codes stand for, in units of a block's scale.
@@ -190,6 +191,9 @@ struct Kernels {
   // 4 rows and one strip of `panels` panels; every sum is one chain of fma, k ascending.
   void (*four_bit_gemv)(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale,
                         size_t blocksize, size_t panels, const Codebook&, float* total);
+
+  // The codes of symmetric quantized rows as s8 [rows, K], and -128 times their sums over each step [rows, K / step].
+  void (*four_bit_signed_rows)(const QRows&, size_t rows, size_t K, size_t step, int8_t* codes, int32_t* minus_sums);
 
   // The same of rows quantized to s8, the inner sum being an exact integer; minus_sums[m][step] = -128 * sum of x[m]
   // over it.

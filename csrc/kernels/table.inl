@@ -34,6 +34,7 @@ const Kernels table = {
     four_bit_dequantize,
     four_bit_unpack_panel,
     four_bit_gemv,
+    four_bit_signed_rows,
     four_bit_gemv_int8,
     four_bit_dot,
     four_bit_expand,

@@ -76,7 +76,7 @@ PyObject* int8_linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count
   if (x.ndim < 1 || scale.ndim != 1 || packed.ndim != 3 || x.dtype() < 0 || scale.dtype() != kFloat32) Py_RETURN_FALSE;
   const size_t K = static_cast<size_t>(x.shape[x.ndim - 1]), M = x.elements() / K, N = scale.elements();
   if (packed.code != kDLInt || packed.bits != 8 || static_cast<size_t>(packed.shape[0]) != panels(N) ||
-      static_cast<size_t>(packed.shape[1]) != quads(K) + 1 || packed.shape[2] != kLine || K > kMaxK)
+      static_cast<size_t>(packed.shape[1]) != quads(K) + 2 || packed.shape[2] != kLine || K > kMaxK)
     Py_RETURN_FALSE;
   if (y.dtype() != x.dtype() || y.elements() != M * N) Py_RETURN_FALSE;
   const bool has_bias = args[3] != Py_None;

@@ -47,9 +47,6 @@ INLINE void store_bytes(uint8_t* p, i32 v) {
   __m128i shorts = low_shorts(v & 0xff);
   _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(shorts, shorts));
 }
-INLINE void store_shorts(int16_t* p, i32 a, i32 b) {
-  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a, (__m256i)b), 0xd8));
-}
 INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {  // the packs work within 128 bits, the permutation mends the order
   __m256i ab = _mm256_packus_epi32((__m256i)a, (__m256i)b), cd = _mm256_packus_epi32((__m256i)c, (__m256i)d);
   return (bytes_t)_mm256_permutevar8x32_epi32(_mm256_packus_epi16(ab, cd), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));

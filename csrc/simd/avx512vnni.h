@@ -36,10 +36,6 @@ template <class T> INLINE void store(T* p, f32 v) { _mm256_storeu_si256((__m256i
 INLINE i32 load_bytes(const uint8_t* p) { return (i32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE i32 load_bytes(const int8_t* p) { return (i32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE void store_bytes(uint8_t* p, i32 v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
-INLINE void store_shorts(int16_t* p, i32 a, i32 b) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)a));
-  _mm256_storeu_si256((__m256i*)(p + LANES), _mm512_cvtepi32_epi16((__m512i)b));
-}
 INLINE bytes_t narrow(i32 a, i32 b, i32 c, i32 d) {  // the packs work within 128 bits, the permutation mends the order
   __m512i ab = _mm512_packus_epi32((__m512i)a, (__m512i)b), cd = _mm512_packus_epi32((__m512i)c, (__m512i)d);
   return (bytes_t)_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15),
@@ -84,9 +80,8 @@ INLINE void stream_end() { _mm_sfence(); }
 
 // ---- the INT8 product
 typedef uint8_t ROW_T;
-constexpr bool CENTERED = false;
-constexpr int COLS = 16, SUMS = 1;
-constexpr bool WIDEN = false;
+constexpr bool CENTERED = false, PAIRED = false;
+constexpr int COLS = 16;
 constexpr size_t ROW_K = 64;
 typedef i32 acc_t, a_t, b_t;
 INLINE a_t load_a(const ROW_T* p) {
@@ -95,10 +90,18 @@ INLINE a_t load_a(const ROW_T* p) {
   return (a_t)_mm512_set1_epi32(quad);
 }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm512_loadu_si512(p); }
+constexpr size_t WIDE_QUADS = 0, WIDE_B = 0;
+constexpr int MR_WIDE = 0;
+typedef int8_t wide_t;
 INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm512_loadu_si512(p); }
 INLINE int32_t reduce_add(acc_t v) { return _mm512_reduce_add_epi32((__m512i)v); }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
-INLINE i32 sums(const acc_t* c) { return c[0]; }
+INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32, i32&) {
+  const bytes_t codes = narrow(a, b, c, d);
+  memcpy(q, &codes, sizeof codes);
+}
+INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)(row[k] ^ 128); }
+INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
 // ---- the 4-bit product of integers
 constexpr int OFFSET = 128;

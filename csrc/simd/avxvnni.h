@@ -10,9 +10,8 @@ constexpr unsigned NEEDS = kAvx2 | kAvxVnni;
 
 // ---- the INT8 product
 typedef uint8_t ROW_T;
-constexpr bool CENTERED = false;
-constexpr int COLS = 8, SUMS = 1;
-constexpr bool WIDEN = false;
+constexpr bool CENTERED = false, PAIRED = false;
+constexpr int COLS = 8;
 constexpr size_t ROW_K = 32;
 typedef i32 acc_t, a_t, b_t;
 INLINE a_t load_a(const ROW_T* p) {
@@ -21,10 +20,18 @@ INLINE a_t load_a(const ROW_T* p) {
   return (a_t)_mm256_set1_epi32(quad);
 }
 INLINE b_t load_b(const int8_t* p) { return (b_t)_mm256_loadu_si256((const __m256i*)p); }
+constexpr size_t WIDE_QUADS = 0, WIDE_B = 0;
+constexpr int MR_WIDE = 0;
+typedef int8_t wide_t;
 INLINE a_t load_row(const ROW_T* p) { return (a_t)_mm256_loadu_si256((const __m256i*)p); }
 INLINE int32_t reduce_add(acc_t v) { return reduce_add_lanes(v); }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) { return (acc_t)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
-INLINE i32 sums(const acc_t* c) { return c[0]; }
+INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32, i32&) {
+  const bytes_t codes = narrow(a, b, c, d);
+  memcpy(q, &codes, sizeof codes);
+}
+INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)(row[k] ^ 128); }
+INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
 // ---- the 4-bit product of integers
 constexpr int OFFSET = 128;

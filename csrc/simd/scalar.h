@@ -127,21 +127,34 @@ INLINE void stream_end() {}
 
 // ---- the INT8 product
 typedef int16_t ROW_T;
-constexpr bool CENTERED = true;
-constexpr int COLS = 4, SUMS = 1;
-constexpr bool WIDEN = false;
+constexpr bool CENTERED = true, PAIRED = false;
+constexpr int COLS = 4;
 constexpr size_t ROW_K = 0;
 typedef i32 acc_t, b_t;
 struct a_t { int32_t k[4]; };
 INLINE a_t load_a(const ROW_T* p) { return {{p[0], p[1], p[2], p[3]}}; }
 INLINE b_t load_b(const int8_t* p) { return load((const int32_t*)p); }
+constexpr size_t WIDE_QUADS = 0, WIDE_B = 0;
+constexpr int MR_WIDE = 0;
+typedef int8_t wide_t;
 INLINE a_t load_row(const ROW_T* p) { return load_a(p); }  // not used: ROW_K = 0
 INLINE int32_t reduce_add(acc_t v) { return v[0]; }
 INLINE acc_t dot(acc_t c, a_t a, b_t b) {  // byte k of each lane, sign-extended by two shifts
   for (int k = 0; k < 4; ++k) c += ((i32)((u32)b << (8 * (3 - k))) >> 24) * a.k[k];
   return c;
 }
-INLINE i32 sums(const acc_t* c) { return c[0]; }
+INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32 zero, i32&) {
+  const i32 v[4] = {a, b, c, d}, top = set1(255);
+  i32 code[4];
+  for (int j = 0; j < 4; ++j) {
+    const i32 least = v[j] < top ? v[j] : top;
+    code[j] = (least > i32{} ? least : i32{}) - zero;
+  }
+  store_shorts(q, code[0], code[1]);
+  store_shorts(q + 2 * LANES, code[2], code[3]);
+}
+INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)row[k]; }
+INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
 // ---- the 4-bit product of integers
 constexpr int OFFSET = 0;

@@ -8,14 +8,19 @@
 //     lookup_bytes    a line of 64 bytes to the table's entries of their low and of their high four bits
 //     store_halves    32 consecutive codes to entries of a table of sixteen 16-bit floats
 //   the INT8 product  acc[COLS columns] += sum over four k of a[k] * b[column][k]: acc_t, a_t (four codes of one row,
-//                     broadcast), b_t (four k of COLS columns), load_a, load_b, dot, sums
-//     ROW_T           the element of a quantized row;  CENTERED: its zero point is already taken off
-//     SUMS            accumulators that make LANES finished sums
-//     WIDEN           a strip of the weight pays to be widened once for many rows
-//     ROW_K           how many k of a plain row dot takes at once, a from load_row and b from load_b; 0: not at all
+//                     broadcast), b_t (four k of COLS columns), load_a, load_b, dot
+//     ROW_T           the element of a quantized row
+//     CENTERED        its zero point is already taken off
+//     PAIRED          dot_pairs adds a[0]*a[1] + a[2]*a[3] + b[0]*b[1] + b[2]*b[3] to each column, which the sums
+//                     of pairs of the row and of the column take off at the end; else it is dot
+//     store_codes     4 * LANES integers, limited to [0, 255], to codes of a row; adds up their pairs where PAIRED
+//     code_at         code k of a row less 128: -127 to 127 for a symmetric one
 //     MR, NV          tile of the product: rows, and vectors of columns, which cover whole panels or a part of one
+//     WIDE_QUADS      longest strip of the weight that pays to be widened once for many rows, from load_b by store_b to
+//                     vectors of WIDE_B wide_t, and MR_WIDE, the rows of its tiles; 0: none
 //     GEMV_ROWS       rows up to which the weight is read once, front to back;  GEMV_SUMS: accumulators that it keeps
 //     DOT_ROWS        rows up to which a plain weight is not packed
+//     ROW_K           how many k of a plain row dot takes at once, a from load_row and b from load_b; 0: not at all
 //   the 4-bit product of integers  acc[lane] += sum over four k of x[k] * w[lane][k], all within [-127, 127]: w_t
 //                     (looked-up integers), x_t (four s8 of one row, broadcast), nibbles_t, load_nibbles, load_x,
 //                     lookup, dot
@@ -66,6 +71,15 @@ INLINE i32 as_i32(f32 v) { return (i32)v; }
 INLINE f32 clamp(f32 v, f32 lo, f32 hi) { return min(max(v, lo), hi); }
 INLINE i32 min(i32 a, i32 b) { return a < b ? a : b; }
 INLINE i32 max(i32 a, i32 b) { return a > b ? a : b; }
+
+// The sum of the lanes, modulo 2^32.
+INLINE int32_t total(i32 v) {
+  int32_t lanes[LANES];
+  uint32_t sum = 0;
+  store(lanes, v);
+  for (int i = 0; i < LANES; ++i) sum += (uint32_t)lanes[i];
+  return (int32_t)sum;
+}
 
 // The first n < LANES elements, through a copy: ragged edges are rare, and no lane may touch memory beyond them.
 template <class T> INLINE auto load_part(const T* p, size_t n) {

@@ -9,9 +9,22 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
+
+// f(0), ..., f(N - 1), each with a constant: arrays that are indexed by it become registers. g++ unrolls a loop too
+// late for that, and leaves accumulators on the stack.
+template <int I> struct Index {
+  constexpr operator int() const { return I; }
+};
+template <int N, class F> INLINE void unroll(F f) {
+  if constexpr (N > 0) {
+    unroll<N - 1>(f);
+    f(Index<N - 1>{});
+  }
+}
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };

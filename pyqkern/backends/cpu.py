@@ -62,7 +62,7 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
 
 def packed_shape(n: int, k: int) -> Shape:
     """[panel][k / 4][16 channels of 4 k]; the last line of a panel holds its channels' sums: `reference.panels`."""
-    return ((n + PANEL - 1) // PANEL, (k + 3) // 4 + 1, 4 * PANEL)
+    return ((n + PANEL - 1) // PANEL, (k + 3) // 4 + 2, 4 * PANEL)
 
 
 def int8_pack(weight: Tensor) -> Tensor:

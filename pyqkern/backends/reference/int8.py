@@ -91,14 +91,17 @@ def packed_shape(n: int, k: int) -> Shape:
 
 
 def panels(weight: Tensor) -> Tensor:
-    """int8 [N, K] -> int8 [ceil(N/16), ceil(K/4) + 1, 64], the form that the C++ kernels take, on every ISA.
+    """int8 [N, K] -> int8 [ceil(N/16), ceil(K/4) + 2, 64], the form that the C++ kernels take, on every ISA.
 
-    packed[p, k // 4, 4 * j + k % 4] = weight[16 * p + j, k], zero outside of [N, K]; the last 64 bytes of a panel are
-    its 16 sums over k as int32, in the machine's byte order.
+    packed[p, k // 4, 4 * j + k % 4] = weight[16 * p + j, k], zero outside of [N, K]; the last 128 bytes of a panel
+    are, as int32 in the machine's byte order, its 16 sums over k and its 16 sums over i of weight[n, 2 * i] *
+    weight[n, 2 * i + 1].
     """
     n, k = weight.shape
     padded = functional.pad(weight, (0, -k % 4, 0, -n % PANEL))
     count, quads = padded.shape[0] // PANEL, padded.shape[1] // 4
     lines = padded.view(count, PANEL, quads, 4).transpose(1, 2).reshape(count, quads, 4 * PANEL)
     sums = padded.sum(1, dtype=torch.int32).view(count, 1, PANEL).view(torch.int8)
-    return torch.cat([lines, sums], 1)
+    wide = padded.to(torch.int32)
+    pairs = (wide[:, ::2] * wide[:, 1::2]).sum(1, dtype=torch.int32).view(count, 1, PANEL).view(torch.int8)
+    return torch.cat([lines, sums, pairs], 1)
