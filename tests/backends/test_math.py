@@ -1,4 +1,4 @@
-"""exp, GELU, and what the softmax takes for 2**t: the functions of csrc/math.inl and encoder.inl on their own."""
+"""exp, GELU, and what the softmax takes for 2**t: the functions of csrc/kernels/math.inl and encoder.inl alone."""
 
 import pytest
 import torch

@@ -48,7 +48,7 @@ class Codebook:
 
     @cached_property
     def record(self) -> Tensor:
-        """All of it as C++ takes it: struct Codebook of csrc/kernels.h."""
+        """All of it as C++ takes it: struct Codebook of csrc/kernels/kernels.h."""
         parts = (
             self.values,
             self.bounds,
