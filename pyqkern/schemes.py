@@ -109,6 +109,10 @@ class Int8(_Int8):
     symmetric: activations as int8 around zero instead of uint8 with a zero point. A little less exact (a row's range
     has to be centred on zero: GELU's output has next to nothing below it), and no faster.
     clip_weights: each output channel's range is cut where its squared error is least, instead of at its absmax.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), pyqkern.Int8(symmetric=True)).scheme
+    Int8(symmetric=True, clip_weights=False)
     """
 
     name: ClassVar[str] = "int8"
@@ -124,6 +128,12 @@ class Int8Static(_Int8):
     `replace_linear(model, "int8-static", ranges=ranges)`. It is carried, no field: it is neither compared, printed nor
     saved, and layers drop it. Without ranges a layer can be made empty and loaded into, not quantized.
     A linear that calibration did not reach stays in float.
+
+    >>> import torch, pyqkern
+    >>> linear = torch.nn.Linear(64, 32)
+    >>> ranges = pyqkern.calibrate(linear, [torch.randn(8, 64)], progress=False)
+    >>> pyqkern.replace_linear(linear, pyqkern.Int8Static(ranges)).scheme
+    Int8Static(clip_weights=False)
     """
 
     name: ClassVar[str] = "int8-static"
@@ -143,7 +153,12 @@ class Int8Static(_Int8):
 
 @dataclass(frozen=True)
 class Int8WeightOnly(_Int8):
-    """INT8 weights as in "int8"; activations and arithmetic in float. For memory and exactness, not for speed."""
+    """INT8 weights as in "int8"; activations and arithmetic in float. For memory and exactness, not for speed.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), "int8-weight-only").scheme
+    Int8WeightOnly(clip_weights=False)
+    """
 
     name: ClassVar[str] = "int8-weight-only"
     clip_weights: bool = False
@@ -154,6 +169,10 @@ class Int8Outlier(_Int8):
     """As "int8", except that input columns with a magnitude above the threshold go through float (LLM.int8).
 
     A column counts for the whole batch, so here, unlike in the other schemes, a row's result depends on its batch.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), pyqkern.Int8Outlier(threshold=3.0)).scheme.threshold
+    3.0
     """
 
     name: ClassVar[str] = "int8-outlier"
@@ -194,6 +213,10 @@ class NF4(_FourBit):
     "int8" quantizes the activations per token (symmetric) and rounds the codebook to 1/127, an error far below that of
     4-bit weights, and multiplies integers; "auto" is "int8": measured, the fastest for any number of rows on every
     ISA. A row that is no whole number of blocks, and a layer of less than 16 out_features, is computed in fp32.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), pyqkern.NF4(blocksize=32, double_quant=True)).scheme
+    NF4(blocksize=32, double_quant=True, compute='auto')
     """
 
     name: ClassVar[str] = "nf4"
@@ -204,7 +227,12 @@ class NF4(_FourBit):
 
 @dataclass(frozen=True)
 class FP4(_FourBit):
-    """FP4 weights: as NF4, with the sixteen values of a float of two exponent bits and one mantissa bit."""
+    """FP4 weights: as NF4, with the sixteen values of a float of two exponent bits and one mantissa bit.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), "fp4").scheme
+    FP4(blocksize=64, double_quant=False, compute='auto')
+    """
 
     name: ClassVar[str] = "fp4"
     blocksize: int = 64
@@ -217,6 +245,10 @@ class Int4(Scheme):
     """Uniform int4 weights in [-7, 7], symmetric, one scale per group_size in_features; compute as for NF4.
 
     group_size: 32, 64 or 128, and a divisor of in_features. With compute="int8" the products are exact integers.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), pyqkern.Int4(group_size=32)).scheme
+    Int4(group_size=32, compute='auto')
     """
 
     name: ClassVar[str] = "int4"

@@ -13,7 +13,8 @@ from pyqkern import schemes
 MODULES = ["pyqkern", *(module.name for module in pkgutil.walk_packages(pyqkern.__path__, "pyqkern."))]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
-FUNCTIONS = [name for name in pyqkern.__all__ if name.islower() and name not in ("isa", "isas")]  # those are C++
+FUNCTIONS = [name for name in pyqkern.__all__ if name.islower() and callable(getattr(pyqkern, name))]
+FUNCTIONS = [name for name in FUNCTIONS if name not in ("isa", "isas")]  # those are C++
 SCHEMES = [type(scheme).__name__ for scheme in schemes.SCHEMES.values()]
 
 

@@ -86,6 +86,14 @@ def calibrate(
     The model runs in eval mode without gradients and is left as it was. Linears that no batch reached are in
     `ranges.not_reached`, and a warning names them. Raises ValueError for an unknown observer, no batches, a model
     without linears, and for NaN or an infinity in a linear's input, naming batch and layer.
+
+    >>> import torch, pyqkern
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> ranges = pyqkern.calibrate(model, [torch.tensor([[-1.0, 0.0, 1.0, 3.0]])], "minmax", progress=False)
+    >>> ranges["0"].lo, ranges["0"].hi
+    (tensor(-1.), tensor(3.))
+    >>> pyqkern.replace_linear(model, "int8-static", ranges=ranges)[0].scheme.name
+    'int8-static'
     """
     if observer not in OBSERVERS:
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}, got {observer!r}")

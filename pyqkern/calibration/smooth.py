@@ -80,6 +80,13 @@ def smooth(
     In front of shared pairs' linears stands a hook (`InputScale`), which torch.save(model) keeps and a state_dict does
     not. Raises ValueError for pairs that do not fit, ranges that lack a linear or are not per channel, and for a model
     in which no pair is known; nothing has been changed then.
+
+    >>> import torch, pyqkern
+    >>> from pyqkern.calibration.smooth import Pair
+    >>> model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
+    >>> ranges = pyqkern.calibrate(model, [torch.randn(16, 8)], "minmax", per_channel=True, progress=False)
+    >>> pyqkern.smooth(model, ranges, pairs=[Pair("0", ("1",))])
+    [Pair(before='0', after=('1',), shared=False)]
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within [0, 1], got {alpha}")

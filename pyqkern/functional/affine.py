@@ -43,6 +43,10 @@ def choose_qparams_affine(
     Returns scale (fp32) and zero_point (int32). A range of zero, or of nothing, has scale 1; no scale is below 2**-126.
 
     Raises ValueError if x holds NaN or an infinity, or if axis or group_size do not fit; TypeError for other dtypes.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.choose_qparams_affine(torch.tensor([-1.0, 0.5, 1.55]), dtype=torch.uint8)
+    (tensor(0.0100), tensor(100, dtype=torch.int32))
     """
     _check_tensor("x", x)
     return torch.ops.pyqkern.choose_qparams_affine(_detached(x), dtype, _axes(axis), group_size, symmetric, bits)
@@ -66,6 +70,13 @@ def quantize_affine(
     bits: 8, or 4: codes in [-8, 7] (int8) or [0, 15] (uint8), one to a byte; `pack_int4` puts two into one.
 
     Raises ValueError for values or shapes, TypeError for dtypes.
+
+    >>> import torch, pyqkern
+    >>> x = torch.tensor([[-1.0, 0.0, 2.0], [0.5, 0.25, 0.125]])
+    >>> scale, zero_point = pyqkern.choose_qparams_affine(x, axis=0, symmetric=True)
+    >>> pyqkern.quantize_affine(x, scale, zero_point, axis=0)
+    tensor([[-64,   0, 127],
+            [127,  64,  32]], dtype=torch.int8)
     """
     _check_tensor("x", x)
     check_qtype("dtype", dtype, bits)
@@ -87,6 +98,10 @@ def dequantize_affine(
     q: int8 or uint8, any shape and strides. scale, zero_point, axis, group_size: as for `quantize_affine`.
 
     Raises ValueError for values or shapes, TypeError for dtypes.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.dequantize_affine(torch.tensor([0, 100, 255], dtype=torch.uint8), 0.5, 100)
+    tensor([-50.0000,   0.0000,  77.5000])
     """
     _check_tensor("q", q)
     scale, zero_point = _qparams(scale, zero_point, q.device)
@@ -102,6 +117,10 @@ def pack_int4(q: Tensor) -> Tensor:
         byte   q[2*i]   q[2*i + 1]      int8 in two's complement; the last half of an odd one is 0
 
     Raises ValueError for codes outside of the range, TypeError for other dtypes.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.pack_int4(torch.tensor([1, -1, 7], dtype=torch.int8))
+    tensor([ 31, 112], dtype=torch.uint8)
     """
     _check_tensor("q", q)
     check_qtype("q", q.dtype)
@@ -120,6 +139,10 @@ def unpack_int4(packed: Tensor, shape: Sequence[int], dtype: torch.dtype = torch
     """The codes that `pack_int4` packed, of that shape; dtype: torch.int8 or torch.uint8.
 
     Raises ValueError where packed does not have (numel + 1) // 2 elements, TypeError for other dtypes.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.unpack_int4(torch.tensor([31, 112], dtype=torch.uint8), (3,))
+    tensor([ 1, -1,  7], dtype=torch.int8)
     """
     _check_tensor("packed", packed)
     check_qtype("dtype", dtype)

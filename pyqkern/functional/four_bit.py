@@ -79,6 +79,11 @@ def quantize_4bit(
     blocksize: 32, 64, 128, 256, 512, 1024, 2048 or 4096. double_quant: the absmax in 8 bits too.
 
     Raises ValueError for other values and where w holds NaN or an infinity, TypeError for other dtypes.
+
+    >>> import torch, pyqkern
+    >>> q = pyqkern.quantize_4bit(torch.linspace(-1, 1, 64).view(8, 8))
+    >>> q.packed.shape, q.absmax
+    (torch.Size([32, 1]), tensor([1.]))
     """
     if not isinstance(w, Tensor):
         raise TypeError(f"w must be a torch.Tensor, got {type(w).__name__}")
@@ -95,6 +100,11 @@ def dequantize_4bit(q: Quantized4bit, dtype: torch.dtype | None = None) -> Tenso
     """value[code] * absmax in fp32, rounded once to dtype (default: that of the tensor); contiguous, of q.shape.
 
     Raises TypeError for a q that is no Quantized4bit and for dtypes other than float32, bfloat16 and float16.
+
+    >>> import torch, pyqkern
+    >>> q = pyqkern.quantize_4bit(torch.tensor([2.0, -1.0, 0.0, 0.9]))
+    >>> pyqkern.dequantize_4bit(q)
+    tensor([ 2.0000, -1.0501,  0.0000,  0.8814])
     """
     if not isinstance(q, Quantized4bit):
         raise TypeError(f"q must be a Quantized4bit, got {type(q).__name__}")

@@ -12,6 +12,12 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
 
     Raises ValueError for shapes, devices, and K past 131071 (int8) or 65793 (uint8), where an int32 sum could wrap;
     TypeError for dtypes.
+
+    >>> import torch, pyqkern
+    >>> a = torch.full((1, 70), 255, dtype=torch.uint8)
+    >>> w = torch.full((2, 70), -128, dtype=torch.int8)
+    >>> pyqkern.int8_matmul(a, w)
+    tensor([[-2284800, -2284800]], dtype=torch.int32)
     """
     for name, tensor in (("a", a), ("w", w)):
         if not isinstance(tensor, Tensor):

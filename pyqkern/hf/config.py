@@ -33,6 +33,16 @@ def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **
     LLM.int8. kwargs go to AutoConfig.from_pretrained. The folder is local; its weights are in safetensors.
 
     Raises ValueError, which names the key, for files that are not what they say.
+
+    >>> import tempfile, pyqkern
+    >>> from transformers import BertConfig, BertModel
+    >>> folder = tempfile.mkdtemp()
+    >>> config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128)
+    >>> BertModel(config).save_pretrained(f"{folder}/float")
+    >>> pyqkern.convert.quantize(f"{folder}/float", f"{folder}/nf4", "nf4", format="bitsandbytes")
+    >>> model = BertModel.from_pretrained(f"{folder}/nf4", config=pyqkern.checkpoint_config(f"{folder}/nf4"))
+    >>> model.encoder.layer[0].output.dense
+    NF4Linear(in_features=128, out_features=64, bias=True, scheme=nf4)
     """
     said = quantization_of(Path(folder))
     if said is None:

@@ -20,6 +20,13 @@ def lora(config: LoraConfig) -> LoraConfig:
 
     model = get_peft_model(model, pyqkern.lora(LoraConfig(target_modules=["query", "value"])))
     model = PeftModel.from_pretrained(model, folder, config=pyqkern.lora(LoraConfig.from_pretrained(folder)))
+
+    >>> import torch, pyqkern
+    >>> from peft import LoraConfig, get_peft_model
+    >>> model = pyqkern.replace_linear(torch.nn.Sequential(torch.nn.Linear(64, 64)))
+    >>> model = get_peft_model(model, pyqkern.lora(LoraConfig(r=4, target_modules=["0"])))
+    >>> type(model.base_model.model[0]).__name__
+    'LoraQLinear'
     """
     config._register_custom_module({QLinear: LoraQLinear})
     return config

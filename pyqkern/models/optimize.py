@@ -22,6 +22,13 @@ def optimize(
     scheme, include, exclude, errors: as for `replace_linear`. Linears that are quantized already, by it or as they were
     loaded, stay what they are. A layer is fused where all six linears have the same
     scheme and it quantizes activations per token: "int8", or "nf4", "fp4" and "int4" with compute "auto" or "int8".
+
+    >>> import torch, pyqkern
+    >>> from transformers import BertConfig, BertModel
+    >>> config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    >>> model = pyqkern.optimize(BertModel(config).eval())
+    >>> [record.reason for record in pyqkern.summary(model).encoders]  # why a layer is not one operator
+    [None, None]
     """
     model = replace_linear(model, scheme, include=include, exclude=exclude)
     for module in list(model.modules()):

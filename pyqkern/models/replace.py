@@ -61,6 +61,11 @@ def replace_linear(
     trial before the first is changed, so that after such an error the model is as it was. What is left to stop the
     second pass is an interrupt or the lack of memory; the model then works with the layers done so far quantized, and
     calling again completes it. Extra memory: about one layer, since each float weight is dropped as its layer is done.
+
+    >>> import torch, pyqkern
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+    >>> pyqkern.replace_linear(model, exclude="2")[0]
+    Int8Linear(in_features=64, out_features=64, bias=True, scheme=int8)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -121,6 +126,13 @@ def replace_embedding(
 
     Raises as `replace_linear`. Every embedding is quantized before the first is replaced, so that after an error the
     model is as it was; the quantized copies are the extra memory.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.replace_embedding(torch.nn.Sequential(torch.nn.Embedding(1000, 64)), "nf4")[0]
+    QEmbedding(
+      1000, 64, scheme=nf4
+      (table): NF4Linear(in_features=64, out_features=1000, bias=False, scheme=nf4)
+    )
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

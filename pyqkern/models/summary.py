@@ -126,7 +126,14 @@ def said_bytes(count: int) -> str:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Every linear and embedding of the model: name, shape, scheme or reason it is kept, bytes before and after."""
+    """Every linear and embedding of the model: name, shape, scheme or reason it is kept, bytes before and after.
+
+    >>> import torch, pyqkern
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+    >>> model = pyqkern.replace_linear(model, exclude="1")
+    >>> [(record.name, record.scheme, record.reason) for record in pyqkern.summary(model).records]
+    [('0', 'int8', None), ('1', None, 'excluded')]
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     counted: set[tuple[int, int]] = set()

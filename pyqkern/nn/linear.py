@@ -22,6 +22,11 @@ class QLinear(nn.Module):
     A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
     `_linear`, `weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain`, `_pack`, `_packed_shape`
     and `_unpacked`. Its constructor takes what this one takes, on any device.
+
+    >>> import torch, pyqkern
+    >>> layer = pyqkern.QLinear.from_linear(torch.nn.Linear(64, 32), "int8")
+    >>> layer(torch.randn(2, 64)).shape, layer.state_dict()["weight"].dtype
+    (torch.Size([2, 32]), torch.int8)
     """
 
     _classes: ClassVar[dict[type[Scheme], type["QLinear"]]] = {}
