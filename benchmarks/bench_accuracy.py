@@ -32,7 +32,7 @@ from typing import Any
 import common
 import torch
 from peers import saved_size
-from shapes import DRY
+from shapes import DRY, MINILM
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -98,7 +98,7 @@ def fine_tuned(train: Texts, labels: list[str], cache: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids = {label: i for i, label in enumerate(labels)}
     model = AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=len(labels), label2id=ids, id2label=dict(enumerate(labels))
+        source, num_labels=len(labels), label2id=ids, id2label=dict(enumerate(labels)), **MINILM
     )
     steps = (len(train) + BATCH - 1) // BATCH * EPOCHS
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)

@@ -71,7 +71,7 @@ def _model(name: str) -> nn.Module:
     if name == "base":
         random: nn.Module = BertModel(BertConfig(**shapes.BERT), add_pooling_layer=False).eval()
         return random
-    real: nn.Module = AutoModel.from_pretrained(_minilm(), add_pooling_layer=False).float().eval()
+    real: nn.Module = AutoModel.from_pretrained(_minilm(), add_pooling_layer=False, **shapes.MINILM).float().eval()
     return real
 
 

@@ -26,7 +26,7 @@ ROWS_4BIT = (1, 5) if DRY else (1, 4, 16, 128, 1024)
 COLD_BYTES = 16 << 10 if DRY else 96 * MIB
 
 #: Elements of the float tensor that is quantized or dequantized: 1 to 256 MiB of fp32.
-AFFINE_SIZES = (1, 1 << 18) if DRY else (1, *(1 << power for power in (6, *range(10, 27, 2))))
+AFFINE_SIZES = (1 << 18,) if DRY else (1, *(1 << power for power in (6, *range(10, 27, 2))))
 
 #: Columns of the matrix that is quantized per channel (fewer elements make one row).
 AFFINE_COLUMNS = 1024
@@ -55,6 +55,9 @@ MODEL_SIZES = ("1x16", "2x8-16") if DRY else ("1x128", "1x384", "8x128")
 BERT: dict[str, Any] = (
     {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128} if DRY else {}
 )
+
+#: What is passed to from_pretrained for the packaged MiniLM.
+MINILM: dict[str, Any] = {"num_hidden_layers": 1} if DRY else {}
 
 
 def model_inputs(size: str, text_tokens: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
 
 WAYS = {
-    "bench_affine.py": ["--json r.json --plot r.png", "--threads 1,2 --sizes 64"],
-    "bench_int8.py": ["--json r.json --plot r.png", "--cold", "--matmul", "--isa all"],
-    "bench_nf4.py": ["--json r.json", "--cold", "--tensors", "--models --isa scalar"],
-    "bench_model.py": ["--json r.json --plot r.png --models base"],
+    "bench_affine.py": ["--json r.json --plot r.png"],
+    "bench_int8.py": ["--json r.json --plot r.png", "--cold --isa all", "--matmul --threads 2"],
+    "bench_nf4.py": ["--json r.json", "--cold --isa scalar", "--tensors", "--models"],
+    "bench_model.py": ["--models minilm --sizes 2x8-16 --json r.json --plot r.png"],
     "bench_accuracy.py": [],
 }
 IN_README = re.findall(r"`python benchmarks/(\w+\.py)([^`]*)`", README)
@@ -55,7 +55,7 @@ def test_a_benchmark_runs(script: str, tmp_path: Path) -> None:
     data.write_text("text,label\n" + "".join(f'"{text}",{i % 2}\n' for i, text in enumerate(SENTENCES)))
     calls = [call.replace("FOLDER", f"{data} --cache {tmp_path}") for call in calls_of(script)]
     command = [sys.executable, "-c", RUN, str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / script), *calls]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # bitsandbytes compiles
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(calls)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     assert "failed" not in done.stdout, done.stdout

@@ -61,7 +61,7 @@ def both(synopsis: str) -> list[str]:
 @pytest.mark.parametrize("command", [command for line in COMMANDS for command in both(line)])
 def test_a_command_runs(command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = tmp_path / "texts.csv"
-    texts.write_text("text,label\n" + "".join(f'"{text}",LABEL_{i % 2}\n' for i, text in enumerate(tiny.SENTENCES)))
+    texts.write_text("text,label\n" + "".join(f'"{text}",LABEL_{i % 2}\n' for i, text in enumerate(tiny.SENTENCES[:6])))
     words = {
         "MODEL": str(model), "FOLDER": str(model), "OUT": "out", "PATTERN": "classifier",
         "FILE.csv": str(texts), "TEXT": "text", "LABEL": "label",
