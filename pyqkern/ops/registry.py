@@ -36,13 +36,15 @@ def operator(
     fake: Callable[..., Any],
     *,
     arguments: Callable[..., tuple[Any, ...]] | None = None,
-    autocast: bool = False,
+    linear: bool = False,
+    rowwise: bool = False,
     keys: tuple[str, ...] = tuple(_KEYS),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Defines `schema`, implemented by the decorated function of (kernels, *arguments), and its fake implementation.
 
     arguments: makes those of the function and of the fake implementation out of the schema's, which they are otherwise.
-    autocast: the first argument is taken in the autocast dtype, as nn.Linear does. keys: the devices that have it.
+    linear: the first argument is taken in the autocast dtype, as nn.Linear does. rowwise: its rows do not depend on one
+    another, so that vmap over it is one call. keys: the devices that have it.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,8 +59,10 @@ def operator(
         for key in keys:
             library.impl(name, partial(implementation, torch.device(_KEYS[key])), key)
         torch.library.register_fake(f"pyqkern::{name}", meta, lib=library)
-        for device_type, dispatch_key in _AUTOCAST.items() if autocast else ():
+        for device_type, dispatch_key in _AUTOCAST.items() if linear else ():
             library.impl(name, partial(_autocast, device_type, dispatch_key, name), dispatch_key.name)
+        if rowwise:
+            torch.library.register_vmap(f"pyqkern::{name}", partial(_vmap_rows, name), lib=library)
         return function
 
     return register
@@ -70,6 +74,16 @@ def _autocast(device_type: str, key: Any, name: str, x: Tensor, *rest: Any) -> T
         if x.dtype in FLOATS:
             x = x.to(torch.get_autocast_dtype(device_type))
         return getattr(torch.ops.pyqkern, name).default(x, *rest)
+
+
+def _vmap_rows(name: str, info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    """vmap over rows is more rows; over anything else, one call after the other."""
+    call = getattr(torch.ops.pyqkern, name).default
+    if in_dims[0] is not None and not any(dim is not None for dim in in_dims[1:]):
+        return call(x.movedim(in_dims[0], 0), *rest), 0
+    given = list(zip((x, *rest), in_dims, strict=True))
+    each = [[a if dim is None else a.select(dim, i) for a, dim in given] for i in range(info.batch_size)]
+    return torch.stack([call(*one) for one in each]), 0
 
 
 # ---- the short way
