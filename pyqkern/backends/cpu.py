@@ -306,19 +306,34 @@ def encoder_layer(
 # ---- the short way: plain CPU tensors that C++ itself checks; None where it found something that does not fit
 
 _exchange: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
-_HAS_EXCHANGE: bool = _exchange is not None and _C.use_exchange(_exchange)
+_HAS_EXCHANGE: bool = _exchange is not None and _C.use_exchange(_exchange, Tensor, torch.nn.Parameter)
 
 
 def _short_int8(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, *how: Any
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
 ) -> Tensor | None:
-    """int8_linear with how = symmetric, and int8_linear_static with how = input_scale, input_zero_point."""
-    if not x.dim() or weight_scale.dim() != 1:
+    if not x.dim() or not weight_scale.dim():
         return None
     y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
     code = ACTIVATION_CODES.get(activation, -1)
-    how = how if len(how) == 1 else (False, *how)
-    return y if _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, *how) else None
+    return y if _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, symmetric) else None
+
+
+def _short_int8_static(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    input_scale: Tensor,
+    input_zero_point: Tensor,
+) -> Tensor | None:
+    if not x.dim() or not weight_scale.dim():
+        return None
+    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+    code = ACTIVATION_CODES.get(activation, -1)
+    written = _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, False, input_scale, input_zero_point)
+    return y if written else None
 
 
 def _short_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor | None:
@@ -337,5 +352,7 @@ def _short_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str
 
 
 SHORT_WAY: dict[str, Callable[..., Tensor | None]] = (
-    {"int8_linear": _short_int8, "int8_linear_static": _short_int8, "linear_4bit": _short_4bit} if _HAS_EXCHANGE else {}
+    {"int8_linear": _short_int8, "int8_linear_static": _short_int8_static, "linear_4bit": _short_4bit}
+    if _HAS_EXCHANGE
+    else {}
 )

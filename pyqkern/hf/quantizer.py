@@ -259,7 +259,7 @@ def _refuse_pickle(files: list[str] | None, config: Any) -> None:
 
 
 def _dequantized(module: QLinear | QEmbedding) -> nn.Module:
-    weight = nn.Parameter(module.weight)
+    weight = nn.Parameter(module.weight.clone())  # the weight itself is not to be written to
     if isinstance(module, QEmbedding):
         return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=module.padding_idx)
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta").train(module.training)

@@ -4,6 +4,8 @@ The table is a QLinear without its product: the same codes, scales, packing and 
 embedding_dim]` in place of `[out_features, in_features]`. So an output head tied to the embedding is that very module.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +44,14 @@ class QEmbedding(nn.Module):
         linear.weight = embedding.weight
         return cls(QLinear.from_linear(linear, scheme), embedding.padding_idx).train(embedding.training)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.table.rows(ids)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.table.rows(input)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            setattr(self.table, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def num_embeddings(self) -> int:
@@ -63,7 +71,7 @@ class QEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized table, [num_embeddings, embedding_dim] in `dtype`: a new tensor each time."""
+        """The dequantized table, [num_embeddings, embedding_dim] in `dtype`: see `QLinear.weight`."""
         return self.table.weight
 
     def extra_repr(self) -> str:

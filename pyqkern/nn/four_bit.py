@@ -89,16 +89,16 @@ class Linear4bit(QLinear):
         shape = (self.out_features, self.in_features)
         return Weight4bit(buffers["packed"], buffers["absmax"], *nested, self.quant_type, self.blocksize, shape)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
+    _of_weight: ClassVar[tuple[str, ...]] = ("packed", "absmax", *NESTED)
+
+    def _dequantize(self) -> Tensor:
         return self.rows(torch.arange(self.out_features, device=self.packed.device))
 
     def rows(self, ids: Tensor) -> Tensor:
         return ops_four_bit.embedding_4bit(ids, self._weight4bit(), self.dtype)
 
-    def _linear(self, x: Tensor) -> Tensor:
-        return ops_four_bit.linear_4bit(x, self._weight4bit(), self._parameters["bias"], self.scheme.compute)
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops_four_bit.linear_4bit(x, self._weight4bit(), bias, self.scheme.compute)
 
     _packed: ClassVar[dict[str, str]] = {"weight": "packed", "absmax": "absmax"}
 

@@ -69,23 +69,19 @@ class Int8Linear(QLinear, scheme=Int8):
         codes = quantize_affine(weight, self.weight_scale, axis=0).clamp(min=-127)
         self.packed = torch.ops.pyqkern.int8_pack(codes)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
-        return self._dequantized(self.dtype)
+    _of_weight: ClassVar[tuple[str, ...]] = ("packed", "weight_scale")
 
-    def _dequantized(self, dtype: torch.dtype) -> Tensor:
+    def _dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         # The operator, not dequantize_affine: this runs inside of compiled graphs.
         codes = self._plain("weight")
-        return torch.ops.pyqkern.dequantize_affine(codes, self.weight_scale, None, (0,), None, dtype)
+        return torch.ops.pyqkern.dequantize_affine(codes, self.weight_scale, None, (0,), None, dtype or self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         return torch.ops.pyqkern.int8_embedding(ids, self.packed, self.weight_scale, self.in_features, self.dtype)
 
-    def _linear(self, x: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
-        bias, symmetric = self._parameters["bias"], self.scheme.symmetric
-        return ops_int8.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", symmetric)
+        return ops_int8.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", self.scheme.symmetric)
 
     _packed: ClassVar[dict[str, str]] = {"weight": "packed"}
 
@@ -151,10 +147,12 @@ class Int8StaticLinear(Int8Linear, scheme=Int8Static):
         device = self.packed.device
         self.input_scale, self.input_zero_point = scale.to(device), zero_point.to(device)
 
-    def _linear(self, x: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers: Any = self._buffers
-        weight = (buffers["packed"], buffers["weight_scale"], self._parameters["bias"])
-        return ops_int8.int8_linear_static(x, *weight, "none", buffers["input_scale"], buffers["input_zero_point"])
+        weight = (buffers["packed"], buffers["weight_scale"])
+        return ops_int8.int8_linear_static(
+            x, *weight, bias, "none", buffers["input_scale"], buffers["input_zero_point"]
+        )
 
     def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         problems = super()._load_problems(state_dict, prefix)
@@ -180,9 +178,8 @@ class Int8WeightOnlyLinear(Int8Linear, scheme=Int8WeightOnly):
 
     scheme: Int8WeightOnly  # type: ignore[assignment]
 
-    def _linear(self, x: Tensor) -> Tensor:
-        bias = self._parameters["bias"]
-        return functional.linear(x, self._dequantized(x.dtype), None if bias is None else bias.to(x.dtype))
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, self._dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Int8OutlierLinear(Int8Linear, scheme=Int8Outlier):
@@ -190,8 +187,8 @@ class Int8OutlierLinear(Int8Linear, scheme=Int8Outlier):
 
     scheme: Int8Outlier  # type: ignore[assignment]
 
-    def _linear(self, x: Tensor) -> Tensor:
-        bias, scheme = self._parameters["bias"], self.scheme
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        scheme = self.scheme
         return torch.ops.pyqkern.int8_linear_outlier.default(
             x, self.packed, self.weight_scale, bias, scheme.threshold, scheme.symmetric
         )

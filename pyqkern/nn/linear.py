@@ -1,12 +1,15 @@
 """QLinear, what every quantized linear is an instance of."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from pyqkern.backends import Kernels, Shape
+from pyqkern.backends import Kernels, Shape, reference
+from pyqkern.nn.weight import DequantizedWeight, read_from
 from pyqkern.ops.checks import FLOATS
 from pyqkern.ops.registry import BACKENDS, kernels_of
 from pyqkern.schemes import Range, Scheme, get_scheme, ranges_for
@@ -19,9 +22,13 @@ class QLinear(nn.Module):
     y has x's dtype (fp32, bf16 or fp16), or the autocast dtype. `weight` is a dequantized copy, made when asked for;
     `dtype` is that copy's, and follows `.to(dtype)`.
 
+    `weight` can be assigned as a whole: floats [out_features, in_features] are quantized; the `weight` of a layer of
+    the same scheme and shape ties the two, which then have the same codes; what the state_dict has under "weight" is
+    taken as it is. Editing it in place raises RuntimeError, because the layer does not compute with the copy.
+
     A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
-    `_linear`, `weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain`, `_pack`, `_packed_shape`
-    and `_unpacked`. Its constructor takes what this one takes, on any device.
+    `_linear`, `_dequantize`, `_of_weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain`,
+    `_pack`, `_packed_shape` and `_unpacked`. Its constructor takes what this one takes, on any device.
 
     >>> import torch, pyqkern
     >>> layer = pyqkern.QLinear.from_linear(torch.nn.Linear(64, 32), "int8")
@@ -75,14 +82,7 @@ class QLinear(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
-        if weight.dtype not in FLOATS:
-            raise TypeError(
-                f"weight must be float32, bfloat16 or float16, got {weight.dtype}; convert it with .float()"
-            )
-        if weight.is_meta:
-            raise ValueError("weight must hold values, got a tensor on the meta device; load the weights first")
-        if weight.numel() and not all(end.isfinite() for end in weight.detach().aminmax()):
-            raise ValueError("weight must be finite, got NaN or an infinity in it; repair it first")
+        _check_weight(weight)
         subclass = cls._classes[type(scheme)]
         # Made in inference mode, the buffers could not be loaded into later.
         with torch.inference_mode(False), torch.no_grad():
@@ -95,17 +95,73 @@ class QLinear(nn.Module):
                 self._calibrate(ranges)
         return self.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
+        """input: as nn.Linear calls it; x: as the Conv1D of transformers does."""
+        x = input if x is None else x
+        if x is None:
+            raise TypeError(f"input must be a tensor [..., in_features={self.in_features}], got None")
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must be [..., in_features={self.in_features}], got shape {tuple(x.shape)}")
         bias = self._parameters["bias"]
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        # In a trace of torch.jit, a Python function could not be saved.
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if differentiated and torch._C._get_tracing_state() is None:
             return _StraightThrough.apply(x, bias, self)
-        return self._linear(x)
+        return self._linear(x, bias)
 
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
+        buffers = {name: self._buffers[name] for name in self._of_weight}
+        return read_from(self._dequantize(), self._form(), buffers)
+
+    def _form(self) -> tuple[Any, ...]:
+        """What layers must have in common to share codes."""
+        return (*type(self)._of_weight, self.scheme, self.out_features, self.in_features)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._assign_weight(value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            self._assign_weight(param)
+        else:
+            super().register_parameter(name, param)
+
+    def _assign_weight(self, value: Any) -> None:
+        if isinstance(value, DequantizedWeight) and value.form == self._form():
+            self._buffers.update(value.buffers)
+            return
+        if not isinstance(value, Tensor):
+            raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
+        here = self._buffers[self._of_weight[0]]
+        device = value.device if here is None or here.is_meta else here.device
+        shape, dtypes = self._expected()["weight"] if "weight" in self._packed else (None, ())
+        if value.dtype in dtypes and tuple(value.shape) == shape:
+            self._buffers[self._packed["weight"]] = self._pack("weight", value.detach().to(device))
+            return
+        if tuple(value.shape) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"weight must be [out_features={self.out_features}, in_features={self.in_features}], "
+                f"got {list(value.shape)}"
+            )
+        _check_weight(value)
+        if isinstance(value, nn.Parameter):
+            warnings.warn(
+                "weight was quantized from the Parameter's values; the two are not tied: what is later done to the "
+                "Parameter does not reach this layer",
+                stacklevel=3,
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            self._quantize(value.detach().to(device))
+
+    _of_weight: ClassVar[tuple[str, ...]]  # the buffers that make up the weight
+
+    def _dequantize(self) -> Tensor:
+        """The weight, [out_features, in_features] in `dtype`, a plain tensor."""
         raise NotImplementedError
 
     def _quantize(self, weight: Tensor) -> None:
@@ -116,8 +172,8 @@ class QLinear(nn.Module):
         """Takes over the range of the activations; only for schemes that need it."""
         raise NotImplementedError
 
-    def _linear(self, x: Tensor) -> Tensor:
-        """The layer without a gradient."""
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without a gradient. bias: the layer's, or what a transform of torch.func has in its place."""
         raise NotImplementedError
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -152,7 +208,8 @@ class QLinear(nn.Module):
             assert buffer is not None
             if buffer.shape == self._packed_shape(key, kernels_of(buffer.device)):
                 continue
-            there = [kernels for kernels in BACKENDS.values() if self._packed_shape(key, kernels) == buffer.shape]
+            backends = (*BACKENDS.values(), reference)
+            there = [kernels for kernels in backends if self._packed_shape(key, kernels) == buffer.shape]
             if not there:
                 raise ValueError(
                     f"{name} must be in the form of a device of this version of pyqkern, got {list(buffer.shape)}; "
@@ -245,19 +302,42 @@ class QLinear(nn.Module):
         )
 
 
+def _check_weight(weight: Tensor) -> None:
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight must be float32, bfloat16 or float16, got {weight.dtype}; convert it with .float()")
+    if weight.is_meta:
+        raise ValueError("weight must hold values, got a tensor on the meta device; load the weights first")
+    if weight.numel() and not all(end.isfinite() for end in weight.detach().aminmax()):
+        raise ValueError("weight must be finite, got NaN or an infinity in it; repair it first")
+
+
 class _StraightThrough(torch.autograd.Function):
     """The layer in grad mode: the quantizations count as the identity, so that grad_x = grad_y @ weight."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QLinear) -> Tensor:
-        ctx.layer, ctx.x_dtype = layer, x.dtype
-        return layer._linear(x)
+    def forward(x: Tensor, bias: Tensor | None, layer: QLinear) -> Tensor:
+        return layer._linear(x, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, QLinear], output: Tensor) -> None:
+        x, bias, ctx.layer = inputs
+        ctx.x_dtype, ctx.y_dtype = x.dtype, output.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.layer.weight.to(grad.dtype)).to(ctx.x_dtype)
+            grad_x = (grad @ ctx.layer._dequantize().to(grad.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.layer.bias.dtype)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, layer: None) -> Tensor:
+        y = None if x is None else functional.linear(x, ctx.layer._dequantize().to(x.dtype)).to(ctx.y_dtype)
+        if bias is None or y is None:
+            return y if bias is None else bias.to(ctx.y_dtype)  # type: ignore[return-value]
+        return y + bias.to(ctx.y_dtype)

@@ -27,7 +27,7 @@ from torch import Tensor
 from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, Kernels, Weight4bit, cpu
 from pyqkern.ops.checks import FLOATS
 from pyqkern.ops.four_bit import check_format, check_weight
-from pyqkern.ops.registry import direct, operator
+from pyqkern.ops.registry import is_plain, nobody_listens, operator
 
 LINEARS = ("query", "key", "value", "output", "up", "down")
 
@@ -214,11 +214,11 @@ def _encoder_layer(
 class ShortWay:
     """torch.ops.pyqkern.encoder_layer by the shortest way, for one layer: what was checked is remembered.
 
-    It stays so while nothing moves: a tensor that changes its dtype or shape changes its address.
+    It stays so while the tensors are the same and at their addresses: one that changes its dtype moves.
     """
 
     def __init__(self) -> None:
-        self._checked: tuple[list[int], Prepared] | None = None
+        self._checked: tuple[tuple[object, ...], list[int], Prepared] | None = None
 
     def __reduce__(self) -> tuple[type["ShortWay"], tuple[()]]:
         """Addresses mean nothing in a copy or in another process."""
@@ -244,12 +244,28 @@ class ShortWay:
         position_bias: Tensor | None = None,
     ) -> Tensor:
         quantized = (symmetric, quant_type, blocksize, features, nested)
-        if not direct(x):
+        parts = None
+        if nobody_listens() and all(t is None or is_plain(t) for t in (x, mask, position_bias)):
+            parts = self._prepared(weights, scales, biases, norms, heads, activation, *quantized)
+        if parts is None:
             rest = (heads, scaling, eps, activation, *quantized, position_bias)
             return torch.ops.pyqkern.encoder_layer.default(x, mask, weights, scales, biases, norms, *rest)
-        addresses = [0 if t is None else t.data_ptr() for t in (*weights, *scales, *biases, *norms, *nested)]
+        return run(x, mask, parts, heads, scaling, eps, activation, symmetric, position_bias)
+
+    def _prepared(
+        self, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None],
+        norms: Sequence[Tensor], heads: int, activation: str, symmetric: bool, quant_type: str, blocksize: int,
+        features: Sequence[int], nested: Sequence[Tensor],
+    ) -> Prepared | None:  # fmt: skip
+        """None where C++ may not read one of the tensors."""
+        tensors = [tensor for tensor in (*weights, *scales, *biases, *norms, *nested) if tensor is not None]
+        given = (*map(id, tensors), heads, activation, symmetric, quant_type, blocksize, *features)
         checked = self._checked
-        if checked is None or checked[0] != addresses:
-            prepared = prepare(weights, scales, biases, norms, heads, activation, *quantized)
-            self._checked = checked = (addresses, prepared)
-        return run(x, mask, checked[1], heads, scaling, eps, activation, symmetric, position_bias)
+        if checked and checked[0] == given and checked[1] == [tensor.data_ptr() for tensor in tensors]:
+            return checked[2]
+        if not all(is_plain(tensor) for tensor in tensors):
+            return None
+        how = (heads, activation, symmetric, quant_type, blocksize, features, nested)
+        prepared = prepare(weights, scales, biases, norms, *how)
+        self._checked = (given, [tensor.data_ptr() for tensor in tensors], prepared)
+        return prepared

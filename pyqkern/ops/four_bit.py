@@ -194,7 +194,8 @@ def _linear_arguments(x: Tensor, *given: Any) -> tuple[Any, ...]:
     f"linear_4bit(Tensor x, {_TENSORS}, Tensor? bias, str quant_type, int blocksize, int n, str compute) -> Tensor",
     _linear_fake,
     arguments=_linear_arguments,
-    autocast=True,
+    linear=True,
+    rowwise=True,
 )
 def _linear(kernels: Kernels, x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
     y = _linear_fake(x, weight, bias, compute)

@@ -143,7 +143,8 @@ def _linear_fake(
 @operator(
     "int8_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, str activation, bool symmetric) -> Tensor",
     _linear_fake,
-    autocast=True,
+    linear=True,
+    rowwise=True,
 )
 def _linear(
     kernels: Kernels,
@@ -207,7 +208,8 @@ def _static_fake(
     "int8_linear_static(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, str activation,"
     " Tensor input_scale, Tensor input_zero_point) -> Tensor",
     _static_fake,
-    autocast=True,
+    linear=True,
+    rowwise=True,
 )
 def _static(
     kernels: Kernels,
@@ -247,7 +249,7 @@ def _outlier_fake(
     "int8_linear_outlier(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, float threshold, bool symmetric)"
     " -> Tensor",
     _outlier_fake,
-    autocast=True,
+    linear=True,
 )
 def _outlier(
     kernels: Kernels,

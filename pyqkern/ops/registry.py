@@ -36,13 +36,15 @@ def operator(
     fake: Callable[..., Any],
     *,
     arguments: Callable[..., tuple[Any, ...]] | None = None,
-    autocast: bool = False,
+    linear: bool = False,
+    rowwise: bool = False,
     keys: tuple[str, ...] = tuple(_KEYS),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Defines `schema`, implemented by the decorated function of (kernels, *arguments), and its fake implementation.
 
     arguments: makes those of the function and of the fake implementation out of the schema's, which they are otherwise.
-    autocast: the first argument is taken in the autocast dtype, as nn.Linear does. keys: the devices that have it.
+    linear: the first argument is taken in the autocast dtype, as nn.Linear does. rowwise: its rows do not depend on one
+    another, so that vmap over it is one call. keys: the devices that have it.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,8 +59,10 @@ def operator(
         for key in keys:
             library.impl(name, partial(implementation, torch.device(_KEYS[key])), key)
         torch.library.register_fake(f"pyqkern::{name}", meta, lib=library)
-        for device_type, dispatch_key in _AUTOCAST.items() if autocast else ():
+        for device_type, dispatch_key in _AUTOCAST.items() if linear else ():
             library.impl(name, partial(_autocast, device_type, dispatch_key, name), dispatch_key.name)
+        if rowwise:
+            torch.library.register_vmap(f"pyqkern::{name}", partial(_vmap_rows, name), lib=library)
         return function
 
     return register
@@ -72,6 +76,16 @@ def _autocast(device_type: str, key: Any, name: str, x: Tensor, *rest: Any) -> T
         return getattr(torch.ops.pyqkern, name).default(x, *rest)
 
 
+def _vmap_rows(name: str, info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    """vmap over rows is more rows; over anything else, one call after the other."""
+    call = getattr(torch.ops.pyqkern, name).default
+    if in_dims[0] is not None and not any(dim is not None for dim in in_dims[1:]):
+        return call(x.movedim(in_dims[0], 0), *rest), 0
+    given = list(zip((x, *rest), in_dims, strict=True))
+    each = [[a if dim is None else a.select(dim, i) for a, dim in given] for i in range(info.batch_size)]
+    return torch.stack([call(*one) for one in each]), 0
+
+
 # ---- the short way
 
 
@@ -80,32 +94,18 @@ try:
     from torch._C._autograd import _profiler_enabled
     from torch._C._functorch import peek_interpreter_stack
 
-    _can_ask = hasattr(Tensor, "_is_zerotensor")
+    _can_ask = True
 except ImportError:  # none of them is public
     _can_ask = False
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether C++ may read a CPU tensor's memory: no subclass, which may have none, and no pending negation."""
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
-
-
-def direct(x: Tensor) -> bool:
-    """Whether a kernel may be called without the dispatcher, which costs 3 us of the 7 that a one-token linear takes.
-
-    So where x is a plain CPU tensor, and nobody listens to operators: no torch.compile or export, no tracing, vmap,
-    function or dispatch mode, no autocast, no profiler. What the operator does is the same either way.
+def nobody_listens() -> bool:
+    """Whether the dispatcher may be passed by: no torch.compile or export, no tracing, no transform of torch.func, no
+    function or dispatch mode, no autocast, no profiler.
     """
     return (
         _can_ask
         and not torch.compiler.is_compiling()
-        and type(x) in _PLAIN
-        and x.is_cpu
-        and x.layout is torch.strided
-        and not x.is_neg()
-        and not x._is_zerotensor()
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and _get_tracing_state() is None
@@ -115,17 +115,37 @@ def direct(x: Tensor) -> bool:
     )
 
 
-def short_way(name: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of the same arguments as `operator` that calls the C++ kernel of that name where it may.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
-    The kernel checks its arguments itself; what it does not take goes to the operator, which says what is wrong.
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether C++ may read the tensor's memory: on the CPU, no subclass, which may have none, and not to be negated."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
+
+
+def direct(x: Tensor) -> bool:
+    """Whether C++ may read x past the dispatcher."""
+    return nobody_listens() and is_plain(x)
+
+
+def short_way(name: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of the same arguments as `operator` that calls the C++ kernel of that name without the dispatcher.
+
+    The dispatcher costs 3 us of the 7 that a one-token linear takes. The kernel checks that its arguments are plain CPU
+    tensors that fit; what it does not take goes to the operator, which says what is wrong.
     """
     kernel = cpu.SHORT_WAY.get(name)
     if kernel is None:
         return operator
 
     def call(x: Tensor, *arguments: Any) -> Tensor:
-        if direct(x):
+        if nobody_listens() and type(x) in _PLAIN:
             y = kernel(x, *arguments)
             if y is not None:
                 return y

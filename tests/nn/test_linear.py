@@ -310,12 +310,13 @@ class RoundedLinear(QLinear, scheme=Rounded):
     def _quantize(self, weight: Tensor) -> None:
         self.register_buffer("steps", (weight / self.scheme.step).round())
 
-    @property
-    def weight(self) -> Tensor:
+    _of_weight = ("steps",)
+
+    def _dequantize(self) -> Tensor:
         return self.steps.to(self.dtype) * self.scheme.step
 
-    def _linear(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, self._dequantize(), bias)
 
 
 def test_a_scheme_is_a_dataclass_and_a_subclass() -> None:
