@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyqkern.models.layouts import find_parts
-from pyqkern.nn.encoder import Path
+from pyqkern.models.layouts import find_layouts
+from pyqkern.nn.encoder_parts import InputScale, Path
 from pyqkern.schemes import Range
 
 
@@ -30,26 +30,13 @@ class Pair:
     shared: bool = False
 
 
-class InputScale:
-    """A forward pre-hook: multiplies the input by a vector. It stays on the layer when replace_linear quantizes it."""
-
-    def __init__(self, factor: Tensor) -> None:
-        self.factor = factor  # fp32 [in_features]
-
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = arguments[0]
-        if self.factor.device != x.device:
-            self.factor = self.factor.to(x.device)
-        return (x * self.factor.to(x.dtype), *arguments[1:])
-
-
 def find_pairs(model: nn.Module) -> list[Pair]:
     """The pairs of each encoder layer with the parts of a BERT, DistilBERT, ALBERT or MPNet, wherever in the model.
 
     Where q, k and v read the output of the LayerNorm of the layer before, `before` is "": no weight of it is changed.
     """
     pairs = []
-    for name, layout in find_parts(model):
+    for name, layout in find_layouts(model):
         query, key, value, output, up, _ = (_join(name, path) for path in layout.linears)
         pairs.append(Pair("", (query, key, value), shared=True))
         pairs.append(Pair(value, (output,)))
@@ -149,7 +136,7 @@ def _apply(before: nn.Module | None, linears: Sequence[nn.Linear], scale: Tensor
     for linear in linears:
         linear.weight.mul_(scale.to(linear.weight))
         if before is None:
-            linear.register_forward_pre_hook(InputScale(1 / scale))
+            linear.register_forward_pre_hook(InputScale(1 / scale), with_kwargs=True)
     if before is not None:
         for parameter in (before._parameters["weight"], before._parameters.get("bias")):
             if parameter is not None:
