@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from pyqkern.nn.encoder_parts import Family, Layout, Parts, dtypes_reason, family_of, find_parts, listener
-from pyqkern.ops import encoder as ops_encoder
-from pyqkern.ops import registry
 from pyqkern.ops.checks import FLOATS
 
 _EXCHANGED = Parts("a part was exchanged, and torch.compile cannot look at it; call the model once without it")
@@ -31,7 +29,6 @@ class QEncoderLayer(nn.Module):
 
     _family: ClassVar[Family]
     _parts: Parts | None = None
-    _checked: tuple[list[int], ops_encoder.Prepared] | None = None
     last_call: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,25 +105,16 @@ class QEncoderLayer(nn.Module):
         nested = [linear._buffers[name] for linear in linears for name in form.nested]
         biases = [linear._parameters["bias"] for linear in linears]
         vectors = [norm._parameters[name] for norm in norms for name in ("weight", "bias")]
-        rest = (parts.heads, parts.scaling, [norm.eps for norm in norms], parts.activation, form.symmetric)
+        eps = [norm.eps for norm in norms]
         features = [linears[0].out_features, linears[4].out_features]
-        quantized = (form.quant_type, form.blocksize, features, nested)
-        if not registry.direct(x):
-            return torch.ops.pyqkern.encoder_layer.default(
-                x, mask, weights, scales, biases, vectors, *rest, *quantized, position_bias
-            )
-        # What was checked stays so while nothing moves: a tensor that changes its dtype changes its address.
-        addresses = [0 if t is None else t.data_ptr() for t in (*weights, *scales, *biases, *vectors, *nested)]
-        checked = self._checked
-        if checked is None or checked[0] != addresses:
-            given = (weights, scales, biases, vectors, parts.heads, parts.activation, form.symmetric)
-            prepared = ops_encoder.prepare(*given, *quantized)
-            self.__dict__["_checked"] = checked = (addresses, prepared)
-        return ops_encoder.run(x, mask, checked[1], *rest, position_bias)
+        return parts.short_way(
+            x, mask, weights, scales, biases, vectors, parts.heads, parts.scaling, eps, parts.activation,
+            form.symmetric, form.quant_type, form.blocksize, features, nested, position_bias, parts.factors(),
+        )  # fmt: skip
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and deepcopy: the class is made, not imported, and so is made again."""
-        own = ("_parts", "_checked", "last_call")
+        own = ("_parts", "last_call")
         state = {name: value for name, value in self.__dict__.items() if name not in own}
         return _rebuild, (self._family.base, self._family.layout), state
 

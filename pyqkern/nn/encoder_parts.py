@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -18,6 +19,7 @@ from pyqkern.backends import cpu
 from pyqkern.nn.four_bit import NESTED, FP4Linear, Int4Linear, NF4Linear
 from pyqkern.nn.int8 import Int8Linear
 from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.encoder import ShortWay
 
 Path = tuple[str, ...]
 
@@ -240,13 +242,26 @@ class Parts:
     kinds: list[type] = field(default_factory=list)  # and their classes
     states: list[dict[str, Any]] = field(default_factory=list)  # and their attributes
     hooks: list[Any] = field(default_factory=list)  # the dictionaries of their hooks, and of the global ones
+    scaled: list[tuple[dict[int, Any], InputScale]] = field(default_factory=list)  # hooks that the operator stands for
+    input_scale: InputScale | None = None
+    up_scale: InputScale | None = None
+    short_way: ShortWay = field(default_factory=ShortWay)
 
     def unchanged(self) -> bool:
         """Whether each part is where it was, and of the class it was of."""
         for attributes, name, part in self.places:
             if attributes.get(name) is not part:
                 return False
+        for hooks, scale in self.scaled:
+            if len(hooks) != 1 or next(iter(hooks.values())) is not scale:
+                return False
         return all(type(module) is kind for module, kind in zip(self.modules, self.kinds, strict=True))
+
+    def factors(self) -> list[Tensor]:
+        """What the inputs of query, key and value, and of up, are multiplied by; empty where nothing is."""
+        if self.input_scale is None or self.up_scale is None or not self.scaled:
+            return []
+        return [self.input_scale.factor.cpu(), self.up_scale.factor.cpu()]
 
 
 def find_parts(layer: nn.Module, family: Family) -> Parts:
@@ -278,13 +293,48 @@ def _find(layer: nn.Module, family: Family) -> Parts:
     form = common_format(linears)
     assert form is not None and activation is not None  # _linears_reason has seen to it
     inside = list(layer.modules())[1:]
+    scales = _input_scales(linears)
+    stands_for = {id(hooks) for hooks, _ in scales[0]}
     scaling = getattr(attention, "scaling", None) or (linears[0].out_features // heads) ** -0.5
     return Parts(
         None, linears, norms, form, activation, heads, scaling, getattr(attention, "config", None),
         list(_places(layer, attention, layout)),
         inside, [type(module) for module in inside], [vars(module) for module in inside],
-        [*_GLOBAL_HOOKS, *(vars(module)[name] for module in inside for name in _HOOKS)],
+        [*_GLOBAL_HOOKS, *(hooks for hooks in _hooks_of(inside) if id(hooks) not in stands_for)],
+        *scales,
     )  # fmt: skip
+
+
+def _hooks_of(modules: Sequence[nn.Module]) -> Iterator[Any]:
+    for module in modules:
+        for name in _HOOKS:
+            yield vars(module)[name]
+
+
+def _input_scales(linears: Sequence[Any]) -> tuple[list[tuple[dict[int, Any], InputScale]], InputScale, InputScale]:
+    """The hooks of `smooth` that the operator stands for, and the factors of query, key and value, and of up.
+
+    Others are hooks like any, which the layer goes its old way for.
+    """
+    found: list[tuple[dict[int, Any], InputScale]] = []
+    qkv, up = _common_scale(linears[:3], found), _common_scale(linears[4:5], found)
+    one = InputScale(torch.ones(linears[0].in_features, dtype=torch.float32, device="cpu"))
+    return found, qkv or one, up or one
+
+
+def _common_scale(linears: Sequence[Any], found: list[tuple[dict[int, Any], InputScale]]) -> InputScale | None:
+    """The only pre-hook of all of them, if it has the same factor for all; the hooks are added to `found`."""
+    hooks = [linear._forward_pre_hooks for linear in linears]
+    scales = [next(iter(each.values())) for each in hooks if len(each) == 1]
+    if len(scales) < len(linears) or not all(_is_alike(scale, scales[0]) for scale in scales):
+        return None
+    found += zip(hooks, scales, strict=True)
+    first: InputScale = scales[0]
+    return first
+
+
+def _is_alike(scale: Any, other: Any) -> bool:
+    return type(scale) is type(other) is InputScale and torch.equal(scale.factor.cpu(), other.factor.cpu())
 
 
 def _places(layer: nn.Module, attention: nn.Module, layout: Layout) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -372,12 +422,7 @@ def listener(parts: Parts) -> str | None:
 def _wants_to_be_called(parts: Parts) -> bool:
     if any(_GLOBAL_HOOKS):
         return True
-    for module in parts.modules:
-        if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return True
-        if not all(_is_idle(hook) for hook in module._forward_hooks.values()):
-            return True
-    return False
+    return any(not _is_idle(hook) for hooks in parts.hooks for hook in hooks.values())
 
 
 def _is_idle(hook: Any) -> bool:
