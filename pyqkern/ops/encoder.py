@@ -74,7 +74,7 @@ def prepare(
         for tensor in tensors:
             if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
                 raise ValueError(f"{name} must be contiguous and on the CPU, got a tensor on {tensor.device}")
-    if any(tensor.dim() != 1 for tensor in (*scales, *norms)):
+    if any(tensor.dim() != 1 for tensor in (*norms, *(scales if quant_type == "int8" else ()))):
         raise ValueError("scales and norms must have one dimension")
     hidden = norms[0].shape[0]
     if quant_type == "int8":

@@ -1,8 +1,8 @@
 """optimize fuses only what it knows to be the stock computation; a call goes through the operator or says why not."""
 
 import copy
+import importlib
 import pickle
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pyqkern.nn.encoder
 from pyqkern import calibrate, optimize, replace_linear, smooth, summary
 
-MODELING = sys.modules["transformers.models.bert.modeling_bert"]
+MODELING: Any = importlib.import_module("transformers.models.bert.modeling_bert")
 DISTIL = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "vocab_size": 100}
 
 
@@ -79,6 +79,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, output: nn.Module) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.output, self.down, self.up = output, nn.Linear(64, 8), nn.Linear(8, 64)
         self.dense, self.LayerNorm, self.dropout = output.dense, output.LayerNorm, output.dropout
 
@@ -118,16 +119,17 @@ def test_other_code_is_not_passed_by(change: str) -> None:
     before, after, plain = (bert() for _ in range(3))
     for model in (before, plain):
         CHANGES[change](model.encoder.layer[0])
+    replace_linear(plain)
     optimize(before)
     optimize(after)
     states(after)
     if change != "a subclass of the layer":  # which would undo the fusing itself
         CHANGES[change](after.encoder.layer[0])
         replace_linear(after)
-        assert torch.equal(first_layer(after), first_layer(replace_linear(copy.deepcopy(plain))))
+        assert torch.equal(first_layer(after), first_layer(plain))
         assert reasons(after)[0] is not None and reasons(after)[1] is None
         assert calls(after)[0]
-    assert torch.equal(first_layer(before), first_layer(replace_linear(plain)))
+    assert torch.equal(first_layer(before), first_layer(plain))
     assert reasons(before)[0] is not None and reasons(before)[1] is None
     assert "not fused" in str(summary(before))
 
@@ -190,7 +192,8 @@ def test_a_hook_on_any_part_takes_the_old_way(part: str, kind: str) -> None:
     states(model)
     handle.remove()
     assert calls(model) == ["a hook listens to a part of it", ""]
-    assert bool(seen) == (not kind.startswith("backward"))
+    is_called = part != "attention.self.dropout"  # of which sdpa reads the probability alone
+    assert bool(seen) == (is_called and not kind.startswith("backward"))
     states(model)
     assert calls(model) == ["", ""]
 
