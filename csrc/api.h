@@ -68,6 +68,9 @@ struct EncoderLayer {
   float scaling;  // of the scores
   int activation;
   bool symmetric;  // how activations are quantized; for 4 bits always
+  // fp32 [hidden size] or nullptr: what x is multiplied by on its way into query, key and value, and h into up. The
+  // residuals are not.
+  const float *input_factor, *up_factor;
 };
 
 // An attention mask [batch, heads, length, length]: true where a key is seen, or fp32 added to the scores. Strides in

@@ -195,6 +195,14 @@ void quantize(const Call& c, const float* from, size_t n, size_t K, const QRows&
   c.kernels.int8_quantize_rows(from, kFloat32, K, n, K, c.layer.symmetric, out);
 }
 
+// n rows times a factor for each column, in `out`; without a factor the rows themselves.
+const float* scaled(const float* rows, size_t n, size_t K, const float* factor, float* out) {
+  if (!factor) return rows;
+  for (size_t i = 0; i < n; ++i)
+    for (size_t j = 0; j < K; ++j) out[i * K + j] = rows[i * K + j] * factor[j];
+  return out;
+}
+
 // Packed tokens [t, t + n) in fp32: as they lie in x, or gathered into `copy`.
 const float* input(const Call& c, size_t t, size_t n, float* copy) {
   if (c.is_whole && c.dtype == kFloat32) return reinterpret_cast<const float*>(c.x) + c.row_of[t] * c.hidden;
@@ -239,7 +247,8 @@ void project(const Call& c, const Group& g, size_t t, size_t n) {
     return Block{a.take<float>(n * c.hidden), a.take<float>(n * c.attention),
                  a.rows(n, 4 * quads(c.hidden) * k.row_element_bytes)};
   });
-  quantize(c, input(c, g.first + t, n, b.copy), n, c.hidden, b.x);
+  const float* x = input(c, g.first + t, n, b.copy);
+  quantize(c, scaled(x, n, c.hidden, c.layer.input_factor, b.copy), n, c.hidden, b.x);
   product(c, c.query, b.x, n, kNone, b.out);
   k.int8_quantize_heads(b.out, n, heads, head_size, g.tokens, queries_at(c, g, 0, t), nullptr);
   product(c, c.key, b.x, n, kNone, b.out);
@@ -337,7 +346,7 @@ void feed_forward(const Call& c, const Group& g, size_t t, size_t n) {
   product(c, c.output, b.rows, n, kNone, b.sum);
   c.kernels.add_layer_norm(b.sum, input(c, g.first + t, n, b.copy), n, H, norm.weight, norm.bias, norm.eps, b.hidden,
                            kFloat32);
-  quantize(c, b.hidden, n, H, b.rows);
+  quantize(c, scaled(b.hidden, n, H, c.layer.up_factor, b.sum), n, H, b.rows);
   product(c, c.up, b.rows, n, c.layer.activation, b.wide);
   quantize(c, b.wide, n, F, b.wide_rows);
   product(c, c.down, b.wide_rows, n, kNone, b.sum);

@@ -114,7 +114,8 @@ PYBIND11_MODULE(_C, m) {
       "encoder_layer",
       [](Address x, int dtype, size_t batch, size_t length, const Added& mask, const Added& bias,
          const std::array<Linear, 6>& linears, const std::array<Address, 4>& norms, int norm_dtype, float eps1,
-         float eps2, size_t heads, size_t head_size, float scaling, int activation, bool symmetric, Address y) {
+         float eps2, size_t heads, size_t head_size, float scaling, int activation, bool symmetric, Address input_factor,
+         Address up_factor, Address y) {
         auto linear = [&](int i) {
           const Linear& a = linears[i];
           EncoderLinear l{at<int8_t>(a[0]), at<float>(a[1]), at<void>(a[2]), static_cast<int>(a[3]), a[4], a[5], {}};
@@ -136,7 +137,9 @@ PYBIND11_MODULE(_C, m) {
                                  head_size,
                                  scaling,
                                  activation,
-                                 symmetric};
+                                 symmetric,
+                                 at<float>(input_factor),
+                                 at<float>(up_factor)};
         auto added = [](const Added& a) { return Mask{at<void>(a[0]), a[1] != 0, a[2], a[3], a[4], a[5]}; };
         encoder_layer(at<void>(x), dtype, batch, length, added(mask), added(bias), layer, at<void>(y));
       },

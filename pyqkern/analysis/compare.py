@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pyqkern.analysis.records import Records, barh
 from pyqkern.calibration.run import counted, evaluated
-from pyqkern.models.find import linear_types
+from pyqkern.models.find import find_layers, linear_types
+from pyqkern.nn.embedding import QEmbedding
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def sqnr(signal: float, error: float) -> float:
 def error_propagation(
     float_model: nn.Module, quantized_model: nn.Module, batches: Iterable[Any], *, progress: bool = True
 ) -> Records[ErrorRecord]:
-    """The error at the output of each linear and norm, in the order in which they run, and at the model's own output.
+    """The error at the output of each linear, norm and quantized embedding, in the order in which they run, and at the
+    model's own output.
 
     Each batch goes through both models, one after the other, and is compared at once: memory for one batch's outputs.
     batches: as `pyqkern.calibrate` takes them. A layer that runs several times in a forward is one record.
@@ -64,8 +66,9 @@ def error_propagation(
     Raises ValueError without batches, for models whose layers do not have the same names, and for outputs of another
     shape or with NaN.
     """
-    names = _watched(float_model)
-    others = _watched(quantized_model)
+    names, others = _watched(float_model), _watched(quantized_model)
+    for name in [name for name, module in names.items() if type(module) is type(others.get(name)) is nn.Embedding]:
+        del names[name], others[name]  # the same table in both
     if set(names) != set(others):
         differing = sorted(set(names) ^ set(others))
         raise ValueError(f"both models must have the same layers, but only one has {', '.join(differing[:4])}")
@@ -94,8 +97,9 @@ def _draw_errors(records: Sequence[ErrorRecord], axes: Any) -> None:
 
 
 def _watched(model: nn.Module) -> dict[str, nn.Module]:
-    kinds: tuple[type[nn.Module], ...] = (*linear_types(), nn.LayerNorm)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and name}
+    """Linears, norms and embeddings by their first names; what is inside of a quantized embedding belongs to it."""
+    kinds = (*linear_types(), nn.LayerNorm, nn.Embedding, QEmbedding)
+    return {layer.names[0]: layer.module for layer in find_layers(model, kinds) if layer.names[0]}
 
 
 def _outputs(model: nn.Module, watched: Mapping[str, nn.Module], batch: Any) -> dict[str, list[Tensor]]:

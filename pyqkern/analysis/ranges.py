@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pyqkern.analysis.records import Records, barh
 from pyqkern.calibration.observers import BINS, LEVELS, Histogram, MinMax
 from pyqkern.calibration.run import linears_of, see_inputs
+from pyqkern.models.find import as_linear
+from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Range
 
 SHOWN_BINS = 64
@@ -108,13 +110,13 @@ def _record(name: str, module: nn.Module, seen: _Watch, bounds: Range | None) ->
     absmax = torch.maximum(-channel_lo, channel_hi)
     spread = float((seen.squares / seen.rows).sqrt().median())
     step = (hi - lo) / LEVELS
-    weight = module.weight.detach().float()  # type: ignore[operator]
+    weight = (module if isinstance(module, QLinear) else as_linear(module)).weight.detach().float()
     rms = weight.square().mean(1).sqrt().clamp(min=1e-30)
     edges, shown = _fold(counts, float(seen.histogram.width[0]), low, high)
     weight_counts, weight_edges = torch.histogram(weight.cpu().flatten(), SHOWN_BINS)
     coarseness = step / spread if spread > 0 else math.inf if step > 0 else 0.0
     return RangeRecord(
-        name, lo, hi, float(counts[beyond].sum() / counts.sum()), step, spread, coarseness,
+        name, lo, hi, int(counts[beyond].sum()) / int(counts.sum()), step, spread, coarseness,
         float(absmax.max()) / spread if spread > 0 else math.inf, int(absmax.argmax()),
         float(weight.abs().max()), float((weight.abs().amax(1) / rms).max()), coarseness > COARSE_STEP,
         edges, shown, weight_edges.tolist(), weight_counts.long().tolist(),

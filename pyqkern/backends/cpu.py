@@ -293,12 +293,16 @@ def encoder_layer(
     scaling: float,
     activation: str,
     symmetric: bool,
+    factors: Sequence[int],
 ) -> Tensor:
-    """mask, position_bias: address, or 0, whether bool, heads, strides in elements of batch, head and query."""
+    """mask, position_bias: address, or 0, whether bool, heads, strides in elements of batch, head and query.
+
+    factors: addresses, or 0, of what the inputs of query, key and value, and of up, are multiplied by.
+    """
     y = torch.empty_like(x)
     _C.encoder_layer(
         x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], mask, position_bias, linears, norms, norm_dtype,
-        *eps, heads, head_size, scaling, ACTIVATION_CODES[activation], symmetric, y.data_ptr(),
+        *eps, heads, head_size, scaling, ACTIVATION_CODES[activation], symmetric, *factors, y.data_ptr(),
     )  # fmt: skip
     return y
 

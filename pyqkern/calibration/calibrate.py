@@ -48,7 +48,7 @@ class Ranges(Mapping[str, Range]):
         ranges = {}
         for name, entry in data["ranges"].items():
             try:
-                bounds = Range(*(torch.tensor(entry[key], dtype=torch.float32) for key in ("lo", "hi")))
+                bounds = Range(*(torch.tensor(entry[key], dtype=torch.float32, device="cpu") for key in ("lo", "hi")))
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"ranges[{name!r}] must hold numbers lo and hi, got {entry!r:.80}") from error
             fits = bounds.lo.shape == bounds.hi.shape and bounds.lo.dim() <= 1

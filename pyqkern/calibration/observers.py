@@ -71,8 +71,8 @@ class Histogram(Observer):
     def __init__(self, per_channel: bool = False) -> None:
         super().__init__(per_channel)
         self.bins = CHANNEL_BINS if per_channel else BINS
-        self.counts = torch.zeros(0, dtype=torch.int64)
-        self.exponent = torch.zeros(0, dtype=torch.int64)
+        self.counts = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.exponent = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @property
     def width(self) -> Tensor:
@@ -82,7 +82,11 @@ class Histogram(Observer):
     @property
     def centers(self) -> Tensor:
         """float64 [channels or 1, 2 * bins]."""
-        return (torch.arange(2 * self.bins) - self.bins + 0.5) * self.width[:, None]
+        return (self._bin_starts().double() + 0.5) * self.width[:, None]
+
+    def _bin_starts(self) -> Tensor:
+        """In bins from zero, int64 [2 * bins]; on the CPU, whatever torch's default device and dtype are."""
+        return torch.arange(-self.bins, self.bins, device="cpu")
 
     def _count(self, x: Tensor) -> None:
         assert self.lo is not None and self.hi is not None
@@ -90,7 +94,7 @@ class Histogram(Observer):
         exponent = torch.frexp(torch.maximum(-self.lo, self.hi).reshape(-1).double())[1].long().clamp(_LEAST_EXPONENT)
         channels = exponent.numel()
         if self.counts.numel() == 0:
-            self.counts, self.exponent = torch.zeros(channels, 2 * self.bins, dtype=torch.int64), exponent
+            self.counts, self.exponent = torch.zeros(channels, 2 * self.bins, dtype=torch.int64, device="cpu"), exponent
         if not torch.equal(exponent, self.exponent):
             self._widen(exponent)
         inverse = (1 / self.width).to(x.device, torch.float64)
@@ -101,7 +105,7 @@ class Histogram(Observer):
 
     def _widen(self, exponent: Tensor) -> None:
         shift = (exponent - self.exponent)[:, None]
-        place = ((torch.arange(2 * self.bins) - self.bins)[None] >> shift.clamp(max=40)) + self.bins
+        place = (self._bin_starts()[None] >> shift.clamp(max=40)) + self.bins
         self.counts, self.exponent = torch.zeros_like(self.counts).scatter_add_(1, place, self.counts), exponent
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -110,7 +114,7 @@ class Histogram(Observer):
             self._row_range(i, float(a), float(b))
             for i, (a, b) in enumerate(zip(lo.view(-1), hi.view(-1), strict=True))
         ]
-        ends = torch.tensor(rows, dtype=torch.float64).float().view(*lo.shape, 2)
+        ends = torch.tensor(rows, dtype=torch.float64, device="cpu").float().view(*lo.shape, 2)
         # a bound between the extremes, whatever the bins' edges are
         return ends[..., 0].maximum(lo), ends[..., 1].minimum(hi)
 
@@ -128,7 +132,7 @@ class Percentile(Histogram):
         cumulated = self.counts[row].cumsum(0)
         total, width = int(cumulated[-1]), float(self.width[row])
         ranks = [max(1, math.ceil(total * p / 100)) for p in (self.lower, self.upper)]
-        first, last = torch.searchsorted(cumulated, torch.tensor(ranks)).tolist()
+        first, last = torch.searchsorted(cumulated, torch.tensor(ranks, device="cpu")).tolist()
         return (first - self.bins) * width, (last + 1 - self.bins) * width
 
 
@@ -144,7 +148,7 @@ class MeanSquare(Histogram):
         x, counts = self.centers[row][used], self.counts[row][used].double()
         x = x.clamp(lo, hi)
         lo, hi = min(lo, 0.0), max(hi, 0.0)
-        steps = torch.arange(1, STEPS + 1, dtype=torch.float64) / STEPS
+        steps = torch.arange(1, STEPS + 1, dtype=torch.float64, device="cpu") / STEPS
 
         def best(los: Tensor, his: Tensor) -> int:
             return int(quantization_error(x, counts, los, his).flip(0).argmin().mul(-1).add(STEPS - 1))
@@ -193,10 +197,10 @@ def kl_divergence(counts: Tensor, stop: int, total: float) -> float:
     kept = counts[:stop]
     p = kept.clone()
     p[-1] += total - kept.sum()
-    level = torch.arange(stop) * ENTROPY_LEVELS // max(stop, ENTROPY_LEVELS)
+    level = torch.arange(stop, device="cpu") * ENTROPY_LEVELS // max(stop, ENTROPY_LEVELS)
     filled = (kept > 0).double()
-    sums = torch.zeros(ENTROPY_LEVELS, dtype=torch.float64).index_add_(0, level, kept)
-    sizes = torch.zeros(ENTROPY_LEVELS, dtype=torch.float64).index_add_(0, level, filled)
+    sums = torch.zeros(ENTROPY_LEVELS, dtype=torch.float64, device="cpu").index_add_(0, level, kept)
+    sizes = torch.zeros(ENTROPY_LEVELS, dtype=torch.float64, device="cpu").index_add_(0, level, filled)
     q = (sums / sizes.clamp(min=1))[level] * filled
     some = p > 0
     p, q = p[some] / total, q[some] / q.sum().clamp(min=1)

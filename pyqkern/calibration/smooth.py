@@ -7,12 +7,14 @@ s is rounded to powers of two, so that the float model gives the same bits as be
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyqkern.models.layouts import find_parts
-from pyqkern.nn.encoder import Path
+from pyqkern.models.find import as_linear, conv1d
+from pyqkern.models.layouts import find_layouts
+from pyqkern.nn.encoder_parts import InputScale, Path
 from pyqkern.schemes import Range
 
 
@@ -30,26 +32,13 @@ class Pair:
     shared: bool = False
 
 
-class InputScale:
-    """A forward pre-hook: multiplies the input by a vector. It stays on the layer when replace_linear quantizes it."""
-
-    def __init__(self, factor: Tensor) -> None:
-        self.factor = factor  # fp32 [in_features]
-
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = arguments[0]
-        if self.factor.device != x.device:
-            self.factor = self.factor.to(x.device)
-        return (x * self.factor.to(x.dtype), *arguments[1:])
-
-
 def find_pairs(model: nn.Module) -> list[Pair]:
     """The pairs of each encoder layer with the parts of a BERT, DistilBERT, ALBERT or MPNet, wherever in the model.
 
     Where q, k and v read the output of the LayerNorm of the layer before, `before` is "": no weight of it is changed.
     """
     pairs = []
-    for name, layout in find_parts(model):
+    for name, layout in find_layouts(model):
         query, key, value, output, up, _ = (_join(name, path) for path in layout.linears)
         pairs.append(Pair("", (query, key, value), shared=True))
         pairs.append(Pair(value, (output,)))
@@ -106,17 +95,19 @@ def smooth(
         if key in done:  # ALBERT: one layer under many names
             continue
         done.add(key)
-        before = None if pair.shared else _before(modules, pair, linears[0].in_features)
-        work.append((before, linears, _scales(pair, linears, ranges, alpha)))
+        views = [as_linear(linear) for linear in linears]
+        before = None if pair.shared else _before(modules, pair, views[0].in_features)
+        work.append((before, linears, _scales(pair, views, ranges, alpha)))
     with torch.no_grad():
         for before, linears, scale in work:
             _apply(before, linears, scale)
     return chosen
 
 
-def _linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
+def _linear(modules: Mapping[str, nn.Module], name: str) -> Any:
+    """The nn.Linear or Conv1D of that name."""
     module = modules.get(name)
-    if type(module) is not nn.Linear:
+    if type(module) not in (nn.Linear, conv1d()):
         what = "no module" if module is None else f"a {type(module).__name__}"
         raise ValueError(f"a pair's linears must be nn.Linear in the model, got {what} of the name {name!r}")
     return module
@@ -124,6 +115,8 @@ def _linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
 
 def _before(modules: Mapping[str, nn.Module], pair: Pair, channels: int) -> nn.Module:
     module = modules.get(pair.before)
+    if module is not None and type(module) is conv1d():
+        module = as_linear(module)
     weight = None if module is None else module._parameters.get("weight")
     if module is None or weight is None or weight.shape[0] != channels:
         got = "no such module" if module is None else "no weight" if weight is None else f"weight {tuple(weight.shape)}"
@@ -148,15 +141,16 @@ def _scales(pair: Pair, linears: Sequence[nn.Linear], ranges: Mapping[str, Range
     used = (activation > 0) & (weight > 0)
     scale = activation.clamp(min=1e-5).pow(alpha) / weight.clamp(min=1e-5).pow(1 - alpha)
     # What all channels have in common would only move the range as a whole.
-    center = scale[used].log2().mean() if used.any() else torch.zeros(())
+    center = scale[used].log2().mean() if used.any() else 0.0
     return torch.where(used, torch.exp2((scale.log2() - center).round().clamp(-20, 20)), 1.0)
 
 
-def _apply(before: nn.Module | None, linears: Sequence[nn.Linear], scale: Tensor) -> None:
+def _apply(before: nn.Module | None, linears: Sequence[nn.Module], scale: Tensor) -> None:
     for linear in linears:
-        linear.weight.mul_(scale.to(linear.weight))
+        weight = as_linear(linear).weight  # of a Conv1D a transposed view
+        weight.mul_(scale.to(weight))
         if before is None:
-            linear.register_forward_pre_hook(InputScale(1 / scale))
+            linear.register_forward_pre_hook(InputScale(1 / scale), with_kwargs=True)
     if before is not None:
         for parameter in (before._parameters["weight"], before._parameters.get("bias")):
             if parameter is not None:

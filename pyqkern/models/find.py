@@ -1,7 +1,7 @@
 """The linears and embeddings of a model: where they are, and why one cannot be replaced."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,10 +12,17 @@ from torch.nn.utils import parametrize
 from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.linear import QLinear
 
-Pattern = str | Iterable[str] | Callable[[str, nn.Module], bool]
+Pattern = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
 # Where the reason is left on a layer that was kept.
 KEPT = "_pyqkern_kept"
+
+# Reasons to keep a layer that are the caller's own.
+EXCLUDED, NOT_INCLUDED = "excluded", "not included"
+
+_ADAPTER = "an adapter of peft, which is trained"
+# What peft calls the modules that it wraps.
+_WRAPPED = ("base_layer", "original_module", "base_model", "model")
 
 # Where optimize leaves the reason on an encoder layer that it did not fuse.
 UNFUSED = "_pyqkern_unfused"
@@ -92,16 +99,13 @@ def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, ex
     """Why each linear is kept; None where it is to be replaced."""
     included = [True] * len(linears) if include is None else _matches("include", include, linears)
     excluded = _matches("exclude", exclude, linears)
-    owners = weight_owners(model)
-    reasons: list[str | None] = []
-    for linear, take, leave in zip(linears, included, excluded, strict=True):
-        reason = structural_reason(linear.module, owners)
-        if reason is None and leave:
-            reason = "excluded"
-        if reason is None and not take:
-            reason = "not included"
-        reasons.append(reason)
-    return reasons
+    owners, adapters = weight_owners(model), adapter_modules(model)
+    named = {one for one in _listed(include) if isinstance(one, type)}
+    return [
+        structural_reason(linear.module, owners, adapters, named)
+        or (EXCLUDED if leave else None if take else NOT_INCLUDED)
+        for linear, take, leave in zip(linears, included, excluded, strict=True)
+    ]
 
 
 def embedding_reasons(
@@ -110,21 +114,25 @@ def embedding_reasons(
     """Why each embedding is kept; None where it is to be replaced."""
     included = [True] * len(embeddings) if include is None else _matches("include", include, embeddings, "an embedding")
     excluded = _matches("exclude", exclude, embeddings, "an embedding")
-    owners = weight_owners(model, (nn.Embedding, *linear_types()))
+    owners, adapters = weight_owners(model, (nn.Embedding, *linear_types())), adapter_modules(model)
     for layer in find_linears(model):
         weight = layer.module._parameters.get("weight")
         if weight is not None and structural_reason(layer.module, {}) is not None:
             owners.setdefault(_key(weight), (f"{layer.names[0]}.weight", layer.module))
     return [
-        _embedding_structural_reason(layer.module, owners)
-        or ("excluded" if leave else None if take else "not included")
+        _embedding_structural_reason(layer.module, owners, adapters)
+        or (EXCLUDED if leave else None if take else NOT_INCLUDED)
         for layer, take, leave in zip(embeddings, included, excluded, strict=True)
     ]
 
 
-def _embedding_structural_reason(module: Any, owners: dict[int, tuple[str, nn.Module]]) -> str | None:
+def _embedding_structural_reason(
+    module: Any, owners: dict[int, tuple[str, nn.Module]], adapters: Set[nn.Module]
+) -> str | None:
     if isinstance(module, QEmbedding):
         return "already quantized"
+    if module in adapters:
+        return _ADAPTER
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         return "parametrized: its weight is computed from other parameters"
@@ -140,23 +148,71 @@ def _embedding_structural_reason(module: Any, owners: dict[int, tuple[str, nn.Mo
 
 def _matches(argument: str, pattern: Pattern, linears: list[Layer], kind: str = "a linear") -> list[bool]:
     """Which linears a pattern picks. A pattern that picks none is a mistake and raises."""
-    if callable(pattern):
+    if callable(pattern) and not isinstance(pattern, type):
         return [any(pattern(name, linear.module) for name in linear.names) for linear in linears]
-    patterns = [pattern] if isinstance(pattern, str) or not isinstance(pattern, Iterable) else list(pattern)
-    names = [name for linear in linears for name in linear.names]
-    for one in patterns:
-        if not isinstance(one, str):
-            raise TypeError(f"{argument} must be name patterns or a predicate (name, module), got {one!r}")
-        if not any(fnmatchcase(name, one) for name in names):
-            inside = any(name.startswith(one + ".") for name in names)
-            kinds = kind.split()[1] + "s"
-            hint = f"use {one + '.*'!r} for what is inside of it" if inside else f"the {kinds} are {_some(names)}"
-            raise ValueError(f"{argument} must match the name of {kind}, got {one!r}; {hint}")
-    return [any(fnmatchcase(name, one) for name in linear.names for one in patterns) for linear in linears]
+    picked = [False] * len(linears)
+    for one in _listed(pattern):
+        if not isinstance(one, str | type):
+            raise TypeError(f"{argument} must be name patterns, types or a predicate (name, module), got {one!r}")
+        picks = [_picks(one, linear) for linear in linears]
+        if not any(picks):
+            raise ValueError(f"{argument} must match {_wanted(one, kind)}, got {one!r}; {_hint(one, linears, kind)}")
+        picked = [a or b for a, b in zip(picked, picks, strict=True)]
+    return picked
+
+
+def _listed(pattern: Pattern | None) -> list[Any]:
+    """The patterns by themselves; a predicate is none."""
+    if pattern is None or (callable(pattern) and not isinstance(pattern, type)):
+        return []
+    return [pattern] if isinstance(pattern, str | type) or not isinstance(pattern, Iterable) else list(pattern)
+
+
+def _picks(pattern: str | type, layer: Layer) -> bool:
+    if isinstance(pattern, type):
+        return isinstance(layer.module, pattern)
+    return any(fnmatchcase(name, pattern) for name in layer.names)
+
+
+def _wanted(pattern: str | type, kind: str) -> str:
+    return f"the type of {kind}" if isinstance(pattern, type) else f"the name of {kind}"
+
+
+def _hint(pattern: str | type, layers: list[Layer], kind: str) -> str:
+    names = [name for layer in layers for name in layer.names]
+    if isinstance(pattern, type):
+        return f"their types are {_some(sorted({type(layer.module).__name__ for layer in layers}))}"
+    if any(name.startswith(pattern + ".") for name in names):
+        return f"use {pattern + '.*'!r} for what is inside of it"
+    return f"the {kind.split()[1]}s are {_some(names)}"
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
+
+
+def _is_read_by_attention(module: nn.Module) -> bool:
+    """nn.MultiheadAttention never calls its out_proj."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """The modules that peft has added to the model: they are trained, and stay in float.
+
+    They are inside of modules of peft's, beside what those wrap.
+    """
+    added: set[nn.Module] = set()
+    wrapped: set[nn.Module] = set()
+    waiting = [(model, False)]
+    while waiting:
+        module, is_added = waiting.pop()
+        seen = added if is_added else wrapped
+        if module not in seen:
+            seen.add(module)
+            is_peft = any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+            children = module.named_children()
+            waiting += [(child, is_added or (is_peft and name not in _WRAPPED)) for name, child in children]
+    return added - wrapped
 
 
 def _key(tensor: Tensor) -> int:
@@ -175,15 +231,26 @@ def weight_owners(model: nn.Module, but: tuple[type[nn.Module], ...] | None = No
     }
 
 
-def structural_reason(module: nn.Module, owners: dict[int, tuple[str, nn.Module]]) -> str | None:
-    """Why this linear cannot be replaced, whatever the patterns say."""
+def structural_reason(
+    module: nn.Module,
+    owners: dict[int, tuple[str, nn.Module]],
+    adapters: Set[nn.Module] = frozenset(),
+    named: Set[type] = frozenset(),
+) -> str | None:
+    """Why this linear cannot be replaced, whatever the patterns say; `named`: the types that they name."""
     if isinstance(module, QLinear):
         return "already quantized"
+    if module in adapters:
+        return _ADAPTER
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         return "parametrized: its weight is computed from other parameters"
-    if type(module) is not nn.Linear and type(module) is not conv1d():
-        return f"subclass of nn.Linear: {type(module).__name__}, whose owner may read its weight"
+    if "bias" not in module._parameters:
+        return "pruned: its bias is computed from other parameters"
+    if type(module) not in (nn.Linear, conv1d()) and (type(module) not in named or _is_read_by_attention(module)):
+        kind = type(module).__name__
+        way = "" if _is_read_by_attention(module) else f"; include=[nn.Linear, {kind}], the types, takes it"
+        return f"subclass of nn.Linear: {kind}, whose owner may read its weight{way}"
     if "forward" in vars(module):
         return "patched: its forward was replaced"
     owner = owners.get(_key(weight)) if weight.numel() else None

@@ -1,36 +1,49 @@
 """Where each family of encoders keeps the parts of a layer: the only such table.
 
 `optimize` fuses layers of the classes in LAYOUTS, which are told by module and name, so that transformers need not be
-imported and no class of a user's own is taken for one of them. `smooth` asks for the parts alone (`find_parts`): what
+imported and no class of a user's own is taken for one of them. `smooth` asks for the parts alone (`find_layouts`): what
 it does is right for every layer that has them.
 """
 
-import sys
 from collections.abc import Iterator
 
 from torch import nn
 
-from pyqkern.nn.encoder import Layout, Path, part_of
+from pyqkern.nn.encoder_parts import Layout, Path, is_of_transformers, part_of
 
 
 def _paths(*names: str) -> tuple[Path, ...]:
     return tuple(tuple(name.split(".")) for name in names)
 
 
-_BERT = Layout(
-    ("attention", "self"),
-    _paths(
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-        "intermediate.dense",
-        "output.dense",
-    ),
-    _paths("attention.output.LayerNorm", "output.LayerNorm"),
-    ("intermediate", "intermediate_act_fn"),
-    "num_attention_heads",
-)
+def _containers(**kinds: str) -> tuple[tuple[Path, tuple[str, ...]], ...]:
+    """attention__self="A B": the part attention.self is of class A or, in another version of transformers, B."""
+    return tuple((tuple(path.split("__")), tuple(names.split())) for path, names in kinds.items())
+
+
+def _bert(family: str) -> Layout:
+    return Layout(
+        ("attention", "self"),
+        _paths(
+            "attention.self.query",
+            "attention.self.key",
+            "attention.self.value",
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+        ),
+        _paths("attention.output.LayerNorm", "output.LayerNorm"),
+        ("intermediate", "intermediate_act_fn"),
+        "num_attention_heads",
+        _containers(
+            attention=f"{family}Attention",
+            attention__self=f"{family}SelfAttention {family}SdpaSelfAttention",
+            attention__output=f"{family}SelfOutput",
+            intermediate=f"{family}Intermediate",
+            output=f"{family}Output",
+        ),
+    )
+
 
 _DISTILBERT = Layout(
     ("attention",),
@@ -38,6 +51,7 @@ _DISTILBERT = Layout(
     _paths("sa_layer_norm", "output_layer_norm"),
     ("ffn", "activation"),
     "n_heads",
+    _containers(attention="DistilBertSelfAttention DistilBertSdpaAttention MultiHeadSelfAttention", ffn="FFN"),
 )
 
 _ALBERT = Layout(
@@ -46,6 +60,7 @@ _ALBERT = Layout(
     _paths("attention.LayerNorm", "full_layer_layer_norm"),
     ("activation",),
     "num_attention_heads",
+    _containers(attention="AlbertAttention AlbertSdpaAttention"),
 )
 
 _MPNET = Layout(
@@ -61,31 +76,31 @@ _MPNET = Layout(
     _paths("attention.LayerNorm", "output.LayerNorm"),
     ("intermediate", "intermediate_act_fn"),
     "num_attention_heads",
+    _containers(
+        attention="MPNetAttention",
+        attention__attn="MPNetSelfAttention",
+        intermediate="MPNetIntermediate",
+        output="MPNetOutput",
+    ),
     position_bias="position_bias",
     returns_tuple=True,
 )
 
 # By the module of transformers.models and the name of the class in it.
 LAYOUTS = {
-    "bert.modeling_bert.BertLayer": _BERT,
-    "roberta.modeling_roberta.RobertaLayer": _BERT,
-    "xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": _BERT,
-    "camembert.modeling_camembert.CamembertLayer": _BERT,
-    "electra.modeling_electra.ElectraLayer": _BERT,
-    "ernie.modeling_ernie.ErnieLayer": _BERT,
-    "data2vec.modeling_data2vec_text.Data2VecTextLayer": _BERT,
+    "bert.modeling_bert.BertLayer": _bert("Bert"),
+    "roberta.modeling_roberta.RobertaLayer": _bert("Roberta"),
+    "xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": _bert("XLMRoberta"),
+    "camembert.modeling_camembert.CamembertLayer": _bert("Camembert"),
+    "electra.modeling_electra.ElectraLayer": _bert("Electra"),
+    "ernie.modeling_ernie.ErnieLayer": _bert("Ernie"),
+    "data2vec.modeling_data2vec_text.Data2VecTextLayer": _bert("Data2VecText"),
     "distilbert.modeling_distilbert.TransformerBlock": _DISTILBERT,
     "albert.modeling_albert.AlbertLayer": _ALBERT,
     "mpnet.modeling_mpnet.MPNetLayer": _MPNET,
 }
-_LAYOUTS = list(dict.fromkeys(LAYOUTS.values()))
+_BY_LINEARS = {layout.linears: layout for layout in LAYOUTS.values()}
 _PACKAGE = "transformers.models."
-
-
-def is_of_transformers(kind: type) -> bool:
-    """Whether the class is the very one that transformers has under its name, and not a user's of that name."""
-    module = sys.modules.get(kind.__module__)
-    return kind.__module__.startswith("transformers.") and getattr(module, kind.__name__, None) is kind
 
 
 def layout_of(layer: nn.Module) -> Layout | None:
@@ -101,10 +116,10 @@ def resembles_one(layer: nn.Module) -> bool:
     return any(kind.__name__ in names for kind in type(layer).__mro__)
 
 
-def find_parts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
+def find_layouts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
     """Every module in which a layout's linears and norms are found, whatever its class: its name and the layout."""
     for name, module in model.named_modules():
-        for layout in _LAYOUTS:
+        for layout in _BY_LINEARS.values():
             if _has_parts(module, layout):
                 yield name, layout
 

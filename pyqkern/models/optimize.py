@@ -1,11 +1,14 @@
 """optimize, which turns the encoder layers of a model into one operator each."""
 
+from typing import Any
+
 from torch import nn
 
 from pyqkern.models.find import UNFUSED, Pattern
 from pyqkern.models.layouts import layout_of, resembles_one
 from pyqkern.models.replace import replace_linear
-from pyqkern.nn.encoder import Layout, QEncoderLayer, common_format, fused_class, kernel_activation, part_of, unfit
+from pyqkern.nn.encoder import QEncoderLayer, fused_class
+from pyqkern.nn.encoder_parts import find_parts
 from pyqkern.schemes import Scheme
 
 
@@ -43,46 +46,15 @@ def _fuse(layer: nn.Module) -> None:
     layout = layout_of(layer)
     if layout is None:
         setattr(layer, UNFUSED, f"not a class of transformers that is known: {_class_name(layer)}")
-    elif (reason := _reason(layer, layout)) is not None:
-        setattr(layer, UNFUSED, reason)
-    else:
-        layer.__class__ = fused_class(type(layer), layout)
+        return
+    kind: Any = fused_class(type(layer), layout)
+    parts = find_parts(layer, kind._family)
+    if parts.reason is not None:
+        setattr(layer, UNFUSED, parts.reason)
+        return
+    layer.__class__ = kind
+    vars(layer)["_parts"] = parts
 
 
 def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _reason(layer: nn.Module, layout: Layout) -> str | None:
-    """Why this layer cannot become one operator."""
-    try:
-        attention = part_of(layer, layout.attention)
-        linears = [part_of(layer, path) for path in layout.linears]
-        norms = [part_of(layer, path) for path in layout.norms]
-        heads = getattr(attention, layout.heads)
-        activation = part_of(layer, layout.activation)
-    except AttributeError as error:
-        return f"not the {type(layer).__name__} that is known: {error}"
-    if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
-        return "a decoder layer"
-    if getattr(attention, "position_embedding_type", "absolute") not in ("absolute", None):
-        return f"its scores have a term of their own: {attention.position_embedding_type}"
-    if "forward" in vars(layer):
-        return "patched: its forward was replaced"
-    for path, linear in zip(layout.linears, linears, strict=True):
-        if (why := unfit(linear)) is not None:
-            return f"{'.'.join(path)} {why}"
-    if common_format(linears) is None:
-        return "its linears are quantized in different ways"
-    hidden, width = linears[0].in_features, linears[0].out_features
-    if any(type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None for norm in norms):
-        return "its norms are no LayerNorms with weight and bias"
-    if heads < 1 or width % heads:
-        return f"{heads} heads do not divide {width} features"
-    shapes = [(linear.out_features, linear.in_features) for linear in linears]
-    wide = linears[4].out_features
-    if shapes != [(width, hidden)] * 3 + [(hidden, width), (wide, hidden), (hidden, wide)]:
-        return f"its linears do not fit together: {shapes}"
-    if kernel_activation(activation) is None:
-        return f"no kernel for the activation {getattr(activation, '__name__', type(activation).__name__)}"
-    return None

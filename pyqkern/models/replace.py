@@ -1,12 +1,19 @@
 """replace_linear and replace_embedding, which quantize a model in place."""
 
+import math
+import warnings
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from pyqkern.models.find import (
+    EXCLUDED,
     KEPT,
+    NOT_INCLUDED,
     Layer,
     Pattern,
     _reasons,
@@ -16,6 +23,7 @@ from pyqkern.models.find import (
     find_linears,
     linear_types,
 )
+from pyqkern.models.summary import said_bytes
 from pyqkern.nn.embedding import QEmbedding, check_embedding_scheme
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Range, Scheme, get_scheme, range_of, ranges_for
@@ -29,6 +37,11 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 # Called with the model when its layers have been replaced. What has to know it appends a function.
@@ -49,15 +62,18 @@ def replace_linear(
 
     scheme: a name, or a scheme object where its defaults do not do (see `pyqkern.schemes`).
     ranges: for "int8-static" what `calibrate` returned; a linear that it did not reach is kept.
-    include, exclude: which linears, as name patterns (fnmatch on the qualified name, "encoder.*.dense") or a predicate
-    (name, module) -> bool. exclude wins. A linear with several names is one module, and any of its names counts.
+    include, exclude: which linears, as name patterns (fnmatch on the qualified name, "encoder.*.dense"), types, or a
+    predicate (name, module) -> bool. exclude wins. A linear with several names is one module, and any of its names
+    counts. include=[nn.Linear, Mine] takes the subclass Mine of nn.Linear too, for whose forward the caller vouches.
 
     Kept in float, with the reason in `summary`: what is excluded; a weight shared with an embedding or another module;
-    a parametrized or patched layer; a subclass of nn.Linear (nn.MultiheadAttention reads the weight of its own). A
-    linear used in two places stays one shared module. Hooks, train mode and the bias's requires_grad carry over.
+    a parametrized, pruned or patched layer; a layer too wide for the scheme; the adapters of peft; a subclass of
+    nn.Linear that is not named (nn.MultiheadAttention reads the weight of its own). Where more than half of the bytes
+    are kept that nothing excludes, a warning gives the reasons. A linear used in two places stays one shared module.
+    All hooks, train mode and the bias's requires_grad carry over.
 
-    Raises ValueError for a scheme that does not exist, a pattern that matches no linear, NaN or infinite weights, or a
-    layer too wide for the scheme, and TypeError for dtypes, each naming the layer. Every layer is quantized once on
+    Raises ValueError for a scheme that does not exist, a pattern that matches no linear, and NaN or infinite weights,
+    and TypeError for dtypes, each naming the layer. Every layer is quantized once on
     trial before the first is changed, so that after such an error the model is as it was. What is left to stop the
     second pass is an interrupt or the lack of memory; the model then works with the layers done so far quantized, and
     calling again completes it. Extra memory: about one layer, since each float weight is dropped as its layer is done.
@@ -75,6 +91,7 @@ def replace_linear(
     chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
     for linear in chosen:
         _quantized(linear, scheme, ranges)
+    _warn_if_little(linears, reasons)
     for linear, reason in zip(linears, reasons, strict=True):
         if reason is not None and not isinstance(linear.module, QLinear):
             setattr(linear.module, KEPT, reason)
@@ -98,13 +115,50 @@ def linears_to_replace(
     ranges = ranges_for(scheme, ranges)
     linears = find_linears(model)
     reasons = _reasons(model, linears, include, exclude)
-    return linears, [reason or _scheme_reason(linear, ranges) for linear, reason in zip(linears, reasons, strict=True)]
+    return linears, [
+        reason or _scheme_reason(linear, scheme, ranges) for linear, reason in zip(linears, reasons, strict=True)
+    ]
 
 
-def _scheme_reason(linear: Layer, ranges: Mapping[str, Range] | None) -> str | None:
-    """Why the scheme cannot quantize this linear."""
-    reached = ranges is None or any(name in ranges for name in linear.names)
-    return None if reached else "not reached in calibration"
+def _scheme_reason(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> str | None:
+    """Why the scheme cannot quantize this linear or embedding."""
+    if ranges is not None and not any(name in ranges for name in layer.names):
+        return "not reached in calibration"
+    width, widest = _in_features(layer.module), scheme.max_in_features
+    if widest is not None and width > widest:
+        return f"too wide: {scheme.name} takes up to {widest} in_features, not {width}"
+    return None
+
+
+def _in_features(module: Any) -> int:
+    width: int = module.embedding_dim if isinstance(module, nn.Embedding) else as_linear(module).in_features
+    return width
+
+
+def _warn_if_little(linears: list[Layer], reasons: list[str | None]) -> None:
+    """Says so where under half of the bytes that the caller wants quantized are. What was quantized before counts."""
+    kept: Counter[str] = Counter()
+    bytes_kept = bytes_done = 0
+    for layer, reason in zip(linears, reasons, strict=True):
+        if reason is None or isinstance(layer.module, QLinear):
+            bytes_done += _float_bytes(layer.module)
+        elif reason not in (EXCLUDED, NOT_INCLUDED):
+            kept[reason] += 1
+            bytes_kept += _float_bytes(layer.module)
+    if linears and bytes_done >= bytes_kept:
+        return
+    why = "; ".join(f"{count} {reason}" for reason, count in kept.most_common(4)) or "it has no linears"
+    warnings.warn(
+        f"only {said_bytes(bytes_done)} of {said_bytes(bytes_done + bytes_kept)} of the model's linears are quantized: "
+        f"{why}. See pyqkern.summary(model)",
+        stacklevel=3,
+    )
+
+
+def _float_bytes(module: Any) -> int:
+    itemsize: int = (module if isinstance(module, QLinear) else module.weight).dtype.itemsize
+    shape = (module.out_features, module.in_features) if isinstance(module, QLinear) else module.weight.shape
+    return math.prod(shape) * itemsize
 
 
 def _tell(model: nn.Module) -> None:
@@ -138,7 +192,10 @@ def replace_embedding(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     scheme = check_embedding_scheme(scheme)
     embeddings = find_layers(model, (nn.Embedding, QEmbedding))
-    reasons = embedding_reasons(model, embeddings, include, exclude)
+    reasons = [
+        reason or _scheme_reason(layer, scheme, None)
+        for layer, reason in zip(embeddings, embedding_reasons(model, embeddings, include, exclude), strict=True)
+    ]
     chosen = [layer for layer, reason in zip(embeddings, reasons, strict=True) if reason is None]
     plans = _plan_tables(model, chosen, scheme)
     for layer, reason in zip(embeddings, reasons, strict=True):
@@ -201,3 +258,7 @@ def _named(layer: Layer) -> Iterator[None]:
 def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
+    hook: Any
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):  # torch's wrapper, which passes on the module that it knows
+            hook.module = weakref.ref(new)

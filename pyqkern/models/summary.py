@@ -1,7 +1,8 @@
 """summary: what became of each linear, embedding and encoder layer of a model, and its bytes."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from pyqkern.models.find import (
     weight_owners,
 )
 from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.encoder import QEncoderLayer
 from pyqkern.nn.linear import QLinear
 
 
@@ -38,10 +40,15 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class EncoderRecord:
-    """One encoder layer that `optimize` has seen: None as reason where it is one operator, else why it is not."""
+    """One encoder layer that `optimize` has seen.
+
+    reason: None where it is one operator, else why it is not, as the layer is now. last_call: why its last call did not
+    go through the operator; "" if it did, None before the first call.
+    """
 
     name: str
     reason: str | None
+    last_call: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,12 @@ class Summary:
             return []
         fused = sum(record.reason is None for record in self.encoders)
         kept = [f"{record.name} not fused: {record.reason}" for record in self.encoders if record.reason is not None]
-        return [f"{fused} of {len(self.encoders)} encoder layers are one operator each", *kept]
+        calls = Counter(r.last_call for r in self.encoders if r.reason is None and r.last_call is not None)
+        said = [
+            f"the last call of {count} of them went " + (f"its old way: {why}" if why else "through the operator")
+            for why, count in calls.items()
+        ]
+        return [f"{fused} of {len(self.encoders)} encoder layers are one operator each", *said, *kept]
 
 
 def table(rows: Sequence[tuple[str, ...]], totals: Sequence[tuple[str, ...]], left: int) -> str:
@@ -146,12 +158,16 @@ def summary(model: nn.Module) -> Summary:
         records,
         embeddings=[_record(layer, reason, counted) for layer, reason in zip(embeddings, reasons, strict=True)],
         other_bytes=sum(_count(module, counted) for module in model.modules()),
-        encoders=[
-            EncoderRecord(name, vars(module).get(UNFUSED))
-            for name, module in model.named_modules()
-            if UNFUSED in vars(module) or getattr(module, "is_fused", False)
-        ],
+        encoders=list(_encoder_records(model)),
     )
+
+
+def _encoder_records(model: nn.Module) -> Iterator[EncoderRecord]:
+    for name, module in model.named_modules():
+        if isinstance(module, QEncoderLayer):
+            yield EncoderRecord(name, module.unfused_reason(), module.last_call)
+        elif UNFUSED in vars(module):
+            yield EncoderRecord(name, vars(module)[UNFUSED])
 
 
 def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> LayerRecord:

@@ -5,9 +5,11 @@
 
 x [batch, length, hidden size], fp32, bf16 or fp16. mask: None, or [batch or 1, heads or 1, length or 1, length], bool
 (true: the key is seen) or floats added to the scores. Where it only tells padding, padding costs nothing and is zeros
-in the result. weights as int8_pack makes them, scales fp32, biases or None, in the order of LINEARS; norms: weight and
-bias of the LayerNorm behind the attention, then of the one behind the feed-forward; eps of both. scaling: of the
-scores. position_bias: floats in the mask's shapes, added to the scores beside it. Returns a tensor like x.
+in the result. weights as int8_pack makes them, scales fp32, biases, in the order of LINEARS (a linear without one has
+an empty tensor, since torch.jit.trace knows no lists with None in them); norms: weight and bias of the LayerNorm behind
+the attention, then of the one behind the feed-forward; eps of both. scaling: of the scores. position_bias: floats in
+the mask's shapes, added to the scores beside it. factors: nothing, or two fp32 vectors [hidden size]: what the input of
+query, key and value is multiplied by, and that of up; the residuals are not. Returns a tensor like x.
 
 4 bits: quant_type "nf4", "fp4" or "int4". weights as pack_4bit makes them, their rows whole blocks; scales: absmax in
 the order of `Kernels.pack_scales`. width: rows of the query's weight; wide: of the feed-forward's. nested: nothing, or
@@ -41,6 +43,7 @@ class Prepared:
     norm_dtype: int
     hidden: int
     head_size: int
+    factors: tuple[int, ...]
 
 
 def prepare(
@@ -55,6 +58,7 @@ def prepare(
     blocksize: int = 0,
     features: Sequence[int] = (),
     nested: Sequence[Tensor] = (),
+    factors: Sequence[Tensor] = (),
 ) -> Prepared:
     """Checks all that does not depend on the input. Raises ValueError."""
     for name, tensors, count in (
@@ -63,13 +67,14 @@ def prepare(
         ("biases", biases, 6),
         ("norms", norms, 4),
         ("nested", nested, 18 if nested else 0),
+        ("factors", factors, 2 if factors else 0),
     ):
         if len(tensors) != count:
             raise ValueError(f"{name} must be {count}, got {len(tensors)}")
         for tensor in tensors:
             if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
                 raise ValueError(f"{name} must be contiguous and on the CPU, got a tensor on {tensor.device}")
-    if any(tensor.dim() != 1 for tensor in (*scales, *norms)):
+    if any(tensor.dim() != 1 for tensor in (*norms, *(scales if quant_type == "int8" else ()))):
         raise ValueError("scales and norms must have one dimension")
     hidden = norms[0].shape[0]
     if quant_type == "int8":
@@ -93,6 +98,8 @@ def prepare(
     linears = []
     for i, (name, (n, k)) in enumerate(zip(LINEARS, sizes, strict=True)):
         bias = biases[i]
+        if bias is not None and not bias.numel():
+            bias = None
         if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
             raise ValueError(f"the bias of {name} must be floats [{n}], got {bias.dtype} {tuple(bias.shape)}")
         if quant_type == "int8":
@@ -101,7 +108,11 @@ def prepare(
             nested_i = tuple(nested[3 * i : 3 * i + 3]) or (None, None, None)
             weight = Weight4bit._make((weights[i], scales[i], *nested_i, quant_type, blocksize, (n, k)))
             linears.append(_4bit(name, weight, bias))
-    return Prepared(linears, [norm.data_ptr() for norm in norms], cpu.DTYPE_CODES[dtype], hidden, attention // heads)
+    for factor in factors:
+        if factor.dtype is not torch.float32 or factor.shape != (hidden,):
+            raise ValueError(f"factors must be float32 [{hidden}], got {factor.dtype} {tuple(factor.shape)}")
+    addresses = [norm.data_ptr() for norm in norms], tuple(factor.data_ptr() for factor in factors) or (0, 0)
+    return Prepared(linears, addresses[0], cpu.DTYPE_CODES[dtype], hidden, attention // heads, addresses[1])
 
 
 def _int8(name: str, packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> tuple[int, ...]:
@@ -171,7 +182,7 @@ def run(
         return _fake(x)
     return cpu.encoder_layer(
         x.contiguous(), *added, parts.linears, parts.norms, parts.norm_dtype, eps, heads, parts.head_size, scaling,
-        activation, symmetric,
+        activation, symmetric, parts.factors,
     )  # fmt: skip
 
 
@@ -180,10 +191,10 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 
 @operator(
-    "encoder_layer(Tensor x, Tensor? mask, Tensor[] weights, Tensor[] scales, Tensor?[] biases, Tensor[] norms,"
+    "encoder_layer(Tensor x, Tensor? mask, Tensor[] weights, Tensor[] scales, Tensor[] biases, Tensor[] norms,"
     " int heads, float scaling, float[] eps, str activation, bool symmetric,"
     ' str quant_type="int8", int blocksize=0, int[] features=[], Tensor[]? nested=None,'
-    " Tensor? position_bias=None) -> Tensor",
+    " Tensor? position_bias=None, Tensor[]? factors=None) -> Tensor",
     _fake,
     keys=("CPU",),
 )
@@ -205,8 +216,9 @@ def _encoder_layer(
     features: Sequence[int] = (),
     nested: Sequence[Tensor] | None = None,
     position_bias: Tensor | None = None,
+    factors: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    quantized = (symmetric, quant_type, blocksize, features, nested or ())
+    quantized = (symmetric, quant_type, blocksize, features, nested or (), factors or ())
     parts = prepare(weights, scales, biases, norms, heads, activation, *quantized)
     return run(x, mask, parts, heads, scaling, eps, activation, symmetric, position_bias)
 
@@ -242,30 +254,33 @@ class ShortWay:
         features: Sequence[int] = (),
         nested: Sequence[Tensor] = (),
         position_bias: Tensor | None = None,
+        factors: Sequence[Tensor] = (),
     ) -> Tensor:
         quantized = (symmetric, quant_type, blocksize, features, nested)
         parts = None
         if nobody_listens() and all(t is None or is_plain(t) for t in (x, mask, position_bias)):
-            parts = self._prepared(weights, scales, biases, norms, heads, activation, *quantized)
+            parts = self._prepared(weights, scales, biases, norms, heads, activation, *quantized, factors)
         if parts is None:
-            rest = (heads, scaling, eps, activation, *quantized, position_bias)
-            return torch.ops.pyqkern.encoder_layer.default(x, mask, weights, scales, biases, norms, *rest)
+            rest = (heads, scaling, eps, activation, *quantized, position_bias, factors)
+            given = [x.new_empty(0) if bias is None else bias for bias in biases]
+            return torch.ops.pyqkern.encoder_layer.default(x, mask, weights, scales, given, norms, *rest)
         return run(x, mask, parts, heads, scaling, eps, activation, symmetric, position_bias)
 
     def _prepared(
         self, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None],
         norms: Sequence[Tensor], heads: int, activation: str, symmetric: bool, quant_type: str, blocksize: int,
-        features: Sequence[int], nested: Sequence[Tensor],
+        features: Sequence[int], nested: Sequence[Tensor], factors: Sequence[Tensor],
     ) -> Prepared | None:  # fmt: skip
         """None where C++ may not read one of the tensors."""
-        tensors = [tensor for tensor in (*weights, *scales, *biases, *norms, *nested) if tensor is not None]
+        parts = (*weights, *scales, *biases, *norms, *nested, *factors)
+        tensors = [tensor for tensor in parts if tensor is not None]
         given = (*map(id, tensors), heads, activation, symmetric, quant_type, blocksize, *features)
         checked = self._checked
         if checked and checked[0] == given and checked[1] == [tensor.data_ptr() for tensor in tensors]:
             return checked[2]
         if not all(is_plain(tensor) for tensor in tensors):
             return None
-        how = (heads, activation, symmetric, quant_type, blocksize, features, nested)
+        how = (heads, activation, symmetric, quant_type, blocksize, features, nested, factors)
         prepared = prepare(weights, scales, biases, norms, *how)
         self._checked = (given, [tensor.data_ptr() for tensor in tensors], prepared)
         return prepared

@@ -44,7 +44,7 @@ class Layer:
         self.hidden, self.dtype, self.heads = hidden, dtype, heads
         self.codes, self.packed, self.scales = [], [], []
         self.flat_scales = self.scales if scheme is None else []
-        self.biases: list[Tensor | None] = []
+        self.biases: list[Tensor] = []
         four, nested = (), []
         sizes = [(width, hidden)] * 3 + [(hidden, width), (wide, hidden), (hidden, wide)]
         for n, k in sizes:
@@ -64,7 +64,7 @@ class Layer:
             self.codes.append(codes)
             self.packed.append(packed)
             self.scales.append(scale)
-            self.biases.append((torch.randn(n, generator=g) * 0.1).to(dtype) if bias else None)
+            self.biases.append((torch.randn(n, generator=g) * 0.1).to(dtype) if bias else torch.empty(0))
         norms = [1 + 0.1 * torch.randn(hidden, generator=g), 0.1 * torch.randn(hidden, generator=g)]
         self.norms = [norm.to(dtype) for norm in (norms * 2)]
         self.rest = (heads, head_size**-0.5, [1e-12, 1e-5], activation, symmetric or scheme is not None, *four)
@@ -76,7 +76,8 @@ class Layer:
         return encoder_layer(x, mask, self.packed, self.scales, self.biases, self.norms, *self.rest, **options)
 
     def reference(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-        parts = (self.codes, self.flat_scales, self.biases, self.norms)
+        biases = [bias if bias.numel() else None for bias in self.biases]
+        parts = (self.codes, self.flat_scales, biases, self.norms)
         return reference_layer(x, mask, *parts, *self.rest, **options)
 
 
@@ -403,6 +404,9 @@ def test_bad_masks() -> None:
         layer(x, torch.ones(2, 1, 8, 8, dtype=torch.int64))
 
 
+FOUR = ("int8", 0, [], None)
+
+
 def test_bad_parts() -> None:
     def call(x: Tensor | None = None, **changed: Any) -> Tensor:
         layer = Layer()
@@ -415,6 +419,8 @@ def test_bad_parts() -> None:
         (r"x must be fp32, bf16 or fp16", torch.zeros(2, 48), {}),
         (r"x must be fp32, bf16 or fp16", torch.zeros(2, 8, 48, dtype=torch.float64), {}),
         ("weights must be 6, got 5", None, {"packed": lambda p: p[:5]}),
+        ("factors must be 2, got 1", None, {"rest": lambda r: (*r, *FOUR, None, [torch.ones(48)])}),
+        (r"factors must be float32 \[48\]", None, {"rest": lambda r: (*r, *FOUR, None, [torch.ones(47)] * 2)}),
         ("norms must be 4, got 3", None, {"norms": lambda p: p[:3]}),
         ("the weight of query must be what int8_pack makes of", None, {"packed": lambda p: [p[4], *p[1:]]}),
         ("the scale of key must be float32", None, {"scales": lambda p: [p[0], p[1].double(), *p[2:]]}),
@@ -446,13 +452,27 @@ def test_bad_parts_of_four_bits() -> None:
         ("the bias of up must be floats \\[96\\]", {"rest": lambda r: (*r[:7], [64, 96], r[8])}),
         ("heads must divide the 65 rows", {"rest": lambda r: (*r[:7], [65, 128], r[8])}),
         ("nested must be 18, got 17", {"rest": lambda r: (*r[:8], r[8][:17])}),
-        ("absmax must be torch.float32 of 128 elements", {"rest": lambda r: (*r[:8], [])}),
-        ("nested_map must be torch.float32 of 256", {"rest": lambda r: (*r[:8], [r[8][0], r[8][0], *r[8][2:]])}),
-        ("the weight of query must be what pack_4bit", {"packed": lambda p: [p[0][1:], *p[1:]]}),
-        ("absmax must be torch.uint8 of 128 elements", {"scales": lambda s: [s[0], s[1].float(), *s[2:]]}),
+        ("query: absmax must be torch.float32, got torch.uint8", {"rest": lambda r: (*r[:8], [])}),
+        (r"query: nested_map must be .*\[256\]", {"rest": lambda r: (*r[:8], [r[8][0], r[8][0], *r[8][2:]])}),
+        ("query: packed must be ", {"packed": lambda p: [p[0][1:], *p[1:]]}),
+        ("key: absmax must be torch.uint8, got torch.float32", {"scales": lambda s: [s[0], s[1].float(), *s[2:]]}),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             call(**changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[20, 20], [20, 7]])
+def test_factors_reach_the_products_and_not_the_residuals(isa: str, dtype: torch.dtype, lengths: list[int]) -> None:
+    layer = Layer(dtype=dtype)
+    x, mask = layer.input(2, 20), padding(lengths, 20)
+    factors = [torch.exp2(torch.randint(-3, 4, (48,), generator=generator(seed)).float()) for seed in (5, 6)]
+    y = layer(x, mask, factors=factors)
+    assert_close(y, layer.reference(x, mask, factors=factors), dtype)
+    assert torch.equal(layer(x, mask, factors=[torch.ones(48)] * 2), layer(x, mask))
+    for one in ([factors[0], torch.ones(48)], [torch.ones(48), factors[1]]):
+        assert not torch.equal(layer(x, mask, factors=one), layer(x, mask))
+        assert not torch.equal(layer(x, mask, factors=one), y)
 
 
 @pytest.mark.parametrize("scheme", [None, NF4(blocksize=32), FP4(blocksize=32, double_quant=True)])

@@ -81,6 +81,7 @@ def encoder_layer(
     features: Sequence[int] = (),
     nested: Sequence[Tensor] | None = None,
     position_bias: Tensor | None = None,
+    factors: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """As torch.ops.pyqkern.encoder_layer, with weights int8 [N, K], or flat codes of 4 bits and their absmax."""
 
@@ -108,13 +109,14 @@ def encoder_layer(
         rows = x[b, seen[b]].float()
         if not len(rows):
             continue
-        query, key, value = (linear(i, rows).view(len(rows), heads, -1) for i in range(3))
+        into, into_up = factors or (1.0, 1.0)
+        query, key, value = (linear(i, rows * into).view(len(rows), heads, -1) for i in range(3))
         added = None if general is None else general[b]
         if position_bias is not None:
             bias = position_bias.expand(batch, -1, length, length)[b].float()[:, seen[b]][:, :, seen[b]]
             added = bias if added is None else added + bias
         context = attention(query, key, value, scaling, added)
         hidden = add_layer_norm(linear(3, context), rows, norms[0], norms[1], eps[0])
-        wide = linear(4, hidden, activation)
+        wide = linear(4, hidden * into_up, activation)
         y[b, seen[b]] = add_layer_norm(linear(5, wide), hidden, norms[2], norms[3], eps[1]).to(x.dtype)
     return y
