@@ -88,7 +88,8 @@ def check_own(said: dict[str, Any]) -> None:
     if said.get("version", VERSION) != VERSION or isinstance(said.get("version"), bool):
         raise ValueError(f"version must be {VERSION}, got {said['version']!r}; update pyqkern")
     for name in ("include", "exclude"):
-        patterns = said.get(name) or []
+        patterns = said.get(name)
+        patterns = [] if patterns is None else patterns
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"{name} must be a list of name patterns, got {patterns!r:.200}")
     if said.get("format", "pyqkern") not in tuple(FORMATS):

@@ -15,11 +15,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from pyqkern.checkpoints.config import check_agreement
 from pyqkern.checkpoints.convert import progress
-from pyqkern.checkpoints.files import Files, read_json
+from pyqkern.checkpoints.files import Files
 from pyqkern.checkpoints.formats import get_format
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group, groups_from, renamed
 from pyqkern.checkpoints.save import describe, state_dict
+from pyqkern.hf.checks import check_sizes, is_as_saved
 from pyqkern.hf.config import PyqkernConfig
 from pyqkern.hf.model import PLACEHOLDER, dequantize, equip, models_in, retie, untie
 from pyqkern.hf.names import V4, in_files, in_model
@@ -110,12 +111,13 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         self._folder = paths[0].parent
         with Files(self._folder, paths) as files:
             check_agreement(groups, format, files)
-            same_class = type(model).__name__ in (model.config.architectures or ())
-            present = set(in_model(model, list(files)).values()) if same_class else None
-            for name, slot in self._put_slots(model, groups, format).items():
-                if not _has_other_labels(model, slot, self._folder):
-                    slot.take_sizes(name, files)
-        initialize_around_slots(model, present)
+            as_saved = is_as_saved(model, self._folder)
+            names = in_model(model, list(files)) if as_saved else {}
+            slots = self._put_slots(model, groups, format)
+            for name, slot in slots.items():
+                slot.take_sizes(name, files)
+            check_sizes(model, slots if as_saved else {}, names, files)
+        initialize_around_slots(model, set(names.values()) if as_saved else None)
         return model
 
     def _choose(self, model: Any) -> None:
@@ -274,15 +276,3 @@ def _checkpoint_files(files: list[str] | None, config: Any) -> list[Path]:
         if not file.endswith(".safetensors"):
             raise OSError(f"a quantized model must be in safetensors files, got {file}; pickled weights are not read")
     return [Path(file) for file in files or []]
-
-
-def _has_other_labels(model: Any, slot: Slot, folder: Path) -> bool:
-    """Whether the slot is of a head that is wanted with another number of labels than the folder's.
-
-    Then transformers raises, or initializes the head where it was given ignore_mismatched_sizes.
-    """
-    labels = getattr(model.config, "num_labels", None)
-    if slot.layer[0].out_features != labels or not (folder / "config.json").exists():
-        return False
-    said = read_json(folder / "config.json").get("id2label")
-    return labels != (len(said) if isinstance(said, dict) else 2)  # two are the default, which is not written

@@ -63,23 +63,12 @@ class Slot(nn.Module):
         }
 
     def take_sizes(self, name: str, files: Files) -> None:
-        """Gives the buffers the shapes and dtypes that the files have, where the format allows several.
-
-        ValueError, which names file and key, where they do not fit the layer.
-        """
-        for key, tensor in self.tensors().items():
-            if f"{name}.{key}" not in files:
-                continue
-            shape, dtype = files.shape(f"{name}.{key}")
-            if (shape, dtype) == (tuple(tensor.shape), tensor.dtype):
-                continue
-            if key != "bias" and self.format.varies(self.layer[0], key, shape, dtype):
-                self.register_buffer(buffer_name(key), torch.empty(shape, dtype=dtype, device="meta"))
-            elif key != "bias" or shape != tuple(tensor.shape):
-                got = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-                wanted = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-                where = f"{files.file_of(f'{name}.{key}')} of {files.folder}"
-                raise ValueError(f"{name}.{key} must be {wanted}, got {got} in {where}")
+        """Gives the buffers the shapes and dtypes that the files have, where the format allows several."""
+        for key in self.keys:
+            if f"{name}.{key}" in files:
+                shape, dtype = files.shape(f"{name}.{key}")
+                if self.format.varies(self.layer[0], key, shape, dtype):
+                    self.register_buffer(buffer_name(key), torch.empty(shape, dtype=dtype, device="meta"))
 
     def is_new(self) -> bool:
         """Whether transformers has made room for another size than the files have, to be initialized."""
