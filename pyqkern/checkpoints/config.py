@@ -1,33 +1,25 @@
 """The config.json of a folder, and what it says of quantized layers, in whatever format they are."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pyqkern.checkpoints.files import Files
-from pyqkern.checkpoints.formats import format_of
-from pyqkern.checkpoints.layers import Group
+import torch
+
+from pyqkern.checkpoints.files import Files, check_inside, read_json, root_of
+from pyqkern.checkpoints.formats import FORMATS, format_of
+from pyqkern.checkpoints.formats.base import Format
+from pyqkern.checkpoints.layers import Group, groups_from, scheme_from
 from pyqkern.schemes import Scheme, get_scheme
 
 CONFIG = "config.json"
 VERSION = 1
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file with a JSON object. ValueError, which names the file, for anything else; OSError where it is not there."""
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{path} must be JSON in UTF-8: {reason}") from error
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(said).__name__}")
-    return said
-
-
 def quantization_of(folder: Path) -> dict[str, Any] | None:
     """The quantization_config in a folder's config.json; None for a model in float. ValueError as `read_json`."""
-    said = read_json(folder / CONFIG).get("quantization_config")
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"{folder} must hold {CONFIG}, as save_pretrained writes it")
+    said = read_json(check_inside(folder / CONFIG, root_of(folder))).get("quantization_config")
     if said is not None and not isinstance(said, dict):
         raise ValueError(f"quantization_config of {folder / CONFIG} must be an object, got {type(said).__name__}")
     return said
@@ -42,7 +34,26 @@ def groups_of(said: dict[str, Any], files: Files, scheme: Scheme | None = None) 
     groups = format.groups(said, files, scheme)
     if not any(group.modules() for group in groups):
         raise ValueError(f"the files of {files.folder} hold no layer in {format.name}'s format, whatever {CONFIG} says")
+    check_agreement(groups, format, files)
     return groups
+
+
+def check_agreement(groups: list[Group], format: Format, files: Files) -> None:
+    """ValueError, which names file and key, where the files lack a layer of config.json, or have one that it lacks."""
+    modules = {name for group in groups for name in group.modules()}
+    for name in modules:
+        if f"{name}.weight" not in files:
+            raise ValueError(f"{name}.weight is missing from the files of {files.folder}, though {CONFIG} names it")
+    marks = tuple(f".{mark}" for mark in format.marks)
+    for key in files:
+        mark = next((mark for mark in marks if key.endswith(mark)), None)
+        if mark is None and key.endswith(".weight") and files.shape(key)[1] in (torch.int8, torch.uint8):
+            mark = ".weight"
+        if mark is not None and key.removesuffix(mark) not in modules:
+            raise ValueError(
+                f"{key} in {files.file_of(key)} of {files.folder} is of a quantized layer, but {CONFIG} or the other "
+                f"tensors of {format.name}'s format name none such"
+            )
 
 
 def own_config(folder: Path, said: dict[str, Any], scheme: str | Scheme | None = None) -> dict[str, Any]:
@@ -52,10 +63,14 @@ def own_config(folder: Path, said: dict[str, Any], scheme: str | Scheme | None =
     Raises ValueError, which names the key, for files that are not what they say.
     """
     format = format_of(said)
-    if format.name == "pyqkern":
-        return said
+    own = format.name == "pyqkern"
+    if own:
+        check_own(said)
+        format = FORMATS[said.get("format", "pyqkern")]
     with Files(folder) as files:
         groups = groups_of(said, files, None if scheme is None else get_scheme(scheme))
+    if own:
+        return said
     return {
         "quant_method": "pyqkern",
         "version": VERSION,
@@ -63,3 +78,24 @@ def own_config(folder: Path, said: dict[str, Any], scheme: str | Scheme | None =
         "format": format.name,
         "layers": [group.to_dict() for group in groups],
     }
+
+
+def check_own(said: dict[str, Any]) -> None:
+    """ValueError for a quantization_config that pyqkern would not have written: options unknown or of another type."""
+    known = ("quant_method", "version", "scheme", "include", "exclude", "embeddings", "format", "layers")
+    if unknown := [key for key in said if key not in known]:
+        raise ValueError(f"quantization_config must have options of {', '.join(known)}, got {unknown[0]!r}")
+    if said.get("version", VERSION) != VERSION or isinstance(said.get("version"), bool):
+        raise ValueError(f"version must be {VERSION}, got {said['version']!r}; update pyqkern")
+    for name in ("include", "exclude"):
+        patterns = said.get(name)
+        patterns = [] if patterns is None else patterns
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"{name} must be a list of name patterns, got {patterns!r:.200}")
+    if said.get("format", "pyqkern") not in tuple(FORMATS):
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {said['format']!r}")
+    if not isinstance(said.get("embeddings", False), bool):
+        scheme_from(said["embeddings"])
+    scheme_from(said.get("scheme", "int8"))
+    if said.get("layers") is not None:
+        groups_from(said["layers"])

@@ -1,5 +1,6 @@
 """What the commands `quantize` and `inspect` do: a folder quantized into another, and what a folder holds."""
 
+import glob
 import math
 import os
 import shutil
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from pyqkern.checkpoints.config import groups_of, own_config, quantization_of
-from pyqkern.checkpoints.files import Files, files_of
+from pyqkern.checkpoints.config import CONFIG, groups_of, own_config, quantization_of
+from pyqkern.checkpoints.files import Files, root_of
 from pyqkern.checkpoints.formats import format_of, get_format
 from pyqkern.checkpoints.layers import Group
 from pyqkern.models.summary import said_bytes, table
@@ -21,7 +23,6 @@ from pyqkern.schemes import get_scheme
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _OTHER_RUNTIMES = ("onnx", "openvino")
-_BYTES = {"BOOL": 1, "I8": 1, "U8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 
 # Called while weights are quantized as they are read, with how many are done and how many there are.
 progress: list[Callable[[int, int], None]] = []
@@ -44,17 +45,17 @@ def quantize(
     The model is written to a temporary folder next to `out`, which is renamed when all is there. Raises ValueError or
     OSError, FileExistsError for an `out` that exists.
     """
-    import transformers
-
     get_format(format)
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} must not exist yet; choose another name or remove it")
+    _check_out(out)
     folder = _local(model)
     said = quantization_of(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    files_of(folder)
+    config = _config_of(folder)
+    kind = _class_of(config)
     options: dict[str, Any] = {}
+    with Files(folder):  # looks whether they are whole, before the long work
+        pass
+    others = _others(folder, out)
     if said is None:
         options["quantization_config"] = _wanted(scheme or "int8", list(exclude), embeddings, format)
     elif scheme is not None or list(exclude) or embeddings:
@@ -63,10 +64,19 @@ def quantize(
         config.quantization_config = own_config(folder, said)
         options["config"] = config
     with _whole(out) as unfinished, _bar():
-        loaded = _class_of(config).from_pretrained(folder, dtype="auto", **options)
+        loaded = kind.from_pretrained(folder, dtype="auto", trust_remote_code=False, **options)
         loaded.hf_quantizer.quantization_config.format = format
         loaded.save_pretrained(unfinished)
-        _copy_the_rest(folder, unfinished)
+        _copy(others, folder, unfinished)
+
+
+def _check_out(out: Path) -> None:
+    """Errors for a place that cannot be written to, before the long work."""
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"{out} must not exist yet; choose another name or remove it")
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{out} must be in a folder that can be written to, but {parent} cannot")
 
 
 def _wanted(scheme: str, exclude: list[str], embeddings: bool, format: str) -> dict[str, Any]:
@@ -83,15 +93,25 @@ def _local(model: str | Path) -> Path:
     return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]))
 
 
+def _config_of(folder: Path) -> Any:
+    """The config of transformers, without code of the folder, which is never run. ValueError for what is none."""
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (AttributeError, KeyError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG} is no config of transformers: {error}") from error
+
+
 def _class_of(config: Any) -> Any:
     """The class that the model was saved from; AutoModel where the config does not say."""
     import transformers
 
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-        raise ValueError(f"architectures must be a class of transformers, got {name!r}; quantize your own in Python")
-    return transformers.AutoModel
+    names = getattr(config, "architectures", None) or ["AutoModel"]
+    kind = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    if names[0] != "AutoModel" and not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures must be a class of transformers, got {names[0]!r}; quantize it in Python")
+    return kind
 
 
 @contextmanager
@@ -112,7 +132,13 @@ def _bar() -> Iterator[None]:
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A folder to write into that gets the name `out` at the end, or is removed."""
+    """A folder to write into that gets the name `out` at the end, or is removed.
+
+    What a killed run of the same `out` has left is removed first.
+    """
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.unfinished"):
+        if not _runs(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
     unfinished.mkdir(parents=True)
     try:
@@ -122,14 +148,49 @@ def _whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _copy_the_rest(folder: Path, out: Path) -> None:
-    for path in folder.iterdir():
-        if path.name.endswith(_WEIGHTS) or path.name.startswith(".") or (out / path.name).exists():
-            continue
-        if path.is_file():
-            shutil.copyfile(path, out / path.name)
-        elif path.name not in _OTHER_RUNTIMES:
-            shutil.copytree(path, out / path.name)
+def _runs(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _others(folder: Path, out: Path) -> list[Path]:
+    """What else is to be copied, by names within the folder: regular files that lie in it, no weights, not `out`.
+
+    ValueError for a link that leads out of the folder; pipes, sockets and devices are left out.
+    """
+    root, others = root_of(folder), []
+    for at, folders, names in os.walk(folder):
+        top = Path(at) == folder
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not (top and name in _OTHER_RUNTIMES) and not _is_same(Path(at, name), out)
+        ]
+        for name in [*names, *(name for name in folders if Path(at, name).is_symlink())]:
+            path = Path(at, name)
+            if name.startswith(".") or (top and name.endswith(_WEIGHTS)):
+                continue
+            if not path.resolve().is_relative_to(root):
+                raise ValueError(f"{path} must be in its folder, but is a link out of it, to {path.resolve()}")
+            if path.is_file():
+                others.append(path.relative_to(folder))
+    return others
+
+
+def _is_same(path: Path, out: Path) -> bool:
+    return path.resolve() == out.resolve()
+
+
+def _copy(others: list[Path], folder: Path, out: Path) -> None:
+    for path in others:
+        if not (out / path).exists():
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / path, out / path)
 
 
 @dataclass(frozen=True)
@@ -164,7 +225,7 @@ def inspect(folder: str | Path) -> str:
     return table(rows, totals, left=2)
 
 
-def _stored(groups: list[Group], sizes: dict[str, tuple[tuple[int, ...], str]]) -> Iterator[Stored]:
+def _stored(groups: list[Group], sizes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Iterator[Stored]:
     of: dict[str, list[str]] = {}
     for key in sizes:
         for name in (key.rpartition(".")[0], key.partition(".weight.")[0]):
@@ -176,13 +237,11 @@ def _stored(groups: list[Group], sizes: dict[str, tuple[tuple[int, ...], str]]) 
             keys = set(of.get(name, []))
             if f"{name}.weight" not in keys:
                 raise ValueError(f"{name}.weight is missing from the files, though config.json names it")
-            shape, kind = sizes[f"{name}.weight"]
-            values = math.prod(shape) * group.scheme.values_per_byte * _BYTES[kind]
+            shape, dtype = sizes[f"{name}.weight"]
+            values = math.prod(shape) * group.scheme.values_per_byte * dtype.itemsize
             total = sum(_size(*sizes[key]) for key in keys)
             yield Stored(name.removesuffix(".table"), group.scheme.name, values, total)
 
 
-def _size(shape: tuple[int, ...], kind: str) -> int:
-    if kind not in _BYTES:
-        raise ValueError(f"dtype of a tensor must be one of {', '.join(_BYTES)}, got {kind}")
-    return math.prod(shape) * _BYTES[kind]
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

@@ -70,10 +70,23 @@ def _group_from(said: Any) -> Group:
         if embeddings or heads:
             raise ValueError("layers without a scheme must be linears, got embeddings or heads")
         return Group(None, linears)
+    return Group(scheme_from(said["scheme"]), linears, embeddings, heads)
+
+
+def scheme_from(said: Any) -> Scheme:
+    """The scheme that `Scheme.to_dict` wrote; its options have the types of the defaults. ValueError for others."""
+    if not isinstance(said, dict | str) or (isinstance(said, dict) and not isinstance(said.get("name"), str)):
+        raise ValueError(f"scheme must be an object with a name, got {said!r:.200}")
+    options = dict(said) if isinstance(said, dict) else {"name": said}
+    default = Scheme.from_dict({"name": options["name"]})
+    for name, value in options.items():
+        wanted = type(getattr(default, name, value))
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise ValueError(f"{name} of the scheme {default.name!r} must be {wanted.__name__}, got {value!r:.200}")
     try:
-        return Group(Scheme.from_dict(said["scheme"]), linears, embeddings, heads)
+        return Scheme.from_dict(options)
     except TypeError as error:
-        raise ValueError(f"scheme of the layers: {error}") from error
+        raise ValueError(f"scheme: {error}") from error
 
 
 def renamed(groups: list[Group], rename: Callable[[str], str]) -> list[Group]:

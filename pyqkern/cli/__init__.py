@@ -1,6 +1,7 @@
 """The command `pyqkern`: one file a command, with its arguments and what it runs."""
 
 import argparse
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,9 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser.add_argument("--debug", action="store_true", help="show where an error comes from")
         subparser.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # whatever the locale is
     try:
         options.run(options)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         if options.debug:
             traceback.print_exc()
         print(f"pyqkern {options.command}: {_one_line(error)}", file=sys.stderr)
@@ -34,4 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    known = isinstance(error, (ImportError, OSError, RuntimeError, TypeError, ValueError))
+    return text if known and text else f"{type(error).__name__}: {text}"

@@ -17,7 +17,7 @@ from typing import Any
 import transformers
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pyqkern.checkpoints.config import VERSION, own_config, quantization_of
+from pyqkern.checkpoints.config import VERSION, check_own, own_config, quantization_of
 from pyqkern.checkpoints.formats import get_format
 from pyqkern.nn.embedding import check_embedding_scheme
 from pyqkern.schemes import Scheme
@@ -47,8 +47,9 @@ def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **
     said = quantization_of(Path(folder))
     if said is None:
         raise ValueError(f"{folder} must hold a quantized model, but its config.json has no quantization_config")
+    own = own_config(Path(folder), said, scheme)
     config = transformers.AutoConfig.from_pretrained(folder, **kwargs)
-    config.quantization_config = PyqkernConfig(**own_config(Path(folder), said, scheme)).own_dict()
+    config.quantization_config = PyqkernConfig.from_dict(own).own_dict()
     return config
 
 
@@ -90,6 +91,12 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.format = get_format(format).name
         self.layers = layers
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What config.json says. ValueError for what this class has not written."""
+        check_own(config_dict)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says: in a foreign format, what that format's own reader expects."""

@@ -1,9 +1,23 @@
 """LoRA adapters of peft on quantized linears."""
 
-from peft import LoraConfig
-from peft.tuners.lora.layer import Linear
+import functools
+import importlib
+import warnings
+from typing import Any
 
+from peft import LoraConfig, PeftConfig, TaskType
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+from pyqkern.hf.model import dequantize_heads
 from pyqkern.nn.linear import QLinear
+
+# What peft trains as a whole, beside the adapters, by the last names of the modules.
+HEADS = {
+    TaskType.SEQ_CLS: {"classifier", "score"},
+    TaskType.TOKEN_CLS: {"classifier", "score"},
+    TaskType.QUESTION_ANS: {"qa_outputs"},
+}
 
 
 class LoraQLinear(Linear):  # type: ignore[misc]
@@ -21,6 +35,10 @@ def lora(config: LoraConfig) -> LoraConfig:
     model = get_peft_model(model, pyqkern.lora(LoraConfig(target_modules=["query", "value"])))
     model = PeftModel.from_pretrained(model, folder, config=pyqkern.lora(LoraConfig.from_pretrained(folder)))
 
+    target_modules="all-linear" finds the quantized linears too. A quantized head that is to be trained as a whole, as
+    task_type="SEQ_CLS" and modules_to_save ask for, is put back into float, with a warning: of a quantized linear only
+    the bias could be trained.
+
     >>> import torch, pyqkern
     >>> from peft import LoraConfig, get_peft_model
     >>> model = pyqkern.replace_linear(torch.nn.Sequential(torch.nn.Linear(64, 64)))
@@ -29,4 +47,46 @@ def lora(config: LoraConfig) -> LoraConfig:
     'LoraQLinear'
     """
     config._register_custom_module({QLinear: LoraQLinear})
+    _teach()
     return config
+
+
+def _teach() -> None:
+    """Has peft, when it puts adapters into a model, look at quantized linears; once."""
+    utils: Any = importlib.import_module("peft.tuners.tuners_utils")
+    original = utils._maybe_include_all_linear_layers
+    if hasattr(original, "_of_pyqkern"):
+        return
+
+    @functools.wraps(original)
+    def include(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
+        _free_heads(peft_config, model)
+        if str(getattr(peft_config, "target_modules", None)).lower() != "all-linear":
+            return original(peft_config, model)
+        found = original(peft_config, model)
+        found.target_modules = set(found.target_modules) | _quantized_linears(peft_config, model)
+        return found
+
+    include._of_pyqkern = True  # type: ignore[attr-defined]
+    utils._maybe_include_all_linear_layers = include
+
+
+def _free_heads(config: PeftConfig, model: nn.Module) -> None:
+    """Puts quantized heads that are to be trained as a whole back into float."""
+    names = HEADS.get(config.task_type, set()) | set(getattr(config, "modules_to_save", None) or ())
+    if freed := dequantize_heads(model, names):
+        warnings.warn(
+            f"{', '.join(freed)} is to be trained as a whole and was put back into float; quantized it could only be "
+            "trained in its bias. Leave it out with exclude= when you quantize the model",
+            stacklevel=2,
+        )
+
+
+def _quantized_linears(config: PeftConfig, model: Any) -> set[str]:
+    """As peft chooses float ones: all but the output head, and no part of another adapter."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QLinear) and module is not head and ".base_layer" not in f".{name}"
+    }

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
+from pyqkern.checkpoints.config import check_agreement
 from pyqkern.checkpoints.convert import progress
+from pyqkern.checkpoints.files import Files
 from pyqkern.checkpoints.formats import get_format
-from pyqkern.checkpoints.layers import groups_from, renamed
+from pyqkern.checkpoints.formats.base import Format
+from pyqkern.checkpoints.layers import Group, groups_from, renamed
 from pyqkern.checkpoints.save import describe, state_dict
+from pyqkern.hf.checks import check_sizes, is_as_saved
 from pyqkern.hf.config import PyqkernConfig
+from pyqkern.hf.model import PLACEHOLDER, dequantize, equip, models_in, retie, untie
 from pyqkern.hf.names import V4, in_files, in_model
 from pyqkern.hf.slots import (
-    SLOTS,
     Find,
     Slot,
     fill_slots,
@@ -30,21 +33,19 @@ from pyqkern.hf.slots import (
     taken,
     with_accelerate_hook,
 )
-from pyqkern.hf.transformers4 import Transformers4, rename_for_slots, tie_nothing
+from pyqkern.hf.transformers4 import Transformers4, rename_for_slots
 from pyqkern.models.find import Layer, find_layers, linear_types
 from pyqkern.models.replace import linears_to_replace, put, replace_embedding, replace_linear
-from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import range_of
 
 
 def attach(model: nn.Module) -> None:
     """Has save_pretrained of the models in `model` write what they are quantized to. replace_linear calls it."""
-    for module in model.modules():
-        if isinstance(module, transformers.PreTrainedModel):
-            untie(module)
-            if getattr(module, "hf_quantizer", None) is None:
-                module.hf_quantizer = PyqkernHfQuantizer(PyqkernConfig())
+    for module in models_in(model):
+        if getattr(module, "hf_quantizer", None) is None:
+            module.hf_quantizer = PyqkernHfQuantizer(PyqkernConfig())
+        equip(module)
 
 
 class _QuantizeOnLoad:
@@ -79,6 +80,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         self.chosen: dict[str, Layer] = {}  # weight's name -> the float linear that waits for it
         self._quantized: dict[str, QLinear] = {}  # weight's name -> what became of it
         self._count = 0  # how many there are to quantize
+        self._folder: Path | None = None  # of the files, for messages
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if V4 and importlib.util.find_spec("accelerate") is None:
@@ -94,15 +96,28 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
     # ---- before the weights are read
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config = self.quantization_config
-        if self.pre_quantized:
-            _refuse_pickle(kwargs.get("checkpoint_files"), model.config)
-            if config.layers is None:
-                raise ValueError("quantization_config of the folder must name the quantized layers; it has none")
-            self._put_slots(model)
-        else:
+        if not self.pre_quantized:
             self._choose(model)
-        initialize_around_slots(model)
+            initialize_around_slots(model)
+            return model
+        if self.quantization_config.layers is None:
+            raise ValueError("quantization_config of the folder must name the quantized layers; it has none")
+        groups, format = groups_from(self.quantization_config.layers), get_format(self.quantization_config.format)
+        paths = _checkpoint_files(kwargs.get("checkpoint_files"), model.config)
+        if not paths:
+            self._put_slots(model, groups, format)
+            initialize_around_slots(model)
+            return model
+        self._folder = paths[0].parent
+        with Files(self._folder, paths) as files:
+            check_agreement(groups, format, files)
+            as_saved = is_as_saved(model, self._folder)
+            names = in_model(model, list(files)) if as_saved else {}
+            slots = self._put_slots(model, groups, format)
+            for name, slot in slots.items():
+                slot.take_sizes(name, files)
+            check_sizes(model, slots if as_saved else {}, names, files)
+        initialize_around_slots(model, set(names.values()) if as_saved else None)
         return model
 
     def _choose(self, model: Any) -> None:
@@ -114,20 +129,20 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
             self.chosen |= {f"{name}.weight": linear for name in linear.names}
         self._count = len(chosen)
 
-    def _put_slots(self, model: Any) -> None:
-        groups, format = groups_from(self.quantization_config.layers), get_format(self.quantization_config.format)
+    def _put_slots(self, model: Any, groups: list[Group], format: Format) -> dict[str, Slot]:
         slots = put_slots(model, groups, format, _finder(model, [name for group in groups for name in group.names()]))
         if not slots:
             raise ValueError("quantization_config must name layers of this model, but none of its names is one's")
         untie(model)
         if V4:
             rename_for_slots(model)
+        return slots
 
     # ---- while they are read
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         path, _, _ = param_name.rpartition(".")
-        return param_name in self.chosen or isinstance(model.get_submodule(path), Slot)
+        return param_name in self.chosen or (V4 and isinstance(model.get_submodule(path), Slot))
 
     def quantize_weight(self, model: Any, name: str, value: Tensor) -> bool:
         """Quantizes the weight of a linear; False where it does not fit the linear, which transformers then says."""
@@ -165,11 +180,6 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         buffers = {key: name for slot in slots for key, name in slot.buffer_names().items()}
         return weight_conversions + [WeightRenaming(key, name) for key, name in buffers.items() if key != name]
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Floats are not cast to integers, where a 4-bit weight is stored as bfloat16 is."""
-        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
-        return new if new is not None and new.is_floating_point else None
-
     # ---- after they are read
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -178,13 +188,18 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
             if V4:
                 del model._get_key_renaming_mapping
                 self.give_back_dtype(model)
-            fill_slots(model)
+            try:
+                fill_slots(model)
+            except ValueError as error:
+                raise ValueError(f"{error}; in the files of {self._folder}") from error
         else:
             self._put_quantized(model)
             if config.embeddings is not None:
                 replace_embedding(model, config.embeddings)
             replace_linear(model, config.scheme, include=config.include, exclude=config.exclude)
-        untie(model)
+        attach(model)
+        if not models_in(model):  # everything is in float, and so it is saved
+            self.remove_quantization_config(model)
         return model
 
     def _put_quantized(self, model: Any) -> None:
@@ -202,6 +217,8 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any, *args: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What the files will hold, and in the config which layers that is, by their names in the files."""
         format, groups = get_format(self.quantization_config.format), describe(model)
+        if not any(group.modules() for group in groups):
+            raise ValueError(f"no layer of this {type(model).__name__} is quantized; use its dequantize() to save it")
         tensors = state_dict(model, format)
         modules: dict[str, list[str]] = {name: [] for group in groups for name in group.modules()}
         for key in tensors:
@@ -232,8 +249,10 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         return True
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for layer in find_layers(model, (QLinear, QEmbedding)):
-            put(layer, _dequantized(layer.module), model)
+        dequantize(model)
+        retie(model)
+        model.__dict__.pop("resize_token_embeddings", None)
+        model._parameters.pop(PLACEHOLDER, None)
         return model
 
 
@@ -248,42 +267,12 @@ def _finder(model: Any, names: list[str]) -> Find:
     return find
 
 
-def _refuse_pickle(files: list[str] | None, config: Any) -> None:
-    """files: None with transformers 4, which does not say them."""
+def _checkpoint_files(files: list[str] | None, config: Any) -> list[Path]:
+    """The files that transformers reads, which it says since 5. OSError for those that are pickled."""
     folder = Path(getattr(config, "_name_or_path", "") or "")
     if files is None and folder.is_dir():
-        files = [] if any(folder.glob("*.safetensors")) else [str(folder)]
+        files = [str(path) for path in sorted(folder.glob("*.safetensors"))] or [str(folder)]
     for file in files or []:
         if not file.endswith(".safetensors"):
             raise OSError(f"a quantized model must be in safetensors files, got {file}; pickled weights are not read")
-
-
-def _dequantized(module: QLinear | QEmbedding) -> nn.Module:
-    weight = nn.Parameter(module.weight.clone())  # the weight itself is not to be written to
-    if isinstance(module, QEmbedding):
-        return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=module.padding_idx)
-    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta").train(module.training)
-    linear.weight, linear.bias = weight, module.bias  # type: ignore[assignment]
-    return linear
-
-
-def untie(model: Any) -> None:
-    """Takes quantized layers off the list of weights that transformers ties: there is no Parameter to set any more."""
-
-    def quantized(name: str) -> bool:
-        path = name.rpartition(".")[0]
-        try:
-            return isinstance(model.get_submodule(path), (QLinear, QEmbedding, *SLOTS))
-        except AttributeError:
-            return False
-
-    for attribute in ("all_tied_weights_keys", "_tied_weights_keys"):
-        tied = getattr(model, attribute, None)
-        if isinstance(tied, dict):
-            left = {
-                target: source for target, source in tied.items() if not quantized(target) or target.endswith("bias")
-            }
-            if len(left) < len(tied):
-                setattr(model, attribute, left)
-    if V4 and any(not isinstance(layer.module, Slot) for layer in find_layers(model, (QEmbedding, *SLOTS))):
-        model._tie_or_clone_weights = tie_nothing
+    return [Path(file) for file in files or []]

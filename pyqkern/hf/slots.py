@@ -6,12 +6,14 @@ them, takes its place.
 
 import copy
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyqkern.checkpoints.files import Files
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group
 from pyqkern.models.find import Layer, as_linear, find_layers, linear_types
@@ -60,6 +62,27 @@ class Slot(nn.Module):
             if not tensor.is_meta and getattr(tensor, "_is_hf_initialized", False)
         }
 
+    def take_sizes(self, name: str, files: Files) -> None:
+        """Gives the buffers the shapes and dtypes that the files have, where the format allows several."""
+        for key in self.keys:
+            if f"{name}.{key}" in files:
+                shape, dtype = files.shape(f"{name}.{key}")
+                if self.format.varies(self.layer[0], key, shape, dtype):
+                    self.register_buffer(buffer_name(key), torch.empty(shape, dtype=dtype, device="meta"))
+
+    def is_new(self) -> bool:
+        """Whether transformers has made room for another size than the files have, to be initialized."""
+        weight = self._buffers["weight"]
+        return weight is not None and not weight.is_meta and not getattr(weight, "_is_hf_initialized", False)
+
+    def new_layer(self) -> nn.Module:
+        """The float layer of the model's own size, on the CPU, its values to be initialized."""
+        layer = self.float_layer[0]
+        for name, parameter in layer.named_parameters():
+            values = torch.empty_like(parameter, device="cpu")
+            setattr(layer, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        return layer
+
     def optional(self) -> tuple[str, ...]:
         """What a file may lack."""
         return self.format.optional(self.layer[0])
@@ -102,9 +125,9 @@ SLOTS = (Slot, EmbeddingSlot, HeadSlot)
 
 
 def put_slots(model: Any, groups: list[Group], format: Format, find: Find) -> dict[str, Slot]:
-    """Puts a slot in the place of each layer of the groups that the model has; returns the slots by name.
+    """Puts a slot in the place of each layer of the groups that the model has; returns the slots by name in the files.
 
-    find: the layer of a name, None where the model has none.
+    find: the layer of a name in the files, None where the model has none.
     """
     slots: dict[str, Slot] = {}
     for group in groups:
@@ -114,7 +137,7 @@ def put_slots(model: Any, groups: list[Group], format: Format, find: Find) -> di
             layer = find(name)
             if layer is not None and isinstance(layer.module, linear_types()):
                 linear = as_linear(layer.module)
-                empty = _empty(linear, linear.bias is not None, group.scheme)
+                empty = _empty(linear, linear.bias is not None, group.scheme, _dtype(model, layer))
                 slots[name] = Slot(layer.module, empty, format, linear.bias)
                 put(layer, slots[name], model)
         # The embedding that a table is called after comes first.
@@ -125,7 +148,7 @@ def put_slots(model: Any, groups: list[Group], format: Format, find: Find) -> di
             own = None
             if table == f"{name}.table":
                 linear = _as_table(layer.module)
-                own = slots[table] = Slot(linear, _empty(linear, False, group.scheme), format)
+                own = slots[table] = Slot(linear, _empty(linear, False, group.scheme, _dtype(model, layer)), format)
             put(layer, EmbeddingSlot(layer.module, slots[table], own), model)
         for name, table in group.heads.items():
             layer = find(name)
@@ -140,14 +163,30 @@ def _as_table(embedding: nn.Embedding) -> nn.Linear:
     return linear
 
 
-def _empty(linear: nn.Linear, bias: bool, scheme: Scheme) -> QLinear:
+def _empty(linear: nn.Linear, bias: bool, scheme: Scheme, dtype: torch.dtype) -> QLinear:
     subclass: Any = QLinear._classes[type(scheme)]
-    layer: QLinear = subclass(linear.in_features, linear.out_features, bias, scheme, "meta", linear.weight.dtype)
+    layer: QLinear = subclass(linear.in_features, linear.out_features, bias, scheme, "meta", dtype)
     return layer
 
 
+def _dtype(model: Any, layer: Layer) -> torch.dtype:
+    """The dtype of a layer's weight: the model's, but for what the model keeps in fp32, as T5 its `wo`."""
+    dtype: torch.dtype = layer.module.weight.dtype
+    return torch.float32 if is_kept_in_fp32(model, layer.names[0], dtype) else dtype
+
+
+def is_kept_in_fp32(model: Any, name: str, dtype: torch.dtype | None) -> bool:
+    """Whether transformers loads the parameters of a module in fp32 where the model is in `dtype`."""
+    kept: set[str] = set()
+    if dtype is torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(model._keep_in_fp32_modules_strict or ())
+    return any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in kept)
+
+
 def fill_slots(model: Any) -> None:
-    """Puts each quantized layer, made of what was loaded, in the place of its slot."""
+    """Puts each quantized layer, made of what was loaded, in the place of its slot. ValueError where it cannot be."""
     filled: dict[int, QLinear] = {}
     for layer in find_layers(model, (Slot,)):
         filled[id(layer.module)] = layer.module.fill(layer.names[0])
@@ -173,16 +212,25 @@ def with_accelerate_hook(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def initialize_around_slots(model: Any) -> None:
+def initialize_around_slots(model: Any, present: Collection[str] | None = None) -> None:
     """Keeps transformers' initialization of what the files lack away from slots and from weights already quantized.
 
     A module may initialize the linears that it holds by their weights and sizes. While it does, the float layers of the
-    model, on the meta device and marked as initialized, are in their places again.
+    model, on the meta device and marked as initialized, are in their places again. A slot whose tensors are of another
+    size in the files, which ignore_mismatched_sizes allows, stays a float layer, which transformers initializes.
+
+    present: what the files have for the model. Where it is given, a linear or an embedding of which they have nothing
+    raises ValueError, which names it.
     """
     initialize = model.initialize_weights
 
     def initialize_weights(*args: Any, **kwargs: Any) -> None:
         del model.initialize_weights
+        for layer in find_layers(model, (Slot,)):
+            if layer.module.is_new():
+                put(layer, layer.module.new_layer(), model)
+        if present is not None:
+            _check_present(model, present)
         layers = [layer for layer in find_layers(model, (*SLOTS, *linear_types())) if _waits(layer.module)]
         for layer in layers:
             put(layer, _stand_in(layer.module), model)
@@ -193,6 +241,14 @@ def initialize_around_slots(model: Any) -> None:
                 put(layer, layer.module, model)
 
     model.initialize_weights = initialize_weights
+
+
+def _check_present(model: Any, present: Collection[str]) -> None:
+    for layer in find_layers(model, (nn.Embedding, *linear_types())):
+        names = [f"{name}.weight" for name in layer.names]
+        initialized = getattr(layer.module.weight, "_is_hf_initialized", False)
+        if not initialized and not any(name in present for name in names):
+            raise ValueError(f"{names[0]} is missing from the files, and config.json does not say that it is quantized")
 
 
 def taken(weight: nn.Parameter) -> nn.Parameter:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqkern.hf.slots import Slot, buffer_name
+from pyqkern.hf.slots import Slot, buffer_name, is_kept_in_fp32
 from pyqkern.models.find import find_layers
 
 
@@ -62,8 +62,8 @@ class Transformers4:
     def give_back_dtype(self, model: Any) -> None:
         """Casts what `update_expected_keys` kept from being cast; slots are no parameters."""
         dtype = model.config._pre_quantization_dtype = self._dtype
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and dtype is not None:
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and dtype is not None and not is_kept_in_fp32(model, name, dtype):
                 parameter.data = parameter.data.to(dtype)
 
 

@@ -78,7 +78,7 @@ def failing(self: object, *arguments: object, **options: object) -> None:
 
 
 def test_an_interruption_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "_copy_the_rest", failing)
+    monkeypatch.setattr(convert, "_copy", failing)
     assert run("quantize", source, tmp_path / "out") == 130
     assert list(tmp_path.iterdir()) == [] and convert.progress == []
 

@@ -253,7 +253,8 @@ def test_an_index_that_lies(nf4_folder: Path, tmp_path: Path) -> None:
         ({"weight_map": {"a.weight": "other.safetensors"}}, r"names 'other\.safetensors', which is no file"),
         ({"weight_map": {"a.weight": "../model.safetensors"}}, "which is no file in the folder"),
         ({"weights": {}}, "must hold a weight_map"),
-        ([], "must hold a weight_map"),
+        ([], "must hold a JSON object"),
+        ({"weight_map": {KEY + ".weight": "model.safetensors"}}, "but not in model.safetensors.index.json"),
     ):
         index.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message), Files(tmp_path):

@@ -336,8 +336,8 @@ def test_a_config_that_is_not_what_the_model_is(classifier: Path, tmp_path: Path
             AutoModelForSequenceClassification.from_pretrained(folder)
 
     check(lambda c: c.update(layers=None), "must name the quantized layers")
-    check(lambda c: c["layers"][0].update(linears=["a", "b"]), "must name layers of this model")
-    check(lambda c: c["layers"][0].update(scheme={"name": "nf4"}), "absmax is missing")
+    check(lambda c: c["layers"][0].update(linears=["a", "b"]), "a.weight is missing from the files")
+    check(lambda c: c["layers"][0].update(scheme={"name": "nf4"}), "weight must be uint8")
     check(lambda c: c.update(colour="blue"), "colour")
 
 

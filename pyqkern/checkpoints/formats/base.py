@@ -23,6 +23,7 @@ class Format(ABC):
     name: ClassVar[str]
     schemes: ClassVar[tuple[str, ...]] = tuple(SCHEMES)
     embeddings: ClassVar[bool] = False  # whether it has quantized embeddings
+    marks: ClassVar[tuple[str, ...]]  # tensors that only quantized layers have
 
     @abstractmethod
     def detect(self, config: Mapping[str, Any]) -> bool:
@@ -37,11 +38,15 @@ class Format(ABC):
 
     @abstractmethod
     def stored(self, layer: QLinear) -> dict[str, Tensor]:
-        """What a file holds of the layer, as tensors on the meta device. A file's may differ and still decode."""
+        """What a file holds of the layer, as tensors on the meta device."""
 
     def optional(self, layer: QLinear) -> tuple[str, ...]:
         """Those of `stored` that a file may lack."""
         return ()
+
+    def varies(self, layer: QLinear, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether a file may hold `key` of `stored` as this instead; `decode` takes both."""
+        return False
 
     @abstractmethod
     def decode(self, name: str, layer: QLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ LLM.int8  weight int8 [N, K], SCB fp32 [N], a row's absmax; weight_format, 0 whe
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from pyqkern.schemes import FP4, NF4, Int8, Int8Outlier, Scheme
 
 STATE = "weight.quant_state.bitsandbytes__"
 INT8 = ("int8", "int8-weight-only", "int8-outlier")  # the schemes whose weights LLM.int8 can hold
+PARTS = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map")
 ROW_MAJOR = 0  # what weight_format says
 
 
@@ -30,6 +32,7 @@ class BitsAndBytes(Format):
 
     name = "bitsandbytes"
     schemes = ("nf4", "fp4", *INT8)
+    marks = ("SCB", "weight_format", *PARTS, *(f"{STATE}{quant_type}" for quant_type in ("nf4", "fp4")))
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return bool(
@@ -65,6 +68,11 @@ class BitsAndBytes(Format):
 
     def optional(self, layer: QLinear) -> tuple[str, ...]:
         return () if isinstance(layer, Linear4bit) else ("weight_format",)  # files of 2023 have none
+
+    def varies(self, layer: QLinear, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        if key == "weight" and isinstance(layer, Linear4bit):  # the bytes as bnb_4bit_quant_storage
+            return math.prod(shape) * dtype.itemsize == (layer.out_features * layer.in_features + 1) // 2
+        return key.startswith(STATE)  # as long as its JSON
 
     def decode(self, name: str, layer: QLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(layer, Linear4bit):

@@ -21,6 +21,7 @@ class CompressedTensors(Format):
 
     name = "compressed-tensors"
     schemes = ("int8",)
+    marks = ("weight_scale",)
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         if config.get("quant_method") != self.name:
@@ -37,6 +38,9 @@ class CompressedTensors(Format):
     def stored(self, layer: QLinear) -> dict[str, Tensor]:
         scale = torch.empty(layer.out_features, 1, dtype=torch.float32, device="meta")
         return weight_and_bias(layer.state_dict()) | {"weight_scale": scale}
+
+    def varies(self, layer: QLinear, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        return key == "weight_scale" and shape == (layer.out_features, 1) and dtype in FLOATS
 
     def decode(self, name: str, layer: QLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         expect(name, "weight_scale", tensors["weight_scale"], (layer.out_features, 1), *FLOATS)

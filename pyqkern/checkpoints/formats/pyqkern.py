@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group, groups_from
+from pyqkern.nn.four_bit import NESTED
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Scheme
 
@@ -16,6 +17,7 @@ class Pyqkern(Format):
 
     name = "pyqkern"
     embeddings = True
+    marks = ("weight_scale", "input_scale", "input_zero_point", "absmax", *NESTED)
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "pyqkern"
