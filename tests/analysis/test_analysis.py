@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import multiprocessing
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import Closeness, Dying, Net, X
 from require import require
 from torch import Tensor, nn
 
@@ -32,48 +32,6 @@ from pyqkern.analysis.sensitivity import score_with
 from pyqkern.cli import main
 from pyqkern.cli.analyze import label_ids
 from pyqkern.schemes import Int8, Int8Static, Range
-
-
-class Net(nn.Module):
-    """Three linears; the input of `bad` has one channel that is 3000 times the rest, and columns that undo it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.bad, self.last = nn.Linear(16, 24), nn.Linear(24, 24), nn.Linear(24, 4)
-        with torch.no_grad():
-            self.first.weight[5] *= 3000
-            self.bad.weight[:, 5] /= 3000
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.bad(self.first(x))))
-
-
-X = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
-
-
-class Closeness:
-    """Minus the mean squared difference to the float model: 0 at best."""
-
-    def __init__(self, fail: Path | None = None) -> None:
-        with torch.no_grad():
-            self.expected = Net()(X)
-        self.calls = 0
-
-    def __call__(self, model: nn.Module) -> float:
-        self.calls += 1
-        with torch.no_grad():
-            return -float((model(X) - self.expected).square().mean())
-
-
-class Dying(Closeness):
-    """Takes its process with it when the layer `bad` is the only quantized one."""
-
-    def __call__(self, model: nn.Module) -> float:
-        quantized = [name for name, module in model.named_modules() if isinstance(module, QLinear)]
-        if quantized == ["bad"]:
-            os._exit(1)
-        return super().__call__(model)
 
 
 def quiet_sensitivity(evaluate: Callable[[nn.Module], float], **options: Any) -> Any:
