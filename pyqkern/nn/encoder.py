@@ -38,13 +38,20 @@ class QEncoderLayer(nn.Module):
         position_bias = named.pop(family.layout.position_bias, None)
         parts = self._found()
         reason = self._read_reason(named, len(args)) or self._reason(parts, x, position_bias)
+        y = None
+        if reason is None:
+            try:
+                y = self._operator(parts, x, mask, position_bias)
+            except (TypeError, ValueError):  # said afterwards, since asking takes 2 us
+                reason = dtypes_reason(*parts.tensors())
+                if reason is None:
+                    raise
         if not torch.compiler.is_compiling():
             self.__dict__["last_call"] = reason or ""  # past nn.Module, whose own way takes a microsecond
             if reason is GRADIENT:
                 _say_gradient()
-        if reason is not None:
+        if y is None:
             return super().forward(*args, **kwargs)
-        y = self._operator(parts, x, mask, position_bias)
         return (y,) if family.returns_tuple else y
 
     def _found(self) -> Parts:
@@ -79,7 +86,7 @@ class QEncoderLayer(nn.Module):
             return "in training"
         if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS:
             return "the input is no floats [batch, length, hidden size]"
-        if not x.is_cpu or not all(linear._buffers["packed"].is_cpu for linear in parts.linears):
+        if not x.is_cpu or not parts.linears[0]._buffers["packed"].is_cpu:
             return "not on the CPU"
         if torch.is_autocast_enabled("cpu"):
             return "under autocast"
@@ -93,18 +100,14 @@ class QEncoderLayer(nn.Module):
             return "attention weights are asked for"
         if _setting(parts.config, "_attn_implementation") not in (None, "eager", "sdpa"):
             return "another implementation of attention is asked for"
-        return dtypes_reason(
-            [norm._parameters[name] for norm in parts.norms for name in ("weight", "bias")],
-            [linear._parameters["bias"] for linear in parts.linears],
-        )
+        return dtypes_reason(*parts.tensors()) if torch.compiler.is_compiling() else None
 
     def _operator(self, parts: Parts, x: Tensor, mask: Tensor | None, position_bias: Tensor | None) -> Tensor:
         linears, norms, form = parts.linears, parts.norms, parts.format
         weights = [linear._buffers["packed"] for linear in linears]  # read directly: see Int8Linear._linear
         scales = [linear._buffers[form.scale] for linear in linears]
         nested = [linear._buffers[name] for linear in linears for name in form.nested]
-        biases = [linear._parameters["bias"] for linear in linears]
-        vectors = [norm._parameters[name] for norm in norms for name in ("weight", "bias")]
+        vectors, biases = parts.tensors()
         eps = [norm.eps for norm in norms]
         features = [linears[0].out_features, linears[4].out_features]
         return parts.short_way(

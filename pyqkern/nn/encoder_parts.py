@@ -237,7 +237,8 @@ class Parts:
     heads: int = 0
     scaling: float = 0.0
     config: Any = None
-    places: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)  # where each part was found
+    places: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # where parts were found
+    found: list[Any] = field(default_factory=list)  # and what was there
     modules: list[nn.Module] = field(default_factory=list)  # all inside the layer
     kinds: list[type] = field(default_factory=list)  # and their classes
     states: list[dict[str, Any]] = field(default_factory=list)  # and their attributes
@@ -247,15 +248,29 @@ class Parts:
     up_scale: InputScale | None = None
     short_way: ShortWay = field(default_factory=ShortWay)
 
+    def __post_init__(self) -> None:
+        self.of_linears = [linear._parameters for linear in self.linears]
+        self.of_norms = [norm._parameters for norm in self.norms]
+
     def unchanged(self) -> bool:
         """Whether each part is where it was, and of the class it was of."""
-        for attributes, name, part in self.places:
-            if attributes.get(name) is not part:
-                return False
+        if torch.compiler.is_compiling():  # which knows no other way to compare modules
+            for (attributes, name), part in zip(self.places, self.found, strict=True):
+                if attributes.get(name) is not part:
+                    return False
+            kinds = all(type(module) is kind for module, kind in zip(self.modules, self.kinds, strict=True))
+        else:  # lists compare their items by identity first, in a third of the time
+            places = [attributes.get(name) for attributes, name in self.places] == self.found
+            kinds = places and list(map(type, self.modules)) == self.kinds
         for hooks, scale in self.scaled:
             if len(hooks) != 1 or next(iter(hooks.values())) is not scale:
                 return False
-        return all(type(module) is kind for module, kind in zip(self.modules, self.kinds, strict=True))
+        return kinds
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The LayerNorms' weights and biases, and the biases of the linears, as they are now."""
+        vectors = [parameters[name] for parameters in self.of_norms for name in ("weight", "bias")]
+        return vectors, [parameters["bias"] for parameters in self.of_linears]
 
     def factors(self) -> list[Tensor]:
         """What the inputs of query, key and value, and of up, are multiplied by; empty where nothing is."""
@@ -293,12 +308,13 @@ def _find(layer: nn.Module, family: Family) -> Parts:
     form = common_format(linears)
     assert form is not None and activation is not None  # _linears_reason has seen to it
     inside = list(layer.modules())[1:]
+    places = list(_places(layer, attention, layout))
     scales = _input_scales(linears)
     stands_for = {id(hooks) for hooks, _ in scales[0]}
     scaling = getattr(attention, "scaling", None) or (linears[0].out_features // heads) ** -0.5
     return Parts(
         None, linears, norms, form, activation, heads, scaling, getattr(attention, "config", None),
-        list(_places(layer, attention, layout)),
+        [place[:2] for place in places], [place[2] for place in places],
         inside, [type(module) for module in inside], [vars(module) for module in inside],
         [*_GLOBAL_HOOKS, *(hooks for hooks in _hooks_of(inside) if id(hooks) not in stands_for)],
         *scales,
@@ -437,10 +453,11 @@ def _is_idle(hook: Any) -> bool:
 
 
 def dtypes_reason(vectors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> str | None:
-    """Why the operator does not take the LayerNorms' vectors and the biases as they are now."""
-    dtype = vectors[0].dtype
-    if dtype not in FLOATS or any(vector.dtype is not dtype for vector in vectors):
+    """Why the operator does not take the LayerNorms' vectors and the biases of linears as they are now."""
+    dtypes = [vector.dtype for vector in vectors]
+    if dtypes[0] not in FLOATS or dtypes.count(dtypes[0]) != len(dtypes):
         return "its LayerNorms do not have one dtype of fp32, bf16 and fp16"
-    if any(bias is not None and bias.dtype not in FLOATS for bias in biases):
-        return "a bias is not in fp32, bf16 or fp16"
+    for bias in biases:
+        if bias is not None and bias.dtype not in FLOATS:
+            return "a bias is not in fp32, bf16 or fp16"
     return None
