@@ -117,7 +117,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
             for name, slot in slots.items():
                 slot.take_sizes(name, files)
             check_sizes(model, slots if as_saved else {}, names, files)
-        initialize_around_slots(model, set(names.values()) if as_saved else None)
+        initialize_around_slots(model, set(names.values()) if as_saved else None, self._folder)
         return model
 
     def _choose(self, model: Any) -> None:

@@ -8,6 +8,7 @@ import copy
 import importlib
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,14 +213,14 @@ def with_accelerate_hook(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def initialize_around_slots(model: Any, present: Collection[str] | None = None) -> None:
+def initialize_around_slots(model: Any, present: Collection[str] | None = None, folder: Path | None = None) -> None:
     """Keeps transformers' initialization of what the files lack away from slots and from weights already quantized.
 
     A module may initialize the linears that it holds by their weights and sizes. While it does, the float layers of the
     model, on the meta device and marked as initialized, are in their places again. A slot whose tensors are of another
     size in the files, which ignore_mismatched_sizes allows, stays a float layer, which transformers initializes.
 
-    present: what the files have for the model. Where it is given, a linear or an embedding of which they have nothing
+    present: what the files, which are in `folder`, have for the model. Where it is given, a parameter that they lack
     raises ValueError, which names it.
     """
     initialize = model.initialize_weights
@@ -230,7 +231,7 @@ def initialize_around_slots(model: Any, present: Collection[str] | None = None) 
             if layer.module.is_new():
                 put(layer, layer.module.new_layer(), model)
         if present is not None:
-            _check_present(model, present)
+            _check_present(model, present, folder)
         layers = [layer for layer in find_layers(model, (*SLOTS, *linear_types())) if _waits(layer.module)]
         for layer in layers:
             put(layer, _stand_in(layer.module), model)
@@ -243,12 +244,16 @@ def initialize_around_slots(model: Any, present: Collection[str] | None = None) 
     model.initialize_weights = initialize_weights
 
 
-def _check_present(model: Any, present: Collection[str]) -> None:
-    for layer in find_layers(model, (nn.Embedding, *linear_types())):
-        names = [f"{name}.weight" for name in layer.names]
-        initialized = getattr(layer.module.weight, "_is_hf_initialized", False)
-        if not initialized and not any(name in present for name in names):
-            raise ValueError(f"{names[0]} is missing from the files, and config.json does not say that it is quantized")
+def _check_present(model: Any, present: Collection[str], folder: Path | None) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not getattr(parameter, "_is_hf_initialized", False):
+            names.setdefault(id(parameter), []).append(name)
+    may_be_missing = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    for missing in names.values():
+        known = any(re.search(pattern, name) for pattern in may_be_missing for name in missing)
+        if not known and not any(name in present for name in missing):
+            raise ValueError(f"{missing[0]} must be in the files of {folder}, but is missing")
 
 
 def taken(weight: nn.Parameter) -> nn.Parameter:
