@@ -5,6 +5,7 @@ in it an `hf_quantizer`, a placeholder where no parameter is left, resize_token_
 load_state_dict read the keys and formats of files, with which the Trainer resumes.
 """
 
+import copy
 import functools
 import sys
 import warnings
@@ -38,6 +39,16 @@ def equip(module: Any) -> None:
         module.register_load_state_dict_pre_hook(_read_as_in_files)
     if next(module.parameters(), None) is None:
         _put_placeholder(module)
+
+
+def give_config(model: Any) -> None:
+    """A config of the model's own, before it is said there that the model is quantized: others may share this one."""
+    shared = model.config
+    if getattr(shared, "quantization_config", None) is None:
+        own = copy.copy(shared)
+        for module in model.modules():
+            if vars(module).get("config") is shared:
+                module.config = own
 
 
 # ---- models of which no parameter is left

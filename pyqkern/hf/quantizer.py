@@ -22,7 +22,7 @@ from pyqkern.checkpoints.layers import Group, groups_from, renamed
 from pyqkern.checkpoints.save import describe, state_dict
 from pyqkern.hf.checks import check_sizes, is_as_saved
 from pyqkern.hf.config import PyqkernConfig
-from pyqkern.hf.model import PLACEHOLDER, dequantize, equip, models_in, retie, untie
+from pyqkern.hf.model import PLACEHOLDER, dequantize, equip, give_config, models_in, retie, untie
 from pyqkern.hf.names import V4, in_files, in_model
 from pyqkern.hf.slots import (
     Find,
@@ -228,6 +228,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         names = in_files(model, modules, [name for group in groups for name in group.names()])
         config = copy.copy(self.quantization_config)
         config.layers = [group.to_dict() for group in renamed(groups, names.__getitem__)]
+        give_config(model)
         model.config.quantization_config = self.quantization_config = config
         return tensors, {}
 

@@ -82,7 +82,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 NF4_NESTED = NF4(double_quant=True)
 SCHEMES = [Int8(), Int8(symmetric=True), Int8WeightOnly(), Int8Outlier(), NF4(), NF4_NESTED, FP4(), Int4(group_size=32)]
-EXCLUDES = [(), "one of three"]
 
 
 def make(name: str) -> Any:
@@ -125,6 +124,9 @@ def test_a_folder_is_read_back_or_not_written(name: str, scheme: Any, exclude: b
     for format in FORMATS:
         embeddings = format == "pyqkern" and scheme.embeds and not exclude
         model = quantized(name, scheme, embeddings, exclude)
+        if not any(isinstance(module, QLinear) for module in model.modules()):  # Falcon's are of a class of its own
+            assert not hasattr(model, "hf_quantizer")
+            return
         model.hf_quantizer.quantization_config.format = format
         folder = tmp_path / format
         try:
