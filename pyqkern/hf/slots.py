@@ -40,6 +40,7 @@ class Slot(nn.Module):
         super().__init__()
         self.register_parameter("bias", bias)  # the linear's own, which another module may share
         self.float_layer, self.layer = [linear], [layer]  # in lists, so that they are no submodules
+        self.initialized: list[nn.Module] = []  # the float layer, where the files have one of another size
         self.format = format
         self.keys = [key for key in format.stored(layer) if key != "bias"]
         for key in self.keys:
@@ -190,6 +191,9 @@ def fill_slots(model: Any) -> None:
     """Puts each quantized layer, made of what was loaded, in the place of its slot. ValueError where it cannot be."""
     filled: dict[int, QLinear] = {}
     for layer in find_layers(model, (Slot,)):
+        if layer.module.initialized:
+            put(layer, layer.module.initialized[0], model)
+            continue
         filled[id(layer.module)] = layer.module.fill(layer.names[0])
         put(layer, with_accelerate_hook(layer.module, filled[id(layer.module)]), model)
     for layer in find_layers(model, (EmbeddingSlot,)):
@@ -218,7 +222,7 @@ def initialize_around_slots(model: Any, present: Collection[str] | None = None, 
 
     A module may initialize the linears that it holds by their weights and sizes. While it does, the float layers of the
     model, on the meta device and marked as initialized, are in their places again. A slot whose tensors are of another
-    size in the files, which ignore_mismatched_sizes allows, stays a float layer, which transformers initializes.
+    size in the files, which ignore_mismatched_sizes allows, becomes a float layer, which transformers initializes.
 
     present: what the files, which are in `folder`, have for the model. Where it is given, a parameter that they lack
     raises ValueError, which names it.
@@ -227,9 +231,6 @@ def initialize_around_slots(model: Any, present: Collection[str] | None = None, 
 
     def initialize_weights(*args: Any, **kwargs: Any) -> None:
         del model.initialize_weights
-        for layer in find_layers(model, (Slot,)):
-            if layer.module.is_new():
-                put(layer, layer.module.new_layer(), model)
         if present is not None:
             _check_present(model, present, folder)
         layers = [layer for layer in find_layers(model, (*SLOTS, *linear_types())) if _waits(layer.module)]
@@ -270,6 +271,9 @@ def _waits(module: Any) -> bool:
 
 def _stand_in(module: Any) -> nn.Module:
     """The float layer that a slot stands for, or one like the linear whose weight was taken, with its bias."""
+    if isinstance(module, Slot) and module.is_new():
+        module.initialized = [module.new_layer()]
+        return module.initialized[0]
     if isinstance(module, SLOTS):
         layer: Any = module.float_layer[0]
         layer._is_hf_initialized = True

@@ -97,3 +97,24 @@ def test_saved_bytes_are_those_of_a_file(tmp_path) -> None:  # type: ignore[no-u
     model = torch.nn.Linear(100, 100)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     assert abs(demo._saved_bytes(model) - (tmp_path / "model.pt").stat().st_size) < 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text,label\n\xff\xfe,1\n", "utf-8"),
+        (b"words,label\na,1\n", "must have a column 'text'"),
+        (b"text,label\n", "must have rows"),
+        (b"", "must have a column 'text'"),
+        (None, "No such file"),
+    ],
+)
+def test_a_csv_that_is_none_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    data = tmp_path / "data.csv"
+    if content is not None:
+        data.write_bytes(content)
+    assert cli.main(["analyze", str(tmp_path), "--data", str(data)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pyqkern analyze: ") and said.count("\n") == 1 and message in said
