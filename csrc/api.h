@@ -14,7 +14,7 @@ void min_max(const void* x, int dtype, size_t outer, size_t channels, size_t inn
 // A bias [n] in fp32: as it is, or widened into a buffer of this thread until the next call. nullptr stays nullptr.
 const float* widened(const Kernels& k, const void* bias, int dtype, size_t n);
 
-// w int8 [N, K] to and from packed int8 [panels(N), quads(K) + 2, 64].
+// w int8 [N, K] to and from packed int8 [panels(N), panel_bytes(K) / 64, 64], marked for codes of 7 bits.
 void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed);
 void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w);
 
@@ -22,9 +22,9 @@ void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w);
 void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, size_t N, size_t K, int32_t* y);
 
 // y [M, N] = the INT8 linear of x [M, K], both of `dtype`; bias [N] of bias_dtype or nullptr. x_scale, x_zero: one
-// scale and zero point for all of x; nullptr: every row its own.
+// scale and zero point for all of x; nullptr: every row its own. bits: of the codes, 8 or 7; symmetric ones have 8.
 void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_scale, const void* bias, int bias_dtype,
-                 size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
+                 size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, int bits, const float* x_scale,
                  const int32_t* x_zero);
 
 // Scales of blocks: fp32, or, with `nested`, codes of an 8-bit map in blocks of kNestedBlock of their own:
@@ -68,6 +68,7 @@ struct EncoderLayer {
   float scaling;  // of the scores
   int activation;
   bool symmetric;  // how activations are quantized; for 4 bits always
+  int bits;        // of the codes of activations, 8 or 7; attention's have 8
   // fp32 [hidden size] or nullptr: what x is multiplied by on its way into query, key and value, and h into up. The
   // residuals are not.
   const float *input_factor, *up_factor;

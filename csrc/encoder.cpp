@@ -33,9 +33,9 @@ struct Arena {
     used += (n * sizeof(T) + 63) / 64 * 64;
     return p;
   }
-  QRows rows(size_t n, size_t row_bytes) {
-    return {take<char>(n * row_bytes + 64 * 2), take<float>(n),
-            take<int32_t>(n)};  // softmax writes up to 64 codes more
+  QRows rows(size_t n, size_t row_bytes, int bits = 8) {
+    return {take<char>(n * row_bytes + 64 * 2), take<float>(n), take<int32_t>(n),
+            bits};  // softmax writes up to 64 codes more
   }
 };
 template <class Layout> auto carve(Slot slot, const Layout& layout) {
@@ -245,7 +245,7 @@ void project(const Call& c, const Group& g, size_t t, size_t n) {
   };
   const Block b = carve(kEncoderBlock, [&](Arena& a) {
     return Block{a.take<float>(n * c.hidden), a.take<float>(n * c.attention),
-                 a.rows(n, 4 * quads(c.hidden) * k.row_element_bytes)};
+                 a.rows(n, row_bytes(k, c.hidden, c.layer.bits), c.layer.bits)};
   });
   const float* x = input(c, g.first + t, n, b.copy);
   quantize(c, scaled(x, n, c.hidden, c.layer.input_factor, b.copy), n, c.hidden, b.x);
@@ -329,7 +329,8 @@ void attend(const Call& c, const Group& g, const Sentence& s, size_t head) {
 // Step 3 for tokens [t, t + n) of the group.
 void feed_forward(const Call& c, const Group& g, size_t t, size_t n) {
   const Norm& norm = c.attention_norm;
-  const size_t H = c.hidden, F = c.feed_forward, element = c.kernels.row_element_bytes;
+  const size_t H = c.hidden, F = c.feed_forward;
+  const int bits = c.layer.bits;
   struct Block {
     float *copy, *sum, *hidden, *wide;
     QRows rows, wide_rows;
@@ -339,8 +340,8 @@ void feed_forward(const Call& c, const Group& g, size_t t, size_t n) {
                  a.take<float>(n * H),
                  a.take<float>(n * H),
                  a.take<float>(n * F),
-                 a.rows(n, 4 * quads(std::max(H, c.attention)) * element),
-                 a.rows(n, 4 * quads(F) * element)};
+                 a.rows(n, row_bytes(c.kernels, std::max(H, c.attention), bits), bits),
+                 a.rows(n, row_bytes(c.kernels, F, bits), bits)};
   });
   quantize(c, g.values + t * c.attention, n, c.attention, b.rows);
   product(c, c.output, b.rows, n, kNone, b.sum);

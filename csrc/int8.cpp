@@ -13,28 +13,29 @@ constexpr size_t kDotColumns = 64;         // columns of a piece where nothing i
 constexpr size_t kTileRows = 24;           // rows of a block: a multiple of every tile height
 
 QRows rows_at(const QRows& r, size_t m, size_t row_bytes) {
-  return {static_cast<char*>(r.q) + m * row_bytes, r.scale + m, r.correction + m};
+  return {static_cast<char*>(r.q) + m * row_bytes, r.scale + m, r.correction + m, r.bits};
 }
 
 // Room for `rows` quantized rows, kept by this thread.
-QRows row_buffer(size_t rows, size_t row_bytes) {
+QRows row_buffer(size_t rows, size_t row_bytes, int bits = 8) {
   char* scales = static_cast<char*>(scratch(kRowScales, rows * 8));
   return {scratch(kRows, rows * row_bytes), reinterpret_cast<float*>(scales),
-          reinterpret_cast<int32_t*>(scales + rows * 4)};
+          reinterpret_cast<int32_t*>(scales + rows * 4), bits};
 }
 
-// fill(m, rows, out) quantizes rows [m, m + rows) into out; the product and the tail follow.
+// fill(m, rows, out) quantizes rows [m, m + rows) into out, to codes of `bits`; the product and the tail follow.
 template <class Fill>
-void product(const Kernels& k, size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tail, const Fill& fill) {
+void product(const Kernels& k, size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tail, int bits,
+             const Fill& fill) {
   if (M == 0 || N == 0 || K == 0) return;  // Python answers these
-  const size_t row_bytes = 4 * quads(K) * k.row_element_bytes, all = panels(N);
+  const size_t row_bytes = pyqkern::row_bytes(k, K, bits), all = panels(N);
   auto columns = [&](const QRows& q, const Tail& t, size_t rows_from, size_t rows, size_t begin, size_t end) {
     auto f = rows <= k.gemv_rows ? k.int8_gemv : k.int8_gemm;
     f(q, rows_from, rows, K, packed + begin * panel_bytes(K), begin, end, t);
   };
   // Rows [m, m + rows), by one thread, in a buffer of its own.
   auto block = [&](size_t m, size_t rows) {
-    const QRows q = row_buffer(rows, row_bytes);
+    const QRows q = row_buffer(rows, row_bytes, bits);
     fill(m, rows, q);
     Tail t = tail;
     t.y = static_cast<char*>(tail.y) + m * N * (tail.w_scale ? dtype_size(tail.dtype) : sizeof(int32_t));
@@ -52,7 +53,7 @@ void product(const Kernels& k, size_t M, size_t N, size_t K, const int8_t* packe
     return;
   }
   // Too few blocks for the threads: they quantize all rows together, then share the columns (and the rows, if many).
-  const QRows q = row_buffer(M, row_bytes);
+  const QRows q = row_buffer(M, row_bytes, bits);
   const size_t groups = (M + 15) / 16;
   parallel_for(groups, count, [&](size_t i) {
     const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
@@ -66,9 +67,10 @@ void product(const Kernels& k, size_t M, size_t N, size_t K, const int8_t* packe
   });
 }
 
-void pack(const Kernels& k, const int8_t* w, size_t N, size_t K, int8_t* packed) {
+// work(p, its first byte) for every panel.
+template <class Work> void for_panels(size_t N, size_t K, int8_t* packed, const Work& work) {
   parallel_for(panels(N), N * K <= kSerialInt8Ops ? 1 : threads(),
-               [&](size_t p) { k.int8_pack(w, N, K, p, packed + p * panel_bytes(K)); });
+               [&](size_t p) { work(p, packed + p * panel_bytes(K)); });
 }
 
 }  // namespace
@@ -80,7 +82,13 @@ const float* widened(const Kernels& k, const void* bias, int dtype, size_t n) {
   return values;
 }
 
-void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed) { pack(kernels(), w, N, K, packed); }
+void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed) {
+  const Kernels& k = kernels();
+  for_panels(N, K, packed, [&](size_t p, int8_t* panel) {
+    k.int8_pack(w, N, K, p, panel);
+    k.int8_mark(K, panel);
+  });
+}
 
 void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w) {
   parallel_for(N, N * K <= kSerialInt8Ops ? 1 : threads(), [&](size_t n) {
@@ -100,16 +108,16 @@ void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, 
     });
   }
   int8_t* packed = static_cast<int8_t*>(scratch(kPacked, panels(N) * panel_bytes(K)));
-  pack(k, w, N, K, packed);
-  product(k, M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N, N},
+  for_panels(N, K, packed, [&](size_t p, int8_t* panel) { k.int8_pack(w, N, K, p, panel); });
+  product(k, M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N, N}, 8,
           [&](size_t m, size_t rows, const QRows& q) { k.int8_load_rows(a + m * K, is_unsigned, rows, K, q); });
 }
 
 void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_scale, const void* bias, int bias_dtype,
-                 size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, const float* x_scale,
+                 size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, int bits, const float* x_scale,
                  const int32_t* x_zero) {
   const Kernels& k = kernels();
-  product(k, M, N, K, packed, Tail{w_scale, widened(k, bias, bias_dtype, N), activation, dtype, y, N, N},
+  product(k, M, N, K, packed, Tail{w_scale, widened(k, bias, bias_dtype, N), activation, dtype, y, N, N}, bits,
           [&](size_t m, size_t rows, const QRows& q) {
             const char* from = static_cast<const char*>(x) + m * K * dtype_size(dtype);
             if (x_scale) k.int8_quantize_rows_static(from, dtype, rows, K, *x_scale, *x_zero, q);

@@ -248,14 +248,20 @@ def int8_scaled_matmul(
 
 
 def int8_linear(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    symmetric: bool,
+    bits: int = 8,
 ) -> Tensor:
     """x [M, K] contiguous fp32/bf16/fp16, packed from `int8_pack`, weight_scale fp32 [N], bias [N] or None.
 
     Returns y [M, N] of x's dtype: activations quantized per token, product, scales, bias and activation.
     """
     check_device(x=x, packed=packed, weight_scale=weight_scale, bias=bias)
-    return int8_scaled_matmul(*quantize_rows(x, symmetric), packed, weight_scale, bias, activation, x.dtype)
+    return int8_scaled_matmul(*quantize_rows(x, symmetric, bits), packed, weight_scale, bias, activation, x.dtype)
 
 
 def int8_linear_static(
@@ -266,10 +272,11 @@ def int8_linear_static(
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
+    bits: int = 8,
 ) -> Tensor:
-    """`int8_linear` with one given scale fp32 [] and zero point int32 [], in [0, 255], for all of x."""
+    """`int8_linear` with one given scale fp32 [] and zero point int32 [], in [0, 2**bits - 1], for all of x."""
     check_device(x=x, packed=packed, weight_scale=weight_scale, bias=bias, input_scale=input_scale)
-    rows = quantize_rows_static(x, input_scale, input_zero_point)
+    rows = quantize_rows_static(x, input_scale, input_zero_point, bits)
     return int8_scaled_matmul(*rows, packed, weight_scale, bias, activation, x.dtype)
 
 

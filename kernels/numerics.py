@@ -26,8 +26,8 @@ def to_codes(x, inverse_scale, zero_point, QMIN: tl.constexpr, QMAX: tl.constexp
 
 
 @triton.jit
-def row_qparams(lo, hi, finite, SYMMETRIC: tl.constexpr):
-    """Scale and zero point (fp32, of uint8 codes) for rows with values in [lo, hi], lo <= 0 <= hi.
+def row_qparams(lo, hi, finite, SYMMETRIC: tl.constexpr, QMAX: tl.constexpr):
+    """Scale and zero point (fp32, of codes in [0, QMAX]) for rows with values in [lo, hi], lo <= 0 <= hi.
 
     Symmetric rows have zero point 128. Rows that are not finite have scale NaN, and zero point 0 if not symmetric.
     """
@@ -36,14 +36,14 @@ def row_qparams(lo, hi, finite, SYMMETRIC: tl.constexpr):
         scale = tl.div_rn(extent, 127.0)
     else:
         extent = hi - lo
-        scale = tl.div_rn(extent, 255.0)
-        scale = tl.where(extent == float("inf"), tl.div_rn(hi, 255.0) - tl.div_rn(lo, 255.0), scale)
+        scale = tl.div_rn(extent, QMAX)
+        scale = tl.where(extent == float("inf"), tl.div_rn(hi, QMAX) - tl.div_rn(lo, QMAX), scale)
     # never below 2**-126, so that 1/scale is finite
     scale = tl.where(extent == 0.0, 1.0, tl.maximum(scale, 1.1754943508222875e-38))
     if SYMMETRIC:
         zero_point = tl.zeros_like(scale) + 128.0
     else:
-        zero_point = tl.where(finite, tl.minimum(round_half_even(tl.div_rn(-lo, scale)), 255.0), 0.0)
+        zero_point = tl.where(finite, tl.minimum(round_half_even(tl.div_rn(-lo, scale)), QMAX), 0.0)
     return tl.where(finite, scale, float("nan")), zero_point
 
 

@@ -5,6 +5,7 @@
               asymmetric: scale = (hi - lo) / 255, zero_point = rint(-lo / scale)
               symmetric:  scale = max(-lo, hi) / 127, zero_point = 128
               u = clamp(rint(x * (1/scale) + zero_point), 0, 255)
+    of 7 bits, which are asymmetric, 127 takes the place of 255
 
 The codes u are those of pyqkern.backends.reference.int8_quantize_rows. What is stored is q = u - 128, int8, because
 tensor cores multiply int8 by int8, and zero_point - 128 (nothing at all if symmetric, where it is 0). A row's scale is
@@ -32,8 +33,8 @@ def _row_range(x):
 
 
 @triton.jit
-def _store_codes(x, scale, zero_point, q_ptr, row, column, M, stride_q):
-    q = to_codes(x, tl.div_rn(1.0, scale)[:, None], zero_point[:, None], 0.0, 255.0, False) - 128.0
+def _store_codes(x, scale, zero_point, q_ptr, row, column, M, stride_q, QMAX: tl.constexpr):
+    q = to_codes(x, tl.div_rn(1.0, scale)[:, None], zero_point[:, None], 0.0, QMAX, False) - 128.0
     mask = (row < M)[:, None] & (column < stride_q)[None, :]
     tl.store(q_ptr + row.to(tl.int64)[:, None] * stride_q + column[None, :], q.to(tl.int8), mask=mask)
 
@@ -61,7 +62,7 @@ def _load(x_ptr, row, column, M, K, ACTIVATION: tl.constexpr):
 def quantize_rows_kernel(
     x_ptr, given_scale_ptr, given_zero_point_ptr, q_ptr, scale_ptr, zero_point_ptr,
     M, K, stride_q,
-    ACTIVATION: tl.constexpr, SYMMETRIC: tl.constexpr,
+    ACTIVATION: tl.constexpr, SYMMETRIC: tl.constexpr, QMAX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -74,17 +75,17 @@ def quantize_rows_kernel(
             more_lo, more_hi, more_finite = _row_range(x)
             lo, hi, finite = tl.minimum(lo, more_lo), tl.maximum(hi, more_hi), tl.minimum(finite, more_finite)
     if given_scale_ptr is None:
-        scale, zero_point = row_qparams(tl.minimum(lo, 0.0), tl.maximum(hi, 0.0), finite != 0, SYMMETRIC)
+        scale, zero_point = row_qparams(tl.minimum(lo, 0.0), tl.maximum(hi, 0.0), finite != 0, SYMMETRIC, QMAX)
     else:
         scale = tl.where(finite != 0, tl.load(given_scale_ptr), float("nan"))
         zero_point = tl.zeros_like(scale) + tl.load(given_zero_point_ptr).to(tl.float32)
     _store_qparams(scale, zero_point, scale_ptr, zero_point_ptr, row, M)
     if ONE_BLOCK:
-        _store_codes(x, scale, zero_point, q_ptr, row, column, M, stride_q)
+        _store_codes(x, scale, zero_point, q_ptr, row, column, M, stride_q, QMAX)
     else:
         for k in range(0, stride_q, BLOCK_K):
             x = _load(x_ptr, row, k + column, M, K, ACTIVATION)
-            _store_codes(x, scale, zero_point, q_ptr, row, k + column, M, stride_q)
+            _store_codes(x, scale, zero_point, q_ptr, row, k + column, M, stride_q, QMAX)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -111,9 +112,9 @@ def layer_norm_quantize_rows_kernel(
     tl.store(y_ptr + row.to(tl.int64)[:, None] * K + column[None, :], y, mask=mask)
     y = y.to(tl.float32)
     lo, hi, finite = _row_range(y)
-    scale, zero_point = row_qparams(tl.minimum(lo, 0.0), tl.maximum(hi, 0.0), finite != 0, SYMMETRIC)
+    scale, zero_point = row_qparams(tl.minimum(lo, 0.0), tl.maximum(hi, 0.0), finite != 0, SYMMETRIC, 255.0)
     _store_qparams(scale, zero_point, scale_ptr, zero_point_ptr, row, M)
-    _store_codes(y, scale, zero_point, q_ptr, row, column, M, stride_q)
+    _store_codes(y, scale, zero_point, q_ptr, row, column, M, stride_q, 255.0)
 
 
 Rows = tuple[Tensor, Tensor, Tensor | None]
@@ -135,7 +136,11 @@ def _blocks(m: int, k: int) -> dict[str, int]:
 
 
 def _quantize_rows(
-    x: Tensor, activation: str, symmetric: bool, given: tuple[Tensor | None, Tensor | None] = (None, None)
+    x: Tensor,
+    activation: str,
+    symmetric: bool,
+    bits: int = 8,
+    given: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Rows:
     device = check_device(x=x, input_scale=given[0], input_zero_point=given[1])
     (m, k), rows = x.shape, _empty_rows(x, symmetric)
@@ -144,25 +149,25 @@ def _quantize_rows(
     launch(
         quantize_rows_kernel, triton.cdiv(m, blocks["BLOCK_M"]), device,
         x, *given, q, scale, zero_point, m, k, q.stride(0),
-        ACTIVATION=activation, SYMMETRIC=symmetric, ONE_BLOCK=k <= blocks["BLOCK_K"], **blocks,
+        ACTIVATION=activation, SYMMETRIC=symmetric, QMAX=2.0**bits - 1, ONE_BLOCK=k <= blocks["BLOCK_K"], **blocks,
     )  # fmt: skip
     return rows
 
 
-def quantize_rows(x: Tensor, symmetric: bool) -> Rows:
+def quantize_rows(x: Tensor, symmetric: bool, bits: int = 8) -> Rows:
     """x [M, K] contiguous, fp32/bf16/fp16 -> (q int8 [M, K], scale fp32 [M], zero_point int32 [M] or None).
 
-    x is about scale[m] * (q[m, k] - zero_point[m]). q's rows are ceil16(K) apart.
+    x is about scale[m] * (q[m, k] - zero_point[m]). q's rows are ceil16(K) apart. bits: 8, or 7 if not symmetric.
     """
-    return _quantize_rows(x, "none", symmetric)
+    return _quantize_rows(x, "none", symmetric, bits)
 
 
-def quantize_rows_static(x: Tensor, input_scale: Tensor, input_zero_point: Tensor) -> Rows:
-    """quantize_rows with one given scale fp32 [] and zero point int32 [] of uint8 codes, in [0, 255].
+def quantize_rows_static(x: Tensor, input_scale: Tensor, input_zero_point: Tensor, bits: int = 8) -> Rows:
+    """quantize_rows with one given scale fp32 [] and zero point int32 [], in the range of the codes: [0, 2**bits - 1].
 
     A row with NaN or an infinity has scale NaN here too.
     """
-    return _quantize_rows(x, "none", False, (input_scale, input_zero_point))
+    return _quantize_rows(x, "none", False, bits, (input_scale, input_zero_point))
 
 
 def gelu_quantize_rows(x: Tensor, symmetric: bool, approximate: str = "none") -> Rows:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pyqkern.schemes import FP4, NF4, SCHEMES, Int4, Int8, Int8Outlier, Int8Stat
 
 RANGES = {"": Range(torch.tensor(-4.0), torch.tensor(4.0))}
 OPTIONS = [NF4(blocksize=128, double_quant=True), FP4(compute="bf16"), Int4(group_size=32), Int8(symmetric=True)]
+OPTIONS += [Int8(activation_bits=7, clip_weights=True), Int8Static(activation_bits=7)]
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES.values(), *OPTIONS, Int8Outlier(3.0), Int8Static(clip_weights=True)])
@@ -28,6 +30,28 @@ def test_wrong_dicts_say_what_is_wrong() -> None:
         Scheme.from_dict({"name": "int8-static", "ranges": {}})
     with pytest.raises(TypeError, match="scheme must be a name"):
         Scheme.from_dict({"blocksize": 32})
+
+
+def test_activations_of_7_bits() -> None:
+    scheme = Int8(activation_bits=7)
+    assert scheme == SCHEMES["int8-a7"] and scheme.name == "int8-a7" and Int8().name == "int8"
+    assert scheme == Scheme.from_dict({"name": "int8", "activation_bits": 7}) and scheme.to_dict() == {
+        "name": "int8-a7"
+    }
+    assert [copy.deepcopy(scheme).name, pickle.loads(pickle.dumps(scheme)).name] == ["int8-a7"] * 2
+    assert replace(scheme, activation_bits=8).name == "int8"
+    with pytest.raises(ValueError, match="activation_bits must be 8 or 7, got 6"):
+        Int8(activation_bits=6)
+    with pytest.raises(ValueError, match="activation_bits must be 8 or 7, got 4"):
+        Int8Static(activation_bits=4)
+    with pytest.raises(ValueError, match="symmetric must be False for activation_bits=7, got True"):
+        Int8(symmetric=True, activation_bits=7)
+    layer = QLinear.from_linear(nn.Linear(4, 4), Int8Static(activation_bits=7), ranges=RANGES)
+    assert torch.equal(layer.input_scale, torch.tensor([8.0 / 127])) and layer.input_zero_point == 64
+    with pytest.raises(
+        RuntimeError, match=r"input_zero_point must be one int32 within \[0, 127\], got int32 \[1\] with 128"
+    ):
+        layer.load_state_dict(layer.state_dict() | {"input_zero_point": torch.tensor([128], dtype=torch.int32)})
 
 
 def test_what_schemes_say_of_themselves() -> None:

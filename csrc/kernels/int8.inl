@@ -3,6 +3,7 @@
 //   per row   lo = min(0, min x), hi = max(0, max x)
 //             asymmetric: scale = (hi - lo) / 255, zero = clamp(-rint(lo / scale), 0, 255), code in [0, 255]
 //             symmetric:  scale = max(-lo, hi) / 127, zero = 128, code in [1, 255]
+//             of 7 bits:  asymmetric, with 127 in the place of 255
 //             q = clamp(rint(x * (1/scale) + zero));   a row of zeros has scale 1; NaN or inf in it makes scale NaN
 //   static    scale and zero are given, the same for every row: no pass for lo and hi; q and NaN as above
 //   sum       S[m][n] = sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k], exact while it fits an int32: K <= kMaxK
@@ -68,11 +69,12 @@ static_assert(VECTORS == 1 || VECTORS % NV == 0, "tile");
 struct ColumnSums { i32 sum, pairs; };
 INLINE ColumnSums load_sums(const int8_t* column_sums) {
   ColumnSums k;
-  if (!CENTERED) k.sum = load((const int32_t*)column_sums);
+  if (!CENTERED || Codes7::FOLDED) k.sum = load((const int32_t*)column_sums);
   if (PAIRED) k.pairs = load((const int32_t*)(column_sums + kLine));
   return k;
 }
 INLINE i32 correct(i32 s, const QRows& a, size_t m, const ColumnSums& k) {
+  if (is_folded(a)) return s - set1(a.correction[m]) * k.sum;
   if (PAIRED) return (i32)((u32)s - (u32)k.pairs - (u32)set1(a.correction[m]));
   return CENTERED ? s : s - set1(a.correction[m]) * k.sum;
 }
@@ -240,8 +242,14 @@ template <class Wide> INLINE const Wide* widen_strip(const int8_t* b, size_t Q, 
   return wide;
 }
 
+template <class Codes>
+static void folded_gemm(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+                        const Tail&);  // int8_a7.inl
+
 static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
                       const Tail& t) {
+  if constexpr (Codes7::FOLDED)
+    if (is_folded(a)) return folded_gemm<Codes7>(a, m0, rows, K, packed, begin, end, t);
   const size_t stop = end * kPanel < t.N ? end * kPanel : t.N;
   const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
   const bool widen = WIDE_QUADS && quads(K) <= WIDE_QUADS && rows >= 8 * MR_WIDE;
@@ -306,6 +314,8 @@ static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed
 
 static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
                       const Tail& t) {
+  if constexpr (Codes7::FOLDED)
+    if (is_folded(a)) return folded_gemm<Codes7>(a, m0, rows, K, packed, begin, end, t);
   const TailFunction tail = tail_of(t);
   for (size_t panel = begin; panel < end; ++panel, packed += panel_bytes(K)) {
     const size_t n0 = panel * kPanel;

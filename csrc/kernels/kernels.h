@@ -53,12 +53,14 @@ struct Channels {
 // The packed weight of an INT8 linear, the same on every ISA: panels of 16 rows of W, int8
 //   packed[panel][k/4][n%16][k%4] = W[n][k],  n = 16*panel + n%16,  zero outside [N, K],
 // and behind each panel, as int32, its 16 column sums, sum_k W[n][k], and its 16 sums of pairs, sum_i W[n][2i]
-// W[n][2i+1]. So a panel is (ceil(K/4) + 2) * 64 bytes.
+// W[n][2i+1]; then the marks of int8_mark, one bit for two lines, bit i in byte i/8. So a panel is
+// (ceil(K/4) + 2 + mark_lines(K)) * 64 bytes.
 constexpr size_t kPanel = 16;
 constexpr size_t kLine = 64;
 static inline size_t quads(size_t K) { return (K + 3) / 4; }
 static inline size_t panels(size_t N) { return (N + kPanel - 1) / kPanel; }
-static inline size_t panel_bytes(size_t K) { return (quads(K) + 2) * kLine; }
+static inline size_t mark_lines(size_t K) { return (quads(K) / 2 + 8 * kLine - 1) / (8 * kLine); }
+static inline size_t panel_bytes(size_t K) { return (quads(K) + 2 + mark_lines(K)) * kLine; }
 
 // The softmax takes this many scores at a time; it overwrites those past the last.
 constexpr size_t kSoftmaxStep = 64;
@@ -79,6 +81,7 @@ struct QRows {
   void* q;       // [rows, 4 * ceil(K/4)] of Kernels::row_element_bytes each, in the order that the ISA's product reads
   float* scale;  // [rows]
   int32_t* correction;  // [rows], what the ISA's product takes off its sums for a row (simd.h)
+  int bits = 8;         // of the codes; 7: asymmetric codes in [0, 127], a form of their own where that is faster
 };
 
 // A 4-bit code: what its sixteen codes stand for, in units of a block's scale.
@@ -103,10 +106,11 @@ static inline size_t step_of(size_t blocksize) { return blocksize < kStepMax ? b
 
 struct Kernels {
   const char* name;
-  unsigned needs;            // the instruction sets it is compiled for: CpuFeature, or-ed
-  size_t row_element_bytes;  // 1: u8 codes; 2: i16 codes with the zero point already taken off
-  size_t gemv_rows;          // int8_gemv takes up to this many rows
-  size_t dot_rows;           // int8_dot too; 0 where it does not pay
+  unsigned needs;               // the instruction sets it is compiled for: CpuFeature, or-ed
+  size_t row_element_bytes;     // 1: u8 codes; 2: i16 codes with the zero point already taken off
+  size_t row_element_bytes_a7;  // the same of rows of 7 bits, at most as many
+  size_t gemv_rows;             // int8_gemv takes up to this many rows
+  size_t dot_rows;              // int8_dot too; 0 where it does not pay
 
   // q[i] = clamp(rint(t), qmin, qmax) for i in [begin, end) of the flat tensor, ties to even;
   //   t = fma(x[i], 1/scale, zero_point) per tensor, t = x[i] * (1/scale) + zero_point (two roundings) otherwise:
@@ -130,7 +134,13 @@ struct Kernels {
   // Packs rows [16*panel, 16*panel + 16) of w [N, K]. Every value, -128 included.
   void (*int8_pack)(const int8_t* w, size_t N, size_t K, size_t panel, int8_t* packed_panel);
 
+  // Marks the lines 2i and 2i + 1 of a packed panel where products with codes of 7 bits cannot be added in int16: where
+  // in a column the positive or the negative ones of W[n][8i + {0, 1, 4, 5}] or of W[n][8i + {2, 3, 6, 7}] sum to more
+  // than 258 (127 * 258 < 2^15). The product of rows of 7 bits reads the marks, that of 8 bits does not.
+  void (*int8_mark)(size_t K, int8_t* packed_panel);
+
   // Quantizes `rows` rows of x, K elements each, `ldx` apart, each with its own scale and zero point (see int8.inl).
+  // `symmetric` is of rows of 8 bits.
   void (*int8_quantize_rows)(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows&);
 
   // The same with one given scale and zero point for all rows.
@@ -229,6 +239,11 @@ struct Kernels {
   // y[m][n] = product[m][n] + bias[n] (fp32 or nullptr), product in bf16.
   void (*four_bit_finish_bf16)(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype);
 };
+
+// Bytes of one quantized row.
+static inline size_t row_bytes(const Kernels& k, size_t K, int bits = 8) {
+  return 4 * quads(K) * (bits == 7 ? k.row_element_bytes_a7 : k.row_element_bytes);
+}
 
 // The tables that were built, best first.
 extern const Kernels* const kBuilt[];

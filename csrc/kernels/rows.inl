@@ -7,78 +7,98 @@
 namespace pyqkern {
 namespace PYQKERN_ISA {
 
+// Rows of codes of BITS bits. Those of 7 have a form of their own where int8_a7.inl multiplies them: plain codes, whose
+// correction is the zero point.
+template <int BITS> struct RowOf { typedef ROW_T type; };
+template <> struct RowOf<7> { typedef Codes7::row_t type; };
+template <int BITS> using row_t = typename RowOf<BITS>::type;
+template <int BITS> constexpr bool is_paired = PAIRED && !(BITS == 7 && Codes7::FOLDED);
+INLINE bool is_folded(const QRows& rows) { return Codes7::FOLDED && rows.bits == 7; }
+
 struct RowScale {
   float scale;
   int32_t zero;
 };
 
-INLINE RowScale row_scale(float least, float greatest, bool symmetric) {
+INLINE RowScale row_scale(float least, float greatest, bool symmetric, int bits) {
   float lo = least < 0 ? least : 0.0f, hi = greatest > 0 ? greatest : 0.0f;
   if (least != least || greatest != greatest) return {__builtin_nanf(""), symmetric ? 128 : 0};
-  float levels = symmetric ? 127.0f : 255.0f;
+  const float levels = symmetric || bits == 7 ? 127.0f : 255.0f;
   float extent = symmetric ? (-lo > hi ? -lo : hi) : hi - lo;
   float scale = extent / levels;
   if (extent > kGreatest) scale = hi / levels - lo / levels;
   if (scale < kLeastNormal) scale = extent == 0 ? 1.0f : kLeastNormal;
   if (symmetric) return {scale, 128};
   float zero = __builtin_rintf(-lo / scale);
-  return {scale, zero > 255 ? 255 : (int32_t)zero};
+  return {scale, (int32_t)(zero > levels ? levels : zero)};
 }
 
 // Codes of one row, filled up to a multiple of four by that of 0 (the weight is zero there, so any code does). Returns
 // the row's correction. Rounding can carry a code one past its range, x * (1/scale) + zero having three roundings:
-// store_codes limits it.
-template <class T> INLINE int32_t quantize_row(const T* x, size_t K, float inverse, int32_t zero_point, ROW_T* q) {
+// store_codes limits those of 8 bits.
+template <int BITS = 8, class T>
+INLINE int32_t quantize_row(const T* x, size_t K, float inverse, int32_t zero_point, row_t<BITS>* q) {
   const size_t block = 4 * LANES;
   const f32 inv_scale = set1(inverse), zero = set1((float)zero_point);
   i32 pairs{};
-  auto code = [&](const T* p) { return round(load(p) * inv_scale + zero); };
-  auto codes = [&](const T* p, ROW_T* out) {
+  auto code = [&](const T* p) {
+    const i32 rounded = round(load(p) * inv_scale + zero);
+    return BITS == 7 ? min(rounded, set1(127)) : rounded;
+  };
+  auto codes = [&](const T* p, row_t<BITS>* out) {
     store_codes(out, code(p), code(p + LANES), code(p + 2 * LANES), code(p + 3 * LANES), set1(zero_point), pairs);
   };
   size_t k = 0;
   for (; k + block <= K; k += block) codes(x + k, q + k);
   if (k < K) {
     T rest[block] = {};
-    ROW_T last[block];
+    row_t<BITS> last[block];
     memcpy(rest, x + k, (K - k) * sizeof(T));
     codes(rest, last);
-    memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
+    memcpy(q + k, last, (4 * quads(K) - k) * sizeof *q);
   }
-  return PAIRED ? total(pairs) : zero_point;
+  return is_paired<BITS> ? total(pairs) : zero_point;
 }
 
-template <class T> static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric,
-                                                const QRows& out) {
+template <int BITS, class T>
+static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows& out) {
   float least, greatest;
   range_of(x, K, &least, &greatest);
   for (size_t m = 0; m < rows; ++m, x += ldx) {
-    const RowScale s = row_scale(least, greatest, symmetric);
+    const RowScale s = row_scale(least, greatest, symmetric, BITS);
     if (m + 1 < rows)
       range_of(x + ldx, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
-    ROW_T* q = (ROW_T*)out.q + m * 4 * quads(K);
+    auto* q = (row_t<BITS>*)out.q + m * 4 * quads(K);
     out.scale[m] = s.scale;
     if (s.scale == s.scale) {
-      out.correction[m] = quantize_row(x, K, 1.0f / s.scale, s.zero, q);
+      out.correction[m] = quantize_row<BITS>(x, K, 1.0f / s.scale, s.zero, q);
     } else {  // any codes: NaN times their sum is NaN
-      memset(q, 0, 4 * quads(K) * sizeof(ROW_T));
+      memset(q, 0, 4 * quads(K) * sizeof *q);
       out.correction[m] = 0;
     }
   }
 }
 
+template <class T>
+INLINE void quantize_rows_as(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows& out) {
+  if (out.bits == 7) quantize_rows_of<7>(x, ldx, rows, K, symmetric, out);
+  else quantize_rows_of<8>(x, ldx, rows, K, symmetric, out);
+}
+
 static void int8_quantize_rows(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric,
                                const QRows& out) {
-  if (dtype == kFloat32) quantize_rows_of((const float*)x, ldx, rows, K, symmetric, out);
-  else if (dtype == kBFloat16) quantize_rows_of((const bf16*)x, ldx, rows, K, symmetric, out);
-  else quantize_rows_of((const fp16*)x, ldx, rows, K, symmetric, out);
+  if (dtype == kFloat32) quantize_rows_as((const float*)x, ldx, rows, K, symmetric, out);
+  else if (dtype == kBFloat16) quantize_rows_as((const bf16*)x, ldx, rows, K, symmetric, out);
+  else quantize_rows_as((const fp16*)x, ldx, rows, K, symmetric, out);
 }
 
 // Codes of one row under a given scale: values beyond its range saturate before they are rounded, since they may be too
 // large for an int32. False where the row holds NaN or an infinity.
-template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, ROW_T* q, int32_t* correction) {
+template <int BITS, class T>
+INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, row_t<BITS>* q, int32_t* correction) {
   const size_t block = 4 * LANES;
-  const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero), top = set1(255.0f);
+  const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero);
+  const f32 top = set1(BITS == 7 ? 127.0f : 255.0f);
   f32 bad[4] = {};
   i32 pairs{};
   auto code = [&](const T* p, f32& nan) {
@@ -86,7 +106,7 @@ template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScal
     nan = nan_if_not_finite(v, nan);
     return round(clamp(v * inv_scale + zero, f32{}, top));
   };
-  auto codes = [&](const T* p, ROW_T* out) {
+  auto codes = [&](const T* p, row_t<BITS>* out) {
     const i32 a = code(p, bad[0]), b = code(p + LANES, bad[1]), c = code(p + 2 * LANES, bad[2]),
               d = code(p + 3 * LANES, bad[3]);
     store_codes(out, a, b, c, d, set1(s.zero), pairs);
@@ -95,12 +115,12 @@ template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScal
   for (; k + block <= K; k += block) codes(x + k, q + k);
   if (k < K) {
     T rest[block] = {};
-    ROW_T last[block];
+    row_t<BITS> last[block];
     memcpy(rest, x + k, (K - k) * sizeof(T));
     codes(rest, last);
-    memcpy(q + k, last, (4 * quads(K) - k) * sizeof(ROW_T));
+    memcpy(q + k, last, (4 * quads(K) - k) * sizeof *q);
   }
-  *correction = PAIRED ? total(pairs) : s.zero;
+  *correction = is_paired<BITS> ? total(pairs) : s.zero;
   float lanes[LANES];
   store(lanes, (bad[0] + bad[1]) + (bad[2] + bad[3]));
   for (int i = 0; i < LANES; ++i)
@@ -108,20 +128,27 @@ template <class T> INLINE bool quantize_row_static(const T* x, size_t K, RowScal
   return true;
 }
 
-template <class T> static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale s,
-                                                       const QRows& out) {
+template <int BITS, class T>
+static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale s, const QRows& out) {
   for (size_t m = 0; m < rows; ++m, x += K) {
-    const bool finite = quantize_row_static(x, K, s, (ROW_T*)out.q + m * 4 * quads(K), out.correction + m);
+    auto* q = (row_t<BITS>*)out.q + m * 4 * quads(K);
+    const bool finite = quantize_row_static<BITS>(x, K, s, q, out.correction + m);
     out.scale[m] = finite ? s.scale : __builtin_nanf("");
   }
+}
+
+template <class T> INLINE void quantize_rows_static_as(const T* x, size_t rows, size_t K, RowScale s,
+                                                       const QRows& out) {
+  if (out.bits == 7) quantize_rows_static_of<7>(x, rows, K, s, out);
+  else quantize_rows_static_of<8>(x, rows, K, s, out);
 }
 
 static void int8_quantize_rows_static(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero,
                                       const QRows& out) {
   const RowScale s{scale, zero};
-  if (dtype == kFloat32) quantize_rows_static_of((const float*)x, rows, K, s, out);
-  else if (dtype == kBFloat16) quantize_rows_static_of((const bf16*)x, rows, K, s, out);
-  else quantize_rows_static_of((const fp16*)x, rows, K, s, out);
+  if (dtype == kFloat32) quantize_rows_static_as((const float*)x, rows, K, s, out);
+  else if (dtype == kBFloat16) quantize_rows_static_as((const bf16*)x, rows, K, s, out);
+  else quantize_rows_static_as((const fp16*)x, rows, K, s, out);
 }
 
 static void int8_load_rows(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows& out) {

@@ -3,6 +3,7 @@
 
 #include "kernels/encoder.inl"
 #include "kernels/four_bit.inl"
+#include "kernels/int8_a7.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
@@ -12,6 +13,7 @@ const Kernels table = {
     PYQKERN_STRING(PYQKERN_ISA),
     NEEDS,
     sizeof(ROW_T),
+    sizeof(Codes7::row_t),
     GEMV_ROWS,
     DOT_ROWS,
     quantize,
@@ -19,6 +21,7 @@ const Kernels table = {
     min_max,
     widen,
     int8_pack,
+    int8_mark,
     int8_quantize_rows,
     int8_quantize_rows_static,
     int8_load_rows,

@@ -85,17 +85,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "int8_linear",
       [](Address x, int dtype, Address packed, Address w_scale, Address bias, int bias_dtype, size_t M, size_t N,
-         size_t K, Address y, int activation, bool symmetric) {
+         size_t K, Address y, int activation, bool symmetric, int bits) {
         int8_linear(at<void>(x), dtype, at<int8_t>(packed), at<float>(w_scale), at<void>(bias), bias_dtype, M, N, K,
-                    at<void>(y), activation, symmetric, nullptr, nullptr);
+                    at<void>(y), activation, symmetric, bits, nullptr, nullptr);
       },
       nogil);
   m.def(
       "int8_linear_static",
       [](Address x, int dtype, Address packed, Address w_scale, Address bias, int bias_dtype, size_t M, size_t N,
-         size_t K, Address y, int activation, Address x_scale, Address x_zero) {
+         size_t K, Address y, int activation, int bits, Address x_scale, Address x_zero) {
         int8_linear(at<void>(x), dtype, at<int8_t>(packed), at<float>(w_scale), at<void>(bias), bias_dtype, M, N, K,
-                    at<void>(y), activation, false, at<float>(x_scale), at<int32_t>(x_zero));
+                    at<void>(y), activation, false, bits, at<float>(x_scale), at<int32_t>(x_zero));
       },
       nogil);
 
@@ -114,8 +114,8 @@ PYBIND11_MODULE(_C, m) {
       "encoder_layer",
       [](Address x, int dtype, size_t batch, size_t length, const Added& mask, const Added& bias,
          const std::array<Linear, 6>& linears, const std::array<Address, 4>& norms, int norm_dtype, float eps1,
-         float eps2, size_t heads, size_t head_size, float scaling, int activation, bool symmetric, Address input_factor,
-         Address up_factor, Address y) {
+         float eps2, size_t heads, size_t head_size, float scaling, int activation, bool symmetric, int bits,
+         Address input_factor, Address up_factor, Address y) {
         auto linear = [&](int i) {
           const Linear& a = linears[i];
           EncoderLinear l{at<int8_t>(a[0]), at<float>(a[1]), at<void>(a[2]), static_cast<int>(a[3]), a[4], a[5], {}};
@@ -138,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
                                  scaling,
                                  activation,
                                  symmetric,
+                                 bits,
                                  at<float>(input_factor),
                                  at<float>(up_factor)};
         auto added = [](const Added& a) { return Mask{at<void>(a[0]), a[1] != 0, a[2], a[3], a[4], a[5]}; };

@@ -98,18 +98,18 @@ bool bias_fits(PyObject* object, size_t n, View* bias) {
   return object == Py_None || (bias->read(object) && bias->dtype() >= 0 && bias->ndim == 1 && bias->elements() == n);
 }
 
-// int8_linear(x, packed, weight_scale, bias or None, y, activation, symmetric[, x_scale, x_zero]) -> whether y was
-// written
+// int8_linear(x, packed, weight_scale, bias or None, y, activation, symmetric, bits[, x_scale, x_zero]) -> whether y
+// was written
 PyObject* int8_linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
   View x, packed, scale, bias, y, x_scale, x_zero;
-  const bool is_static = count == 9;
-  if (!api || (count != 7 && !is_static) || !x.read(args[0]) || !packed.read(args[1]) || !scale.read(args[2]) ||
+  const bool is_static = count == 10;
+  if (!api || (count != 8 && !is_static) || !x.read(args[0]) || !packed.read(args[1]) || !scale.read(args[2]) ||
       !y.read(args[4]))
     Py_RETURN_FALSE;
   if (x.ndim < 1 || scale.ndim != 1 || packed.ndim != 3 || x.dtype() < 0 || scale.dtype() != kFloat32) Py_RETURN_FALSE;
   const size_t K = static_cast<size_t>(x.shape[x.ndim - 1]), M = x.elements() / K, N = scale.elements();
   if (packed.code != kDLInt || packed.bits != 8 || static_cast<size_t>(packed.shape[0]) != panels(N) ||
-      static_cast<size_t>(packed.shape[1]) != quads(K) + 2 || packed.shape[2] != kLine || K > kMaxK)
+      static_cast<size_t>(packed.shape[1]) * kLine != panel_bytes(K) || packed.shape[2] != kLine || K > kMaxK)
     Py_RETURN_FALSE;
   if (y.dtype() != x.dtype() || y.elements() != M * N || !bias_fits(args[3], N, &bias)) Py_RETURN_FALSE;
   const long activation = PyLong_AsLong(args[5]);
@@ -118,13 +118,18 @@ PyObject* int8_linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count
     PyErr_Clear();
     Py_RETURN_FALSE;
   }
-  if (is_static && (!x_scale.read(args[7]) || x_scale.dtype() != kFloat32 || x_scale.elements() != 1 ||
-                    !x_zero.read(args[8]) || x_zero.code != kDLInt || x_zero.bits != 32 || x_zero.elements() != 1))
+  const long bits = PyLong_AsLong(args[7]);
+  if (bits != 8 && (bits != 7 || symmetric)) {
+    PyErr_Clear();
+    Py_RETURN_FALSE;
+  }
+  if (is_static && (!x_scale.read(args[8]) || x_scale.dtype() != kFloat32 || x_scale.elements() != 1 ||
+                    !x_zero.read(args[9]) || x_zero.code != kDLInt || x_zero.bits != 32 || x_zero.elements() != 1))
     Py_RETURN_FALSE;
   return without_gil([&] {
     int8_linear(x.data, x.dtype(), static_cast<const int8_t*>(packed.data), static_cast<const float*>(scale.data),
                 bias.data, bias.data ? bias.dtype() : 0, M, N, K, y.data, static_cast<int>(activation), symmetric != 0,
-                is_static ? static_cast<const float*>(x_scale.data) : nullptr,
+                static_cast<int>(bits), is_static ? static_cast<const float*>(x_scale.data) : nullptr,
                 is_static ? static_cast<const int32_t*>(x_zero.data) : nullptr);
   });
 }
@@ -193,7 +198,8 @@ PyObject* use_exchange(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"int8_linear_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(int8_linear_tensors)),
      METH_FASTCALL,
-     "(x, packed, weight_scale, bias or None, y, activation, symmetric[, x_scale, x_zero]) -> whether y was written; "
+     "(x, packed, weight_scale, bias or None, y, activation, symmetric, bits[, x_scale, x_zero]) -> whether y was "
+     "written; "
      "False: take the other way."},
     {"linear_4bit_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_4bit_tensors)),
      METH_FASTCALL,

@@ -71,6 +71,33 @@ INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32 zero, i32& pai
 }
 INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)row[k / 4 * 4 + k % 2 * 2 + k / 2 % 2]; }
 
+// ---- the INT8 product of codes of 7 bits
+// vpmaddubsw cannot saturate: 2*127*128 < 2^15. 8 accumulators, two quads of a panel, ones, and the rows' quads take the
+// 16 registers.
+INLINE void store_codes(uint8_t* q, i32 a, i32 b, i32 c, i32 d, i32, i32&) {
+  const bytes_t codes = narrow(a, b, c, d);
+  memcpy(q, &codes, sizeof codes);
+}
+struct Codes7 {
+  static constexpr bool FOLDED = true;
+  static constexpr int MR = 4;
+  typedef uint8_t row_t;
+  typedef __m256i quad_t;
+  static INLINE_MEMBER quad_t load_a(const uint8_t* p) {
+    int32_t quad;
+    memcpy(&quad, p, 4);
+    return _mm256_set1_epi32(quad);
+  }
+  static INLINE_MEMBER quad_t load_b(const int8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static INLINE_MEMBER acc_t add(acc_t c, __m256i products) {
+    return c + (acc_t)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+  }
+  static INLINE_MEMBER acc_t dot(acc_t c, quad_t a, quad_t b) { return add(c, _mm256_maddubs_epi16(a, b)); }
+  static INLINE_MEMBER acc_t dot(acc_t c, quad_t a0, quad_t b0, quad_t a1, quad_t b1) {
+    return add(c, _mm256_add_epi16(_mm256_maddubs_epi16(a0, b0), _mm256_maddubs_epi16(a1, b1)));
+  }
+};
+
 // ---- the 4-bit product of integers
 // vpmaddubsw of |x| and w with x's sign: at most 2 * 127 * 127 = 32258, which an int16 holds.
 constexpr int OFFSET = 0;

@@ -103,6 +103,11 @@ INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32, i32&) {
 INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)(row[k] ^ 128); }
 INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
+struct Codes7 {
+  static constexpr bool FOLDED = false;
+  typedef ROW_T row_t;
+};
+
 // ---- the 4-bit product of integers
 constexpr int OFFSET = 128;
 typedef __m512i w_t, x_t, nibbles_t;

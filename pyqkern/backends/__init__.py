@@ -25,9 +25,13 @@ QRANGE = {torch.int8: (-128, 127), torch.uint8: (0, 255)}
 
 
 def qrange(dtype: torch.dtype, bits: int = 8) -> tuple[int, int]:
-    """[qmin, qmax] of codes of 8 or 4 bits, which are kept one to an element of dtype."""
+    """[qmin, qmax] of codes of 8 bits or less, which are kept one to an element of dtype."""
     qmin, qmax = QRANGE[dtype]
-    return (qmin, qmax) if bits == 8 else (qmin // 16, qmax // 16)
+    return qmin >> (8 - bits), qmax >> (8 - bits)
+
+
+# Bits of the activations' codes in an INT8 linear. Those of 7 bits are asymmetric, in [0, 127].
+ACTIVATION_BITS = (8, 7)
 
 
 # The activations that the linear's tail can apply; the position is the code that C++ takes.
@@ -118,9 +122,16 @@ class Kernels(Protocol):
         """weight[rows] int8 [M, k]; rows int64 [M] within [0, n)."""
 
     def int8_linear(
-        self, x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+        self,
+        x: Tensor,
+        packed: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        symmetric: bool,
+        bits: int,
     ) -> Tensor:
-        """x [..., K] -> [..., N] of x's dtype; weight_scale fp32 [N], bias floats [N]."""
+        """x [..., K] -> [..., N] of x's dtype; weight_scale fp32 [N], bias floats [N]. bits: of x's codes, 8 or 7."""
 
     def int8_linear_static(
         self,
@@ -131,6 +142,7 @@ class Kernels(Protocol):
         activation: str,
         input_scale: Tensor,
         input_zero_point: Tensor,
+        bits: int,
     ) -> Tensor:
         """int8_linear with one scale, fp32, and one zero point, int32, for all of x."""
 

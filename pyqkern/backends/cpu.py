@@ -61,8 +61,9 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
 
 
 def packed_shape(n: int, k: int) -> Shape:
-    """[panel][k / 4][16 channels of 4 k]; the last line of a panel holds its channels' sums: `reference.panels`."""
-    return ((n + PANEL - 1) // PANEL, (k + 3) // 4 + 2, 4 * PANEL)
+    """[panel][k / 4][16 channels of 4 k]; the last lines of a panel hold what `reference.panels` says."""
+    quads = (k + 3) // 4
+    return ((n + PANEL - 1) // PANEL, quads + 2 + (quads // 2 + 511) // 512, 4 * PANEL)
 
 
 def int8_pack(weight: Tensor) -> Tensor:
@@ -90,13 +91,13 @@ def _bias(bias: Tensor | None) -> tuple[int, int]:
 
 
 def int8_linear(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool, bits: int
 ) -> Tensor:
     n, k = weight_scale.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], n))
     _C.int8_linear(
         x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), weight_scale.data_ptr(), *_bias(bias),
-        x.numel() // k, n, k, y.data_ptr(), ACTIVATION_CODES[activation], symmetric,
+        x.numel() // k, n, k, y.data_ptr(), ACTIVATION_CODES[activation], symmetric, bits,
     )  # fmt: skip
     return y
 
@@ -109,12 +110,13 @@ def int8_linear_static(
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
+    bits: int,
 ) -> Tensor:
     n, k = weight_scale.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], n))
     _C.int8_linear_static(
         x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), weight_scale.data_ptr(), *_bias(bias),
-        x.numel() // k, n, k, y.data_ptr(), ACTIVATION_CODES[activation],
+        x.numel() // k, n, k, y.data_ptr(), ACTIVATION_CODES[activation], bits,
         input_scale.data_ptr(), input_zero_point.data_ptr(),
     )  # fmt: skip
     return y
@@ -293,6 +295,7 @@ def encoder_layer(
     scaling: float,
     activation: str,
     symmetric: bool,
+    bits: int,
     factors: Sequence[int],
 ) -> Tensor:
     """mask, position_bias: address, or 0, whether bool, heads, strides in elements of batch, head and query.
@@ -302,7 +305,8 @@ def encoder_layer(
     y = torch.empty_like(x)
     _C.encoder_layer(
         x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], mask, position_bias, linears, norms, norm_dtype,
-        *eps, heads, head_size, scaling, ACTIVATION_CODES[activation], symmetric, *factors, y.data_ptr(),
+        *eps, heads, head_size, scaling, ACTIVATION_CODES[activation], symmetric, bits, *factors,
+        y.data_ptr(),
     )  # fmt: skip
     return y
 
@@ -314,13 +318,13 @@ _HAS_EXCHANGE: bool = _exchange is not None and _C.use_exchange(_exchange, Tenso
 
 
 def _short_int8(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool, bits: int
 ) -> Tensor | None:
     if not x.dim() or not weight_scale.dim():
         return None
     y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
     code = ACTIVATION_CODES.get(activation, -1)
-    return y if _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, symmetric) else None
+    return y if _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, symmetric, bits) else None
 
 
 def _short_int8_static(
@@ -331,12 +335,13 @@ def _short_int8_static(
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
+    bits: int,
 ) -> Tensor | None:
     if not x.dim() or not weight_scale.dim():
         return None
     y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
     code = ACTIVATION_CODES.get(activation, -1)
-    written = _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, False, input_scale, input_zero_point)
+    written = _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, False, bits, input_scale, input_zero_point)
     return y if written else None
 
 

@@ -52,9 +52,9 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
 
 
 def int8_linear(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool, bits: int
 ) -> Tensor:
-    y = kernels("int8").int8_linear(x.view(-1, x.shape[-1]), packed, weight_scale, bias, activation, symmetric)
+    y = kernels("int8").int8_linear(x.view(-1, x.shape[-1]), packed, weight_scale, bias, activation, symmetric, bits)
     return y.view(*x.shape[:-1], weight_scale.shape[0])
 
 
@@ -66,9 +66,10 @@ def int8_linear_static(
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
+    bits: int,
 ) -> Tensor:
     y = kernels("int8").int8_linear_static(
-        x.view(-1, x.shape[-1]), packed, weight_scale, bias, activation, input_scale, input_zero_point
+        x.view(-1, x.shape[-1]), packed, weight_scale, bias, activation, input_scale, input_zero_point, bits
     )
     return y.view(*x.shape[:-1], weight_scale.shape[0])
 

@@ -24,7 +24,8 @@ def optimize(
 
     scheme, include, exclude, errors: as for `replace_linear`. Linears that are quantized already, by it or as they were
     loaded, stay what they are. A layer is fused where all six linears have the same
-    scheme and it quantizes activations per token: "int8", or "nf4", "fp4" and "int4" with compute "auto" or "int8".
+    scheme and it quantizes activations per token: "int8" or "int8-a7" (whose attention keeps 8 bits), or "nf4", "fp4"
+    and "int4" with compute "auto" or "int8".
 
     >>> import torch, pyqkern
     >>> from transformers import BertConfig, BertModel

@@ -83,7 +83,7 @@ def unfit(linear: nn.Module) -> str | None:
 
 def _format(linear: Any) -> Format:
     if type(linear) is Int8Linear:
-        return Format(linear.scheme.symmetric)
+        return Format(linear.scheme.symmetric, linear.scheme.name)
     return Format(True, linear.quant_type, linear.blocksize, "absmax", NESTED if linear.double_quant else ())
 
 

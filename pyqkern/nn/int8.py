@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, Kernels, Shape, reference
+from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, Kernels, Shape, qrange, reference
 from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import int8 as ops_int8
@@ -81,7 +81,8 @@ class Int8Linear(QLinear, scheme=Int8):
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
-        return ops_int8.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", self.scheme.symmetric)
+        how = (self.scheme.symmetric, self.scheme.activation_bits)
+        return ops_int8.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", *how)
 
     _packed: ClassVar[dict[str, str]] = {"weight": "packed"}
 
@@ -143,16 +144,15 @@ class Int8StaticLinear(Int8Linear, scheme=Int8Static):
                 "calibrate with per_channel=False"
             )
         lo, hi = bounds.lo.reshape(1), bounds.hi.reshape(1)
-        scale, zero_point = reference.qparams_from_range(lo, hi, torch.uint8, False)
+        scale, zero_point = reference.qparams_from_range(lo, hi, torch.uint8, False, self.scheme.activation_bits)
         device = self.packed.device
         self.input_scale, self.input_zero_point = scale.to(device), zero_point.to(device)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers: Any = self._buffers
-        weight = (buffers["packed"], buffers["weight_scale"])
-        return ops_int8.int8_linear_static(
-            x, *weight, bias, "none", buffers["input_scale"], buffers["input_zero_point"]
-        )
+        weight = (buffers["packed"], buffers["weight_scale"], bias)
+        how = (buffers["input_scale"], buffers["input_zero_point"], self.scheme.activation_bits)
+        return ops_int8.int8_linear_static(x, *weight, "none", *how)
 
     def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         problems = super()._load_problems(state_dict, prefix)
@@ -163,8 +163,9 @@ class Int8StaticLinear(Int8Linear, scheme=Int8Static):
                 problems.append(f"{prefix}input_scale must be one float32 > 0 and finite, got {_said(scale)}")
         if zero is not None:
             fits = tuple(zero.shape) == (1,) and zero.dtype is torch.int32
-            if not fits or (not zero.is_meta and not 0 <= zero.item() <= 255):
-                problems.append(f"{prefix}input_zero_point must be one int32 within [0, 255], got {_said(zero)}")
+            _, top = qrange(torch.uint8, self.scheme.activation_bits)
+            if not fits or (not zero.is_meta and not 0 <= zero.item() <= top):
+                problems.append(f"{prefix}input_zero_point must be one int32 within [0, {top}], got {_said(zero)}")
         return problems
 
 

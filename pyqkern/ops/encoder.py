@@ -11,6 +11,8 @@ the attention, then of the one behind the feed-forward; eps of both. scaling: of
 the mask's shapes, added to the scores beside it. factors: nothing, or two fp32 vectors [hidden size]: what the input of
 query, key and value is multiplied by, and that of up; the residuals are not. Returns a tensor like x.
 
+quant_type "int8-a7": INT8 linears whose activations have 7 bits; symmetric is False.
+
 4 bits: quant_type "nf4", "fp4" or "int4". weights as pack_4bit makes them, their rows whole blocks; scales: absmax in
 the order of `Kernels.pack_scales`. width: rows of the query's weight; wide: of the feed-forward's. nested: nothing, or
 for each weight what its absmax, then uint8, stands for: fp32 absmax of blocks, fp32 map [256], fp32 offset []. The
@@ -43,6 +45,7 @@ class Prepared:
     norm_dtype: int
     hidden: int
     head_size: int
+    bits: int  # of the codes of the linears' activations
     factors: tuple[int, ...]
 
 
@@ -74,10 +77,11 @@ def prepare(
         for tensor in tensors:
             if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
                 raise ValueError(f"{name} must be contiguous and on the CPU, got a tensor on {tensor.device}")
-    if any(tensor.dim() != 1 for tensor in (*norms, *(scales if quant_type == "int8" else ()))):
+    is_int8 = quant_type in ("int8", "int8-a7")
+    if any(tensor.dim() != 1 for tensor in (*norms, *(scales if is_int8 else ()))):
         raise ValueError("scales and norms must have one dimension")
     hidden = norms[0].shape[0]
-    if quant_type == "int8":
+    if is_int8:
         features = scales[0].shape[0], scales[4].shape[0]
     elif len(features) != 2:
         raise ValueError(f"features must be [width, wide] for 4-bit linears, got {list(features)}")
@@ -91,10 +95,12 @@ def prepare(
         if norm.dtype not in FLOATS or norm.dtype is not dtype or norm.shape != (hidden,):
             raise ValueError(f"norms must be floats [{hidden}] of one dtype, got {norm.dtype} {tuple(norm.shape)}")
     sizes = (*((attention, hidden),) * 3, (hidden, attention), (wide, hidden), (hidden, wide))
-    if quant_type != "int8":
+    if not is_int8:
         check_format(quant_type, blocksize)
         if not symmetric:
             raise ValueError("symmetric must be True for 4-bit linears, got False")
+    if quant_type == "int8-a7" and symmetric:
+        raise ValueError("symmetric must be False for int8-a7, got True")
     linears = []
     for i, (name, (n, k)) in enumerate(zip(LINEARS, sizes, strict=True)):
         bias = biases[i]
@@ -102,7 +108,7 @@ def prepare(
             bias = None
         if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
             raise ValueError(f"the bias of {name} must be floats [{n}], got {bias.dtype} {tuple(bias.shape)}")
-        if quant_type == "int8":
+        if is_int8:
             linears.append(_int8(name, weights[i], scales[i], bias, n, k))
         else:
             nested_i = tuple(nested[3 * i : 3 * i + 3]) or (None, None, None)
@@ -111,8 +117,9 @@ def prepare(
     for factor in factors:
         if factor.dtype is not torch.float32 or factor.shape != (hidden,):
             raise ValueError(f"factors must be float32 [{hidden}], got {factor.dtype} {tuple(factor.shape)}")
+    bits = 7 if quant_type == "int8-a7" else 8
     addresses = [norm.data_ptr() for norm in norms], tuple(factor.data_ptr() for factor in factors) or (0, 0)
-    return Prepared(linears, addresses[0], cpu.DTYPE_CODES[dtype], hidden, attention // heads, addresses[1])
+    return Prepared(linears, addresses[0], cpu.DTYPE_CODES[dtype], hidden, attention // heads, bits, addresses[1])
 
 
 def _int8(name: str, packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> tuple[int, ...]:
@@ -182,7 +189,7 @@ def run(
         return _fake(x)
     return cpu.encoder_layer(
         x.contiguous(), *added, parts.linears, parts.norms, parts.norm_dtype, eps, heads, parts.head_size, scaling,
-        activation, symmetric, parts.factors,
+        activation, symmetric, parts.bits, parts.factors,
     )  # fmt: skip
 
 

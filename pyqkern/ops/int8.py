@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, INT8_MATMUL_MAX_K, Kernels, reference
+from pyqkern.backends import ACTIVATION_BITS, ACTIVATIONS, INT8_LINEAR_MAX_K, INT8_MATMUL_MAX_K, Kernels, reference
 from pyqkern.ops import registry
 from pyqkern.ops.checks import FLOATS, check_float, check_qtype
 from pyqkern.ops.registry import kernels_of, operator
@@ -133,15 +133,31 @@ def _check_linear(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
+def _check_bits(bits: int, symmetric: bool = False) -> None:
+    """Bits of the activations' codes."""
+    if bits not in ACTIVATION_BITS:
+        raise ValueError(f"bits must be 8 or 7, got {bits}")
+    if symmetric and bits != 8:
+        raise ValueError(f"bits must be 8 for symmetric activations, got {bits}")
+
+
 def _linear_fake(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    symmetric: bool,
+    bits: int = 8,
 ) -> Tensor:
     _check_linear(kernels_of(x.device), x, packed, weight_scale, bias, activation)
+    _check_bits(bits, symmetric)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
 @operator(
-    "int8_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, str activation, bool symmetric) -> Tensor",
+    "int8_linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, str activation, bool symmetric,"
+    " int bits=8) -> Tensor",
     _linear_fake,
     linear=True,
     rowwise=True,
@@ -154,13 +170,15 @@ def _linear(
     bias: Tensor | None,
     activation: str,
     symmetric: bool,
+    bits: int = 8,
 ) -> Tensor:
     _check_linear(kernels, x, packed, weight_scale, bias, activation)
+    _check_bits(bits, symmetric)
     if x.numel() == 0 or weight_scale.numel() == 0:
         return _linear_of_nothing(x, weight_scale, bias, activation)
     bias = None if bias is None else bias.contiguous()
     return kernels.int8_linear(
-        x.contiguous(), packed.contiguous(), weight_scale.contiguous(), bias, activation, symmetric
+        x.contiguous(), packed.contiguous(), weight_scale.contiguous(), bias, activation, symmetric, bits
     )
 
 
@@ -171,7 +189,7 @@ def _linear_of_nothing(x: Tensor, weight_scale: Tensor, bias: Tensor | None, act
 
 
 # torch.ops.pyqkern.int8_linear, by the shortest way.
-int8_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, bool], Tensor] = registry.short_way(
+int8_linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, bool, int], Tensor] = registry.short_way(
     "int8_linear", torch.ops.pyqkern.int8_linear.default
 )
 
@@ -198,7 +216,9 @@ def _static_fake(
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
+    bits: int = 8,
 ) -> Tensor:
+    _check_bits(bits)
     _check_linear(kernels_of(x.device), x, packed, weight_scale, bias, activation)
     _check_qparams(x, input_scale, input_zero_point)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
@@ -206,7 +226,7 @@ def _static_fake(
 
 @operator(
     "int8_linear_static(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, str activation,"
-    " Tensor input_scale, Tensor input_zero_point) -> Tensor",
+    " Tensor input_scale, Tensor input_zero_point, int bits=8) -> Tensor",
     _static_fake,
     linear=True,
     rowwise=True,
@@ -220,19 +240,21 @@ def _static(
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
+    bits: int = 8,
 ) -> Tensor:
+    _check_bits(bits)
     _check_linear(kernels, x, packed, weight_scale, bias, activation)
     _check_qparams(x, input_scale, input_zero_point)
     if x.numel() == 0 or weight_scale.numel() == 0:
         return _linear_of_nothing(x, weight_scale, bias, activation)
     x, packed, weight_scale = x.contiguous(), packed.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return kernels.int8_linear_static(x, packed, weight_scale, bias, activation, input_scale, input_zero_point)
+    return kernels.int8_linear_static(x, packed, weight_scale, bias, activation, input_scale, input_zero_point, bits)
 
 
 # torch.ops.pyqkern.int8_linear_static, by the shortest way.
-int8_linear_static: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, Tensor, Tensor], Tensor] = registry.short_way(
-    "int8_linear_static", torch.ops.pyqkern.int8_linear_static.default
+int8_linear_static: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, Tensor, Tensor, int], Tensor] = (
+    registry.short_way("int8_linear_static", torch.ops.pyqkern.int8_linear_static.default)
 )
 
 # ---- outlier columns
@@ -273,11 +295,11 @@ def _outlier(
     flat = x.reshape(-1, k).contiguous()
     columns = _outlier_columns(flat, threshold)
     if columns.numel() == 0:
-        return kernels.int8_linear(x.contiguous(), packed, weight_scale, bias, "none", symmetric)
+        return kernels.int8_linear(x.contiguous(), packed, weight_scale, bias, "none", symmetric, 8)
     rest = flat.float().index_fill(1, columns, 0.0)
     outliers = flat.index_select(1, columns).float()
     codes = kernels.int8_unpack(packed, n, k).index_select(1, columns)
-    y = kernels.int8_linear(rest, packed, weight_scale, bias, "none", symmetric)
+    y = kernels.int8_linear(rest, packed, weight_scale, bias, "none", symmetric, 8)
     y = y + functional.linear(outliers, codes.float() * weight_scale[:, None])
     return y.to(x.dtype).view(*x.shape[:-1], n)
 

@@ -102,7 +102,7 @@ def compile_all(capability: int) -> list[Compiled]:
     for k in (768, 3072, 20000):
         x, vector = empty(M, k, dtype=bf16), empty(k)
         row_quantize.quantize_rows(x, False)
-        row_quantize.quantize_rows_static(x, empty(), empty(dtype=s32))
+        row_quantize.quantize_rows_static(x, empty(), empty(dtype=s32), 7)
         row_quantize.gelu_quantize_rows(x, True)
         row_quantize.layer_norm_quantize_rows(x, vector, vector, 1e-5, False, x)
     int8.int8_matmul(empty(M, K, dtype=u8), empty(N, K, dtype=s8))

@@ -119,17 +119,17 @@ def on_gpu(name: str, *arguments: object) -> Any:
     return getattr(ops, name)(*(a.to(GPU) if isinstance(a, Tensor) else a for a in arguments))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("symmetric", "bits"), [(False, 8), (True, 8), (False, 7)])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_operators_give_the_bits_of_the_cpu(dtype: torch.dtype, symmetric: bool) -> None:
+def test_operators_give_the_bits_of_the_cpu(dtype: torch.dtype, symmetric: bool, bits: int) -> None:
     x, w = floats((2, 3, 70), 11, dtype), integers((33, 70), 12, torch.int8).clamp(min=-127)
     scale, bias = torch.rand(33) + 0.1, torch.randn(33)
     packed = on_gpu("int8_pack", w)
     same(on_gpu("int8_unpack", packed, 33, 70), w)
-    how = (scale, bias, "relu", symmetric)
+    how = (scale, bias, "relu", symmetric, bits)
     on_cpu = ops.int8_linear(x, ops.int8_pack(w), *how)
     same(on_gpu("int8_linear", x, packed, *how), on_cpu)
-    how = (scale, bias, "relu", torch.tensor([0.02]), torch.tensor([100], dtype=torch.int32))
+    how = (scale, bias, "relu", torch.tensor([0.02]), torch.tensor([100], dtype=torch.int32), bits)
     on_cpu = ops.int8_linear_static(x, ops.int8_pack(w), *how)
     same(on_gpu("int8_linear_static", x, packed, *how), on_cpu)
     same(on_gpu("int8_matmul", w, w), ops.int8_matmul(w, w))
@@ -158,6 +158,7 @@ def linear(n: int = 40, k: int = 128) -> nn.Linear:
 
 MODULES = {
     "int8": lambda: QLinear.from_linear(linear()),
+    "int8-a7": lambda: QLinear.from_linear(linear(), "int8-a7"),
     "int8, ragged": lambda: QLinear.from_linear(linear(33, 70)),
     "int8, symmetric, clipped": lambda: QLinear.from_linear(linear(), Int8(symmetric=True, clip_weights=True)),
     "int8-static": lambda: replace_linear(nn.Sequential(linear()), static())[0],

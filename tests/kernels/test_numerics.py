@@ -74,18 +74,21 @@ def unsigned(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tenso
     return codes, scale.cpu(), zero.cpu() + 128
 
 
-def check_rows(quantized: row_quantize.Rows, x: Tensor, symmetric: bool) -> None:
-    for ours, theirs in zip(unsigned(*quantized), reference.int8_quantize_rows(x.cpu(), symmetric), strict=True):
+def check_rows(quantized: row_quantize.Rows, x: Tensor, symmetric: bool, bits: int = 8) -> None:
+    for ours, theirs in zip(unsigned(*quantized), reference.int8_quantize_rows(x.cpu(), symmetric, bits), strict=True):
         same(ours, theirs)
 
 
+hows = st.sampled_from([(False, 8), (True, 8), (False, 7)])  # whether symmetric, bits
+
+
 @few
-@given(m=rows, k=widths, seed=seeds, dtype=float_types, symmetric=st.booleans())
-def test_quantize_rows(m: int, k: int, seed: int, dtype: torch.dtype, symmetric: bool) -> None:
+@given(m=rows, k=widths, seed=seeds, dtype=float_types, how=hows)
+def test_quantize_rows(m: int, k: int, seed: int, dtype: torch.dtype, how: tuple[bool, int]) -> None:
     x = floats((m, k), seed, dtype, FINITE)
     x[0] = 0
     x[-1, 0] = [float("nan"), float("inf"), 3e38, 1e-45][seed % 4]
-    check_rows(row_quantize.quantize_rows(x.to(GPU), symmetric), x, symmetric)
+    check_rows(row_quantize.quantize_rows(x.to(GPU), *how), x, *how)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -208,11 +211,11 @@ def test_every_int8_configuration_of_the_table(config: tuning.Config) -> None:
 
 @few
 @given(
-    m=rows, k=widths, n=st.integers(1, 70), seed=seeds, dtype=float_types, symmetric=st.booleans(),
+    m=rows, k=widths, n=st.integers(1, 70), seed=seeds, dtype=float_types, how=hows,
     bias=st.sampled_from([None, *FLOATS]), activation=st.sampled_from(["none", "relu"]), old=st.booleans(),
 )  # fmt: skip
 def test_int8_linear(
-    m: int, k: int, n: int, seed: int, dtype: torch.dtype, symmetric: bool,
+    m: int, k: int, n: int, seed: int, dtype: torch.dtype, how: tuple[bool, int],
     bias: torch.dtype | None, activation: str, old: bool,
 ) -> None:  # fmt: skip
     x = floats((m, k), seed, dtype)
@@ -227,9 +230,9 @@ def test_int8_linear(
         if old:  # the configurations of devices without a tensor memory accelerator
             patch.setattr(device, "capability", lambda _: 80)
             tuning.choose.cache_clear()
-        y = int8.int8_linear(x.to(GPU), packed, scale.to(GPU), moved, activation, symmetric)
+        y = int8.int8_linear(x.to(GPU), packed, scale.to(GPU), moved, activation, *how)
         tuning.choose.cache_clear()
-    same(y, reference.int8_linear(x, w, scale, b, activation, symmetric))
+    same(y, reference.int8_linear(x, w, scale, b, activation, *how))
 
 
 @few
@@ -253,11 +256,12 @@ def test_int8_linear_in_two_steps(m: int, k: int, seed: int, dtype: torch.dtype,
 
 
 @few
-@given(m=rows, k=widths, seed=seeds, dtype=float_types, zero=st.sampled_from([0, 3, 128, 255]))
+@given(m=rows, k=widths, seed=seeds, dtype=float_types, zero=st.sampled_from([0, 3, 127, 128, 255]))
 def test_int8_linear_static(m: int, k: int, seed: int, dtype: torch.dtype, zero: int) -> None:
     x, w, scale = floats((m, k), seed, dtype), integers((9, k), seed, torch.int8), torch.rand(9) + 0.1
     x[-1, -1] = [1.0, float("nan"), float("inf")][seed % 3]
-    arguments = (scale, None, "none", torch.tensor(0.03), torch.tensor(zero, dtype=torch.int32))
+    bits = 7 if zero < 128 else 8
+    arguments = (scale, None, "none", torch.tensor(0.03), torch.tensor(zero, dtype=torch.int32), bits)
     there = [t.to(GPU) if isinstance(t, Tensor) else t for t in arguments]
     y = int8.int8_linear_static(x.to(GPU), int8.int8_pack(w.to(GPU)), *there)
     same(y, reference.int8_linear_static(x, w, *arguments))

@@ -279,8 +279,9 @@ def test_quantized_before() -> None:
     assert optimize(twice) is twice and len(layers(twice)) == 2
 
 
-def test_symmetric_activations() -> None:
-    optimized, quantized = optimize(model(), Int8(symmetric=True)), replace_linear(model(), Int8(symmetric=True))
+@pytest.mark.parametrize("scheme", [Int8(symmetric=True), Int8(activation_bits=7)])
+def test_other_activations(scheme: Int8) -> None:
+    optimized, quantized = optimize(model(), scheme), replace_linear(model(), scheme)
     _, mask = inputs()
     assert len(layers(optimized)) == 2 and relative(state(optimized), state(quantized), mask) < 0.1
 

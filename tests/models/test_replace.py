@@ -456,7 +456,7 @@ def test_summary_counts_the_tensors() -> None:
     query, classifier = after.records[0], after.records[-1]
     assert (query.name, query.shape, query.scheme, query.reason) == ("blocks.0.query", (24, 24), "int8", None)
     assert query.bytes_before == 4 * (24 * 24 + 24)
-    assert query.bytes_after == 2 * (24 // 4 + 2) * 64 + 4 * 24 + 4 * 24  # two panels, scales, bias
+    assert query.bytes_after == 2 * (24 // 4 + 3) * 64 + 4 * 24 + 4 * 24  # two panels, scales, bias
     assert (classifier.scheme, classifier.reason, classifier.bytes_after) == (None, "excluded", 4 * (24 * 2 + 2))
 
 

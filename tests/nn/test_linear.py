@@ -98,8 +98,8 @@ def test_no_float_copy_of_the_weight_stays() -> None:
     _, layer = make(n=64, k=256)
     tensors = [*layer.parameters(), *layer.buffers()]
     assert (
-        sum(t.numel() * t.element_size() for t in tensors) == 64 * (256 + 8) + 4 * 64 + 4 * 64
-    )  # weight and its two sums, scale, bias
+        sum(t.numel() * t.element_size() for t in tensors) == 64 * (256 + 12) + 4 * 64 + 4 * 64
+    )  # weight, its two sums and its marks, scale, bias
 
 
 # ---- moved and copied

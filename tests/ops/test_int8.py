@@ -14,6 +14,8 @@ from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, INT8_MATMUL_MAX_K, 
 
 ops = torch.ops.pyqkern
 INTS = [torch.int8, torch.uint8]
+HOW = [(False, 8), (True, 8), (False, 7)]  # activations: whether symmetric, bits
+hows = st.sampled_from(HOW)
 
 
 def exact(a: Tensor, w: Tensor) -> Tensor:
@@ -104,9 +106,10 @@ def arguments(
 
 
 def linear(
-    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none", symmetric: bool = False
-) -> Tensor:
-    return ops.int8_linear(x, ops.int8_pack(w), scale, bias, activation, symmetric)
+    x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, activation: str = "none",
+    symmetric: bool = False, bits: int = 8,
+) -> Tensor:  # fmt: skip
+    return ops.int8_linear(x, ops.int8_pack(w), scale, bias, activation, symmetric, bits)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -116,19 +119,19 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @given(
     m=sizes, k=sizes, n=sizes, seed=seeds, dtype=st.sampled_from(FLOATS), how=strides,
-    bias_dtype=st.sampled_from([None, *FLOATS]), activation=st.sampled_from(["none", "relu"]), symmetric=st.booleans(),
+    bias_dtype=st.sampled_from([None, *FLOATS]), activation=st.sampled_from(["none", "relu"]), rows=hows,
 )  # fmt: skip
 def test_linear_is_the_reference_bit_for_bit(
     isa: str, m: int, k: int, n: int, seed: int, dtype: torch.dtype, how: str, bias_dtype: torch.dtype | None,
-    activation: str, symmetric: bool,
+    activation: str, rows: tuple[bool, int],
 ) -> None:  # fmt: skip
     x, w, scale, bias = arguments(m, k, n, seed, dtype, bias_dtype)
-    y = linear(strided(x, how), w, scale, bias, activation, symmetric)
+    y = linear(strided(x, how), w, scale, bias, activation, *rows)
     if m == 0 or n == 0 or k == 0:
         nothing = torch.zeros(m, n) if bias is None else torch.zeros(m, n) + bias
         assert same(y, reference.activate(nothing, activation).to(dtype))
     else:
-        assert same(y, reference.int8_linear(x, w, scale, bias, activation, symmetric))
+        assert same(y, reference.int8_linear(x, w, scale, bias, activation, *rows))
 
 
 @given(
@@ -137,17 +140,15 @@ def test_linear_is_the_reference_bit_for_bit(
     n=st.sampled_from(EDGES),
     seed=seeds,
     dtype=st.sampled_from(FLOATS),
-    symmetric=st.booleans(),
+    how=hows,
 )
 def test_linear_of_extreme_rows_is_the_reference(
-    isa: str, m: int, k: int, n: int, seed: int, dtype: torch.dtype, symmetric: bool
+    isa: str, m: int, k: int, n: int, seed: int, dtype: torch.dtype, how: tuple[bool, int]
 ) -> None:
     x, w, scale, bias = arguments(m, k, n, seed, dtype)
     x = floats((m, k), seed, dtype, FINITE)
     x[seed % m] = floats((k,), seed, dtype, FINITE + INFINITE + NAN)
-    assert same(
-        linear(x, w, scale, bias, "none", symmetric), reference.int8_linear(x, w, scale, bias, "none", symmetric)
-    )
+    assert same(linear(x, w, scale, bias, "none", *how), reference.int8_linear(x, w, scale, bias, "none", *how))
 
 
 @given(seed=seeds, k=st.integers(3, 300), symmetric=st.booleans())
@@ -163,20 +164,22 @@ def test_rows_full_of_ties_are_the_reference(isa: str, seed: int, k: int, symmet
     )
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("m", [1, 4, 5, 40])
-@pytest.mark.parametrize("k", [64, 768, 3072])
-def test_linear_of_all_extremes(isa: str, m: int, k: int, symmetric: bool) -> None:
-    """Codes of 255 and 0 (or 127 and -127) against weights at both ends: the largest sums there are."""
+@pytest.mark.parametrize("k", [64, 765, 3072])
+def test_linear_of_all_extremes(isa: str, m: int, k: int, how: tuple[bool, int]) -> None:
+    """Codes of 255 and 0 (127 and -127, 127 and 0) against weights at both ends: the largest sums there are."""
     ones = torch.ones(m, k)
     for x in (ones, -ones, torch.where(torch.arange(k) % 2 == 0, 1.0, -1.0).expand(m, k)):
         for value in (127, -127, -128):
             w = torch.full((33, k), value, dtype=torch.int8)
             scale = torch.ones(33)
-            y = linear(x, w, scale, None, "none", symmetric)
-            assert same(y, reference.int8_linear(x, w, scale, None, "none", symmetric))
+            y = linear(x, w, scale, None, "none", *how)
+            assert same(y, reference.int8_linear(x, w, scale, None, "none", *how))
             # One code of x is one part in 127; the scale 1/255 or 1/127 is rounded to fp32, relative 2**-24, twice.
-            assert ((y - x.sum(1, keepdim=True) * value).abs() <= k * 128 * 2.0**-22).all()
+            # With a zero point between both signs, that is rounded by half of the step, which is 2 / levels.
+            error = 1.001 / (2 ** how[1] - 1) if not how[0] and x.min() < 0 < x.max() else 2.0**-22
+            assert ((y - x.sum(1, keepdim=True) * value).abs() <= k * 128 * error).all()
 
 
 def test_linear_at_the_largest_k(isa: str) -> None:
@@ -220,24 +223,25 @@ def test_rows_of_zeros_give_the_bias_and_bad_rows_nan(isa: str) -> None:
     seed=seeds,
     dtype=st.sampled_from(FLOATS),
     activation=st.sampled_from(["none", "gelu", "gelu_tanh"]),
+    how=hows,
 )
 def test_a_row_has_the_same_bits_in_every_batch(
-    isa: str, m: int, k: int, n: int, seed: int, dtype: torch.dtype, activation: str
+    isa: str, m: int, k: int, n: int, seed: int, dtype: torch.dtype, activation: str, how: tuple[bool, int]
 ) -> None:
     x, w, scale, bias = arguments(m, k, n, seed, dtype)
-    y = linear(x, w, scale, bias, activation)
-    row = seed % m
-    assert same(linear(x[row : row + 1], w, scale, bias, activation), y[row : row + 1])
-    assert same(linear(x[row], w, scale, bias, activation), y[row])
-    assert same(linear(torch.cat([x, x]), w, scale, bias, activation), torch.cat([y, y]))
+    rest = (w, scale, bias, activation, *how)
+    y, row = linear(x, *rest), seed % m
+    assert same(linear(x[row : row + 1], *rest), y[row : row + 1])
+    assert same(linear(x[row], *rest), y[row])
+    assert same(linear(torch.cat([x, x]), *rest), torch.cat([y, y]))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("m, k, n", [(1, 768, 3072), (3, 3072, 768), (16, 768, 768), (130, 300, 770), (700, 96, 40)])
 def test_every_isa_and_thread_count_gives_the_same_bits(
-    two_threads: None, activation: str, symmetric: bool, dtype: torch.dtype, m: int, k: int, n: int
+    two_threads: None, activation: str, how: tuple[bool, int], dtype: torch.dtype, m: int, k: int, n: int
 ) -> None:
     x, w, scale, bias = arguments(m, k, n, 11, dtype)
     results = []
@@ -245,7 +249,7 @@ def test_every_isa_and_thread_count_gives_the_same_bits(
         torch.set_num_threads(threads)
         for isa in isas():
             previous = _C.set_isa(isa)
-            results.append(linear(x, w, scale, bias, activation, symmetric))
+            results.append(linear(x, w, scale, bias, activation, *how))
             _C.set_isa(previous)
     assert all(same(result, results[0]) for result in results)
 
@@ -280,20 +284,70 @@ def test_gelu_everywhere(isa: str) -> None:
         assert (y[v > 10] == v[v > 10]).all()
 
 
-@given(seed=seeds, m=st.integers(1, 5), k=st.integers(1, 300), symmetric=st.booleans())
-def test_linear_is_close_to_float(isa: str, seed: int, m: int, k: int, symmetric: bool) -> None:
+@given(seed=seeds, m=st.integers(1, 5), k=st.integers(1, 300), how=hows)
+def test_linear_is_close_to_float(isa: str, seed: int, m: int, k: int, how: tuple[bool, int]) -> None:
     """|error| <= (half a step of x and its zero point's rounding) * sum |w| + half a step of w * sum |x| + both."""
     g = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(m, k, generator=g), torch.randn(20, k, generator=g)
     scale, _ = choose_qparams_affine(weight, axis=0, symmetric=True)
-    y = linear(x, quantize_affine(weight, scale, axis=0), scale, None, "none", symmetric)
+    y = linear(x, quantize_affine(weight, scale, axis=0), scale, None, "none", *how)
     lo, hi = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    x_step = (2 * torch.maximum(-lo, hi) / 254 if symmetric else (hi - lo) / 255).double()
+    symmetric, bits = how
+    x_step = (2 * torch.maximum(-lo, hi) / 254 if symmetric else (hi - lo) / (2**bits - 1)).double()
     x_error = x_step * (0.5 if symmetric else 1.0)
     w_error = scale.double() / 2
     x64, w64 = x.double(), weight.double()
     bound = x_error * w64.abs().sum(1) + x64.abs().sum(1, keepdim=True) * w_error + k * x_error * w_error
     assert ((y.double() - x64 @ w64.T).abs() <= bound * 1.0001).all()
+
+
+# ---- activations of 7 bits, whose products are added in int16 where the marks of the packed weight allow it
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("k", [8, 16, 1000, 1024, 1040, 4096, 4104, 8200])
+def test_sums_of_7_bits_are_exact_at_the_end_of_int16(isa: str, m: int, k: int) -> None:
+    """Codes of 127 against four weights of a lane that sum to 258, which int16 holds 127 times, and to 259 or less."""
+    x = torch.ones(m, k)
+    for fours in ([127, 127, 4, 0], [127, 127, 5, 0], [-127, -127, -5, 0], [127, 127, 127, 127], [-128] * 4):
+        for first in (0, 2):  # k of a lane: first + {0, 1, 4, 5}
+            w = torch.zeros(33, k, dtype=torch.int8)
+            for column in range(33):
+                at = 8 * (column * 37 % (k // 8)) + first
+                w[column, at : at + 2], w[column, at + 4 : at + 6] = torch.tensor(fours, dtype=torch.int8).view(2, 2)
+            y = ops.int8_linear(x, ops.int8_pack(w), torch.full((33,), 127.0), None, "none", False, 7)
+            assert (y.round() == sum(fours) * 127).all()
+
+
+@given(m=st.integers(1, 9), k=st.sampled_from(EDGES), n=st.sampled_from(EDGES), seed=seeds, share=st.floats(0, 1))
+def test_7_bits_with_any_weights_marked(isa: str, m: int, k: int, n: int, seed: int, share: float) -> None:
+    """Weights at the ends of their range among small ones, rows at the ends of theirs: runs of marks of any length."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randint(-60, 61, (n, k), generator=g)
+    w = torch.where(torch.rand(1, k, generator=g) < share, w.sign() * 127 - (w == 0) * 128, w).to(torch.int8)
+    x = torch.randint(-1, 2, (m, k), generator=g).float()
+    scale = torch.ones(n)
+    assert same(linear(x, w, scale, None, "none", False, 7), reference.int8_linear(x, w, scale, None, "none", False, 7))
+
+
+def test_marks_that_lie_are_not_read_past_the_weight(isa: str) -> None:
+    """A packed tensor that int8_pack did not make: wrong numbers, but of this tensor."""
+    for k in (8, 100, 1025):
+        packed = torch.full_like(ops.int8_pack(torch.zeros(20, k, dtype=torch.int8)), -1)
+        assert ops.int8_linear(torch.ones(7, k), packed, torch.ones(20), None, "none", False, 7).isfinite().all()
+
+
+@given(
+    m=sizes.filter(bool), k=sizes.filter(bool), n=sizes.filter(bool), seed=seeds, dtype=st.sampled_from(FLOATS),
+    bits=st.sampled_from([8, 7]),
+)  # fmt: skip
+def test_static_linear_of_both_widths_is_the_reference(
+    isa: str, m: int, k: int, n: int, seed: int, dtype: torch.dtype, bits: int
+) -> None:
+    x, w, scale, bias = arguments(m, k, n, seed, dtype)
+    qparams = torch.tensor([0.01 + seed % 7 / 100]), torch.tensor([seed % 2**bits], dtype=torch.int32)
+    y = ops.int8_linear_static(x, ops.int8_pack(w), scale, bias, "relu", *qparams, bits)
+    assert same(y, reference.int8_linear_static(x, w, scale, bias, "relu", *qparams, bits))
 
 
 # ---- bad input
@@ -325,7 +379,7 @@ X, W, S = torch.zeros(3, 8), torch.zeros(5, 8, dtype=torch.int8), torch.ones(5)
             r"packed must be what int8_pack makes of \[5, 88\]",
         ),
         (lambda: linear(X, W, torch.ones(40), None), ValueError, r"of \[40, 8\]"),
-        (lambda: linear(X, W, S.double(), None), ValueError, r"weight_scale must be float32 \[N\], got torch.float64"),
+        (lambda: linear(X, W, S.double(), None), TypeError, "weight_scale must be float32, got torch.float64"),
         (lambda: linear(X, W, S[None], None), ValueError, "weight_scale must be float32"),
         (lambda: linear(X, W, S, torch.ones(4)), ValueError, r"bias must have shape \(5,\), got \(4,\)"),
         (lambda: linear(X, W, S, S.double()), TypeError, "bias must be float32"),
@@ -334,9 +388,11 @@ X, W, S = torch.zeros(3, 8), torch.zeros(5, 8, dtype=torch.int8), torch.ones(5)
             ValueError,
             "activation must be one of none, relu, gelu, gelu_tanh, got 'swish'",
         ),
-        (lambda: linear(X.to("meta"), W, S, None), ValueError, "must be on meta, where x is, got cpu, cpu"),
-        (lambda: linear(X, W, S.to("meta"), None), ValueError, "must be on cpu, where x is, got cpu, meta"),
+        (lambda: linear(X.to("meta"), W, S, None), ValueError, "must be on meta, got cpu and cpu"),
+        (lambda: linear(X, W, S.to("meta"), None), ValueError, "must be on cpu, got cpu and meta"),
         (lambda: ops.int8_linear(X, W, S, None, "none", False), ValueError, "packed must be what int8_pack makes"),
+        (lambda: linear(X, W, S, None, "none", False, 6), ValueError, "bits must be 8 or 7, got 6"),
+        (lambda: linear(X, W, S, None, "none", True, 7), ValueError, "bits must be 8 for symmetric activations, got 7"),
     ],
 )
 def test_bad_input(call, error, message) -> None:  # type: ignore[no-untyped-def]

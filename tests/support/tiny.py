@@ -72,5 +72,13 @@ How can I add the card to my phone for contactless payments?
 Why does my transfer still say pending after two days?
 """.strip().splitlines()
 
-SCHEMES = ["int8", "nf4", Int8(symmetric=True), NF4(blocksize=128, double_quant=True), FP4(), Int8Outlier(3.0)]
+SCHEMES = [
+    "int8",
+    "int8-a7",
+    "nf4",
+    Int8(symmetric=True),
+    NF4(blocksize=128, double_quant=True),
+    FP4(),
+    Int8Outlier(3.0),
+]
 SCHEMES += [Int8WeightOnly(clip_weights=True), Int4(group_size=32, compute="fp32")]

@@ -86,13 +86,15 @@ def encoder_layer(
     """As torch.ops.pyqkern.encoder_layer, with weights int8 [N, K], or flat codes of 4 bits and their absmax."""
 
     def linear(i: int, rows: Tensor, act: str = "none") -> Tensor:
-        if quant_type != "int8":
+        if quant_type not in ("int8", "int8-a7"):
             n = features[0] if i < 3 else features[1] if i == 4 else x.shape[-1]
             of_absmax = nested[3 * i : 3 * i + 3] if nested else (None,) * 3
             shape = (n, rows.shape[-1])
             weight = Weight4bit._make((weights[i], scales[i], *of_absmax, quant_type, blocksize, shape))
             return reference.activate(reference.linear_4bit(rows, weight, biases[i], "int8"), act)
-        return reference.int8_linear(rows, weights[i], scales[i], biases[i], act, symmetric)
+        return reference.int8_linear(
+            rows, weights[i], scales[i], biases[i], act, symmetric, 7 if quant_type == "int8-a7" else 8
+        )
 
     batch, length, _ = x.shape
     seen = seen_keys(mask, batch, length)
