@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/encoder.inl"
-#include "kernels/four_bit.inl"
+#include "kernels/four_bit_int8.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
@@ -14,6 +14,7 @@ const Kernels table = {
     sizeof(ROW_T),
     GEMV_ROWS,
     DOT_ROWS,
+    SHORT_SUMS,
     quantize,
     dequantize,
     min_max,
@@ -34,7 +35,7 @@ const Kernels table = {
     four_bit_dequantize,
     four_bit_unpack_panel,
     four_bit_gemv,
-    four_bit_signed_rows,
+    four_bit_load_rows,
     four_bit_gemv_int8,
     four_bit_dot,
     four_bit_expand,
