@@ -61,13 +61,30 @@ void flat_totals(const Kernels& k, const Weight4Bit& w, const float* absmax, con
   }
 }
 
-// What all pieces of one call share: fp32 rows, or quantized ones, a few of them as s8 with -128 times their sums over
-// each step; fp32 scales of a flat weight.
+constexpr size_t kShortestFold = 8;  // quads: shorter sums in int16 save nothing
+
+// How the rows of a call lie as integers. int16 holds a fold where 2 * quads * 127 * (the greatest |integer|) <= 32767.
+Fold fold_of(const Kernels& k, const Weight4Bit& w) {
+  const int8_t* integer = w.book->integer;
+  const int least = *std::min_element(integer, integer + 16), most = *std::max_element(integer, integer + 16);
+  const size_t step = step_of(w.blocksize) / 4;
+  size_t quads = step;
+  while (static_cast<int>(2 * quads * 127) * std::max(-least, most) > 32767) quads /= 2;
+  const bool short_sums = k.short_sums && quads >= kShortestFold;
+  return {short_sums ? quads : step, -least, short_sums};
+}
+
+// Rows as integers: four_bit_load_rows' codes [rows][fold.bytes(K)], and one scale for each row.
+struct Rows4Bit {
+  const int8_t* x;
+  const float* scale;
+  Fold fold;
+};
+
+// What all pieces of one call share: fp32 rows, or integers; fp32 scales of a flat weight.
 struct Shared {
   const float* x;
-  const QRows* q;
-  int8_t* few;
-  int32_t* minus_sums;
+  const Rows4Bit* q;
   const float* flat_scales;
 };
 
@@ -89,43 +106,37 @@ void fp32_totals(const Kernels& k, const Weight4Bit& w, const float* x, size_t s
   }
 }
 
-void int8_totals(const Kernels& k, const Weight4Bit& w, const QRows& q, size_t strip, const float* scales, size_t rows,
-                 float* total) {
-  const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize), most = kChunk / size;
+void int8_totals(const Kernels& k, const Weight4Bit& w, const Rows4Bit& q, size_t strip, size_t rows, float* total) {
+  const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize), most = kChunk / size,
+               ldx = q.fold.bytes(w.K);
+  const float* scales = strip_scales(w, strip);
   const uint8_t* packed = strip_codes(w, strip);
-  char* buffer = static_cast<char*>(scratch(kStep, kChunk * kStrip + 2 * most * kStrip * sizeof(float)));
-  int8_t* integers = reinterpret_cast<int8_t*>(buffer);
-  int32_t* minus_sums = reinterpret_cast<int32_t*>(buffer + kChunk * kStrip);
-  float* scale = reinterpret_cast<float*>(minus_sums + most * kStrip);
+  if (rows <= kGemvRows)
+    return k.four_bit_gemv_int8(q.x, ldx, rows, w.K, q.fold, packed, scales, w.blocksize, count, *w.book, total);
+  char* buffer = static_cast<char*>(scratch(kStep, kChunk * kStrip + most * kStrip * sizeof(float)));
+  uint8_t* integers = reinterpret_cast<uint8_t*>(buffer);
+  float* scale = reinterpret_cast<float*>(buffer + kChunk * kStrip);
   std::fill(scale, scale + most * kStrip, 0.0f);
   std::fill(total, total + rows * kStrip, 0.0f);
   for (size_t at = 0; at < w.K; at += kChunk) {
     const size_t steps = std::min(kChunk, w.K - at) / size;
-    for (size_t s = 0; s < steps; ++s) {
-      const size_t from = at + s * size;
-      std::copy_n(scales + from / w.blocksize * count * kPanel, count * kPanel, scale + s * kStrip);
-      k.four_bit_expand_int8(packed + from / 8 * count * kLine, size, count, *w.book, integers + s * size * kStrip,
-                             minus_sums + s * kStrip);
-    }
+    for (size_t s = 0; s < steps; ++s)
+      std::copy_n(scales + (at + s * size) / w.blocksize * count * kPanel, count * kPanel, scale + s * kStrip);
+    k.four_bit_expand_int8(packed + at / 8 * count * kLine, steps * size, count, *w.book, q.fold, integers);
     const uint8_t* next = packed + (at + steps * size) / 8 * count * kLine;  // of this strip, or of the one behind it
     for (size_t i = 0; i < kChunk / 8 * count; ++i) __builtin_prefetch(next + i * kLine);
     for (size_t i = 0; i < most * count; ++i)
       __builtin_prefetch(scales + ((at + steps * size) / w.blocksize * count + i) * kPanel);
-    k.four_bit_gemm_int8(q, w.K, at, rows, size, steps, integers, minus_sums, scale, total);
+    k.four_bit_gemm_int8(q.x + q.fold.bytes(at), ldx, rows, size, steps, q.fold, integers, scale, total);
   }
 }
 
 void strip_totals(const Kernels& k, const Weight4Bit& w, const Shared& in, size_t strip, size_t m, size_t rows,
                   float* total) {
   if (in.flat_scales) return flat_totals(k, w, in.flat_scales, in.x + m * w.K, strip, rows, total);
-  const float* scales = strip_scales(w, strip);
-  if (!in.q) return fp32_totals(k, w, in.x + m * w.K, strip, scales, rows, total);
-  if (in.few)
-    return k.four_bit_gemv_int8(in.few, in.minus_sums, rows, w.K, strip_codes(w, strip), scales, w.blocksize,
-                                panels_of(w.N, strip), *w.book, total);
-  int8_totals(k, w,
-              {static_cast<char*>(in.q->q) + m * w.K * k.row_element_bytes, in.q->scale + m, in.q->correction + m},
-              strip, scales, rows, total);
+  if (!in.q) return fp32_totals(k, w, in.x + m * w.K, strip, strip_scales(w, strip), rows, total);
+  const Fold& fold = in.q->fold;
+  int8_totals(k, w, {in.q->x + m * fold.bytes(w.K), in.q->scale + m, fold}, strip, rows, total);
 }
 
 }  // namespace
@@ -228,26 +239,23 @@ void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* 
   const size_t N = w.N, K = w.K;
   const bool flat = !in_panels(N, K, w.blocksize);
   const int count = M * N * K <= kSerialOps ? 1 : threads();
-  Shared in{static_cast<const float*>(x), nullptr, nullptr, nullptr, nullptr};
-  QRows q{};
+  Shared in{static_cast<const float*>(x), nullptr, nullptr};
+  Rows4Bit q{nullptr, nullptr, {}};
   if (as_int8 && !flat) {
-    char* scales = static_cast<char*>(scratch(kRowScales, M * 8));
-    q = {scratch(kRows, M * K * k.row_element_bytes), reinterpret_cast<float*>(scales),
-         reinterpret_cast<int32_t*>(scales + M * 4)};
+    const Fold fold = fold_of(k, w);
+    const size_t ldx = fold.bytes(K);
+    float* scale = static_cast<float*>(scratch(kRowScales, M * sizeof(float)));
+    int8_t* rows_of = static_cast<int8_t*>(scratch(kPacked, M * ldx));
     parallel_for((M + 15) / 16, count, [&](size_t i) {
       const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
-      const QRows part{static_cast<char*>(q.q) + m * K * k.row_element_bytes, q.scale + m, q.correction + m};
+      int32_t correction[16];
+      const QRows part{scratch(kRows, 16 * K * k.row_element_bytes), scale + m, correction};
       k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, K, rows, K, true, part);
-      for (size_t r = 0; r < rows; ++r) q.scale[m + r] *= 1.0f / w.book->levels;
+      k.four_bit_load_rows(part, rows, K, fold, rows_of + m * ldx);
+      for (size_t r = 0; r < rows; ++r) scale[m + r] *= 1.0f / w.book->levels;
     });
+    q = {rows_of, scale, fold};
     in.q = &q;
-    if (M <= kGemvRows) {
-      const size_t step = step_of(w.blocksize), sums = M * K / step * sizeof(int32_t);
-      char* buffer = static_cast<char*>(scratch(kPacked, sums + M * K));
-      in.minus_sums = reinterpret_cast<int32_t*>(buffer);
-      in.few = reinterpret_cast<int8_t*>(buffer + sums);
-      k.four_bit_signed_rows(q, M, K, step, in.few, in.minus_sums);
-    }
   } else if (dtype != kFloat32) {
     float* wide = static_cast<float*>(scratch(kRows, M * K * sizeof(float)));
     k.widen(x, dtype, M * K, wide);
@@ -278,11 +286,14 @@ void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* 
 
 void four_bit_rows(const Kernels& k, const QRows& q, size_t rows, const Weight4Bit& w, const float* bias,
                    int activation, float* y) {
+  const Fold fold = fold_of(k, w);
+  int8_t* x = static_cast<int8_t*>(scratch(kPacked, rows * fold.bytes(w.K)));
+  k.four_bit_load_rows(q, rows, w.K, fold, x);
   float* row_scale = static_cast<float*>(scratch(kRowScales, rows * sizeof(float)));
   for (size_t r = 0; r < rows; ++r) row_scale[r] = q.scale[r] * (1.0f / w.book->levels);
   float* total = static_cast<float*>(scratch(kTotals, rows * kStrip * sizeof(float)));
   for (size_t strip = 0; strip < strips(w.N); ++strip) {
-    int8_totals(k, w, q, strip, strip_scales(w, strip), rows, total);
+    int8_totals(k, w, {x, row_scale, fold}, strip, rows, total);
     k.four_bit_finish(total, row_scale, bias, activation, rows, strip * kStrip, std::min(kStrip, w.N - strip * kStrip),
                       w.N, y, kFloat32);
   }

@@ -7,7 +7,7 @@
 //               depend on its batch, nor on the ISA. A weight whose rows are no whole blocks, or less than a panel,
 //               goes by four_bit_dot.
 //   as integers the rows are quantized to s8 (symmetric), the values to integer/levels; the inner sum is exact, below
-//               2^24 (127 * 127 * 128), so that its conversion to float is exact too.
+//               2^24 (127 * 32 * 128 = 520192), so that its conversion to float is exact too.
 #pragma once
 
 #include "kernels/int8.inl"
@@ -213,83 +213,6 @@ static void four_bit_gemv(const float* x, size_t rows, size_t K, const uint8_t* 
   else gemv_strip<4>(x, K, packed, scale, blocksize, panels, book, total);
 }
 
-static void four_bit_signed_rows(const QRows& q, size_t rows, size_t K, size_t step, int8_t* codes,
-                                 int32_t* minus_sums) {
-  for (size_t i = 0; i < rows * K; i += step) {
-    const ROW_T* row = (const ROW_T*)q.q + i;
-    int32_t sum = 0;
-    for (size_t j = 0; j < step; j += 4)
-      for (size_t k = 0; k < 4; ++k) {
-        codes[i + j + k] = code_at(row + j, k);
-        sum += codes[i + j + k];
-      }
-    minus_sums[i / step] = -128 * sum;
-  }
-}
-
-// The same of integers, one step after the other: V vectors of a strip. Codes of columns 0 to 3 and 4 to 7 of a line
-// have sums of their own where one row alone would wait for its additions.
-template <int R, int V>
-static void gemv_int8_step(const int8_t* x, size_t ldx, const int32_t* minus_sums, size_t steps, size_t size,
-                           const uint8_t* line, size_t stride, const nibbles_t& table, const float* scale,
-                           float* total) {
-  constexpr int H = R == 1 ? 2 : 1;
-  i32 acc[R][V][H] = {};
-  if (OFFSET)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) acc[r][v][0] = set1(minus_sums[r * steps]);
-  for (size_t k = 0; k < size; k += 8, line += stride, x += 8) {
-    w_t low[V], high[V];
-    for (int v = 0; v < V; ++v) {
-      if (v % PANEL_VECTORS == 0) __builtin_prefetch(line + PREFETCH_4BIT + v * LANES * 4);
-      lookup(table, line + v * LANES * 4, low[v], high[v]);
-    }
-    for (int r = 0; r < R; ++r) {
-      const x_t a = load_x(x + r * ldx), b = load_x(x + r * ldx + 4);
-      for (int v = 0; v < V; ++v) {
-        acc[r][v][0] = dot(acc[r][v][0], low[v], a);
-        acc[r][v][H - 1] = dot(acc[r][v][H - 1], high[v], b);
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      float* t = total + r * kStrip + v * LANES;
-      const i32 sum = H == 2 ? acc[r][v][0] + acc[r][v][1] : acc[r][v][0];
-      store(t, fma(to_float(sum), load(scale + v * LANES), load(t)));
-    }
-}
-
-template <int R>
-static void gemv_int8_strip(const int8_t* x, const int32_t* minus_sums, size_t K, const uint8_t* packed,
-                            const float* scale, size_t blocksize, size_t panels, const Codebook& book, float* total) {
-  constexpr int V = R == 1 ? 4 : GEMV_VECTORS_INT8;
-  const nibbles_t table = load_nibbles(book.integer);
-  const size_t size = step_of(blocksize), vectors = panels * PANEL_VECTORS, stride = panels * kLine;
-  memset(total, 0, R * kStrip * sizeof(float));
-  for (size_t step = 0, k = 0; k < K; ++step, k += size) {
-    const float* scales = scale + k / blocksize * panels * kPanel;
-    const uint8_t* line = packed + k / 8 * stride;
-    size_t v = 0;
-    for (; v + V <= vectors; v += V)
-      gemv_int8_step<R, V>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table,
-                           scales + v * LANES, total + v * LANES);
-    for (; v < vectors; ++v)
-      gemv_int8_step<R, 1>(x + k, K, minus_sums + step, K / size, size, line + v * LANES * 4, stride, table,
-                           scales + v * LANES, total + v * LANES);
-  }
-}
-
-static void four_bit_gemv_int8(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed,
-                               const float* scale, size_t blocksize, size_t panels, const Codebook& book,
-                               float* total) {
-  auto f = rows == 1   ? gemv_int8_strip<1>
-           : rows == 2 ? gemv_int8_strip<2>
-           : rows == 3 ? gemv_int8_strip<3>
-                       : gemv_int8_strip<4>;
-  f(x, minus_sums, K, packed, scale, blocksize, panels, book, total);
-}
-
 // ---- a weight in flat form: four of its rows, dequantized, times all rows of x
 
 template <int R>
@@ -371,74 +294,6 @@ static void four_bit_gemm(const float* x, size_t ldx, size_t rows, size_t size, 
     gemm_tile<ROWS_4BIT>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
   for (; m + 2 <= rows; m += 2) gemm_tile<2>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
   if (m < rows) gemm_tile<1>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
-}
-
-// ---- many rows as integers
-
-// u8 codes carry 128 too much, so that sums start at -128 times those of the weight; centred codes start at zero.
-static void four_bit_expand_int8(const uint8_t* packed, size_t size, size_t panels, const Codebook& book,
-                                 int8_t* integers, int32_t* minus_sums) {
-  memset(minus_sums, 0, kStrip * sizeof(int32_t));
-  for (size_t k = 0; k < size; k += 8, integers += 8 * kStrip) {
-    for (size_t p = 0; p < kStrip / kPanel; ++p) {
-      int8_t* low = integers + p * kLine;
-      int8_t* high = low + 4 * kStrip;
-      if (p < panels) {
-        lookup_bytes(book.integer, packed + (k / 8 * panels + p) * kLine, low, high);
-      } else {
-        memset(low, 0, kLine);
-        memset(high, 0, kLine);
-      }
-    }
-    if (!CENTERED)
-      for (size_t v = 0; v < kStrip / COLS; ++v)
-        for (int half = 0; half < 2; ++half) {
-          const ROW_T zeros[4] = {128, 128, 128, 128};
-          const acc_t sum = dot(acc_t{}, load_a(zeros), load_b(integers + half * 4 * kStrip + v * COLS * 4));
-          store(minus_sums + v * COLS, load(minus_sums + v * COLS) - (i32)sum);
-        }
-  }
-}
-
-// Totals stay in registers over the steps, beside the sums of one step.
-template <int R>
-static void gemm_int8_tile(const ROW_T* a, size_t lda, size_t size, size_t steps, const int8_t* integers,
-                           const int32_t* minus_sums, const float* scale, float* total) {
-  constexpr int V = VECTORS_INT8;
-  for (size_t n = 0; n < kStrip; n += VECTORS_INT8 * COLS) {
-    f32 t[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) t[r][v] = load(total + r * kStrip + n + v * LANES);
-    for (size_t step = 0; step < steps; ++step) {
-      acc_t c[R][VECTORS_INT8];
-      for (int v = 0; v < VECTORS_INT8; ++v) {
-        const acc_t start = CENTERED ? acc_t{} : (acc_t)load(minus_sums + step * kStrip + n + v * COLS);
-        for (int r = 0; r < R; ++r) c[r][v] = start;
-      }
-      tile<R, VECTORS_INT8, 0, false>(c, a + step * size, lda, integers + step * size * kStrip + n * 4, COLS * 4,
-                                      kStrip * 4, size / 4, nullptr, 0);
-      for (int v = 0; v < V; ++v) {
-        const f32 s = load(scale + step * kStrip + n + v * LANES);
-        for (int r = 0; r < R; ++r) t[r][v] = fma(to_float((i32)c[r][v]), s, t[r][v]);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) store(total + r * kStrip + n + v * LANES, t[r][v]);
-  }
-}
-
-static void four_bit_gemm_int8(const QRows& rows_of, size_t K, size_t k0, size_t rows, size_t size, size_t steps,
-                               const int8_t* integers, const int32_t* minus_sums, const float* scale, float* total) {
-  const size_t lda = 4 * quads(K);
-  const ROW_T* a = (const ROW_T*)rows_of.q + k0;
-  auto tiles = [&](auto f, size_t m) {
-    f(a + m * lda, lda, size, steps, integers, minus_sums, scale, total + m * kStrip);
-  };
-  size_t m = 0;
-  for (; m + ROWS_INT8 <= rows && rows - m != 8; m += ROWS_INT8) tiles(gemm_int8_tile<ROWS_INT8>, m);
-  for (; m + 4 <= rows; m += 4) tiles(gemm_int8_tile<4>, m);  // 8 = 4 + 4: two rows alone would wait for their sums
-  for (; m + 2 <= rows; m += 2) tiles(gemm_int8_tile<2>, m);
-  if (m < rows) tiles(gemm_int8_tile<1>, m);
 }
 
 // ---- the tail

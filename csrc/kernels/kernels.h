@@ -89,7 +89,7 @@ struct Codebook {
   float value[16];     // of code c
   float bound[15];     // the 15 midpoints between neighbouring values, ascending
   float order[16];     // the code of the i-th value in ascending order
-  int8_t integer[16];  // of code c, for the product of integers: value * levels, rounded
+  int8_t integer[16];  // of code c, for the product of integers: value * levels, rounded; within [-32, 32]
   float levels;
 };
 static_assert(sizeof(Codebook) == 208 && offsetof(Codebook, bound) == 64 && offsetof(Codebook, order) == 124 &&
@@ -104,6 +104,17 @@ constexpr size_t kStrip = 64;     // columns of y, rows of W
 constexpr size_t kStepMax = 128;  // a sum runs over at most so many k before it is scaled
 static inline size_t step_of(size_t blocksize) { return blocksize < kStepMax ? blocksize : kStepMax; }
 
+// A row of activations as the 4-bit product of integers takes it: for each fold of `quads` times four k a start of four
+// bytes, and behind it the s8 codes. The weights are taken as unsigned, `offset` too large, and the start takes
+// offset * (sum of the codes) off again: as one int32 where a fold, then a whole step, is summed in int32; as two int16
+// where it is summed in int16 (short_sums).
+struct Fold {
+  size_t quads;
+  int32_t offset;
+  bool short_sums;
+  size_t bytes(size_t k) const { return k / (4 * quads) * (4 + 4 * quads); }  // of k codes; k a multiple of 4 * quads
+};
+
 struct Kernels {
   const char* name;
   unsigned needs;               // the instruction sets it is compiled for: CpuFeature, or-ed
@@ -111,6 +122,7 @@ struct Kernels {
   size_t row_element_bytes_a7;  // the same of rows of 7 bits, at most as many
   size_t gemv_rows;             // int8_gemv takes up to this many rows
   size_t dot_rows;              // int8_dot too; 0 where it does not pay
+  bool short_sums;              // the 4-bit product of integers pays to be summed in int16 where a fold is long enough
 
   // q[i] = clamp(rint(t), qmin, qmax) for i in [begin, end) of the flat tensor, ties to even;
   //   t = fma(x[i], 1/scale, zero_point) per tensor, t = x[i] * (1/scale) + zero_point (two roundings) otherwise:
@@ -202,12 +214,11 @@ struct Kernels {
   void (*four_bit_gemv)(const float* x, size_t rows, size_t K, const uint8_t* packed, const float* scale,
                         size_t blocksize, size_t panels, const Codebook&, float* total);
 
-  // The codes of symmetric quantized rows as s8 [rows, K], and -128 times their sums over each step [rows, K / step].
-  void (*four_bit_signed_rows)(const QRows&, size_t rows, size_t K, size_t step, int8_t* codes, int32_t* minus_sums);
+  // Symmetric quantized rows as the products below take them; x [rows][fold.bytes(K)].
+  void (*four_bit_load_rows)(const QRows&, size_t rows, size_t K, const Fold& fold, int8_t* x);
 
-  // The same of rows quantized to s8, the inner sum being an exact integer; minus_sums[m][step] = -128 * sum of x[m]
-  // over it.
-  void (*four_bit_gemv_int8)(const int8_t* x, const int32_t* minus_sums, size_t rows, size_t K, const uint8_t* packed,
+  // The same as four_bit_gemv of such rows, `ldx` bytes apart: the inner sum is an exact integer.
+  void (*four_bit_gemv_int8)(const int8_t* x, size_t ldx, size_t rows, size_t K, const Fold&, const uint8_t* packed,
                              const float* scale, size_t blocksize, size_t panels, const Codebook&, float* total);
 
   // total[m][j] = sum over k of x[m][k] * w[j][k] for j < 4; w [4, ldw], zero from K to the next multiple of 16.
@@ -215,21 +226,19 @@ struct Kernels {
   // 2, 1 to 1.
   void (*four_bit_dot)(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total);
 
-  // One step of one strip, [size][kStrip]: values, or integers as [size/4][kStrip][4] with the sums over k of each
-  // column.
+  // Columns of one strip, [size][kStrip]: values, or integers + offset as [size/4][kStrip][4].
   void (*four_bit_expand)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, float* values);
-  void (*four_bit_expand_int8)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, int8_t* integers,
-                               int32_t* minus_sums);
+  void (*four_bit_expand_int8)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, const Fold&,
+                               uint8_t* integers);
 
   // total[m][n] = fma(sum over k of x[m][k] * values[k][n], scale[n], total[m][n]): the same chains as four_bit_gemv.
   void (*four_bit_gemm)(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale,
                         float* total);
 
-  // The same of symmetric quantized rows, from column k0 on, for `steps` steps of `size` columns one after another:
-  // integers and minus_sums as four_bit_expand_int8 makes them of each, scale [steps][kStrip]. The inner sum is an
-  // exact integer.
-  void (*four_bit_gemm_int8)(const QRows&, size_t K, size_t k0, size_t rows, size_t size, size_t steps,
-                             const int8_t* integers, const int32_t* minus_sums, const float* scale, float* total);
+  // The same of four_bit_load_rows' rows for `steps` steps of `size` columns one after another: x points at the first
+  // of them, integers as four_bit_expand_int8 makes them, scale [steps][kStrip]. The inner sum is an exact integer.
+  void (*four_bit_gemm_int8)(const int8_t* x, size_t ldx, size_t rows, size_t size, size_t steps, const Fold&,
+                             const uint8_t* integers, const float* scale, float* total);
 
   // y[m][n] = activation(total[m][n] * row_scale[m] + bias[n]) for n in [n0, n0 + columns); row_scale or bias may be
   // nullptr.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/encoder.inl"
-#include "kernels/four_bit.inl"
+#include "kernels/four_bit_int8.inl"
 #include "kernels/int8_a7.inl"
 
 namespace pyqkern {
@@ -16,6 +16,7 @@ const Kernels table = {
     sizeof(Codes7::row_t),
     GEMV_ROWS,
     DOT_ROWS,
+    SHORT_SUMS,
     quantize,
     dequantize,
     min_max,
@@ -37,7 +38,7 @@ const Kernels table = {
     four_bit_dequantize,
     four_bit_unpack_panel,
     four_bit_gemv,
-    four_bit_signed_rows,
+    four_bit_load_rows,
     four_bit_gemv_int8,
     four_bit_dot,
     four_bit_expand,

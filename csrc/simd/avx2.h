@@ -70,6 +70,11 @@ INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32 zero, i32& pai
   pairs = (i32)sum;
 }
 INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)row[k / 4 * 4 + k % 2 * 2 + k / 2 % 2]; }
+INLINE void load_codes(const ROW_T* q, int8_t* codes) {
+  const __m128i v = _mm_packs_epi16(_mm_loadu_si128((const __m128i*)q), _mm_loadu_si128((const __m128i*)(q + 8)));
+  const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  _mm_storeu_si128((__m128i*)codes, _mm_shuffle_epi8(v, order));
+}
 
 // ---- the INT8 product of codes of 7 bits
 // vpmaddubsw cannot saturate: 2*127*128 < 2^15. 8 accumulators, two quads of a panel, ones, and the rows' quads take the
@@ -99,22 +104,15 @@ struct Codes7 {
 };
 
 // ---- the 4-bit product of integers
-// vpmaddubsw of |x| and w with x's sign: at most 2 * 127 * 127 = 32258, which an int16 holds.
-constexpr int OFFSET = 0;
-struct x_t { __m256i value, magnitude; };
-INLINE nibbles_t load_nibbles(const int8_t* p) {
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+// vpmaddubsw, which four_bit_int8.inl keeps from saturating. Short sums are vectors of int16 in name too: g++ 12 copies an
+// accumulator in each step where its type changes on the way.
+constexpr bool SHORT_SUMS = true;
+typedef int16_t short_sum __attribute__((vector_size(32)));
+INLINE i32 widen(short_sum c) { return (i32)_mm256_madd_epi16((__m256i)c, _mm256_set1_epi16(1)); }
+INLINE short_sum dot(short_sum c, w_t low, x_t a, w_t high, x_t b) {
+  return c + (short_sum)_mm256_maddubs_epi16(low, a) + (short_sum)_mm256_maddubs_epi16(high, b);
 }
-INLINE x_t load_x(const int8_t* p) {
-  int32_t quad;
-  memcpy(&quad, p, 4);
-  const __m256i v = _mm256_set1_epi32(quad);
-  return {v, _mm256_abs_epi8(v)};
-}
-INLINE i32 dot(i32 acc, w_t w, x_t x) {
-  const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8(w, x.value));
-  return acc + (i32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
+INLINE i32 dot(i32 c, w_t low, x_t a, w_t high, x_t b) { return c + widen(dot(short_sum{}, low, a, high, b)); }
 
 // ---- tiles
 constexpr int MR = 6, NV = 2, MR_WIDE = 4;

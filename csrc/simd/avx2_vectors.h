@@ -67,14 +67,6 @@ INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
   low = (f32)_mm256_permute2f128_ps(even, odd, 0x20);
   high = (f32)_mm256_permute2f128_ps(even, odd, 0x31);
 }
-INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, int8_t* high) {
-  const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), mask = _mm256_set1_epi8(15);
-  for (int i = 0; i < 64; i += 32) {
-    const __m256i v = _mm256_loadu_si256((const __m256i*)(line + i));
-    _mm256_storeu_si256((__m256i*)(low + i), _mm256_shuffle_epi8(t, _mm256_and_si256(v, mask)));
-    _mm256_storeu_si256((__m256i*)(high + i), _mm256_shuffle_epi8(t, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask)));
-  }
-}
 struct halves32 { __m256i low, high; };  // 16 halves as their low and their high bytes
 INLINE halves32 load_halves(const uint16_t* p) {
   const __m128i a = _mm_loadu_si128((const __m128i*)p), b = _mm_loadu_si128((const __m128i*)(p + 8)),
@@ -106,7 +98,15 @@ INLINE void stream_halves(const halves32& t, const uint8_t* packed, void* y) {
 }
 INLINE void stream_end() { _mm_sfence(); }
 
-typedef __m256i w_t, nibbles_t;
+typedef __m256i w_t, x_t, nibbles_t;
+INLINE nibbles_t load_nibbles(const int8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+}
+INLINE x_t load_x(const int8_t* p) {
+  int32_t quad;
+  memcpy(&quad, p, 4);
+  return _mm256_set1_epi32(quad);
+}
 INLINE void lookup(nibbles_t t, const uint8_t* line, w_t& low, w_t& high) {
   const __m256i v = _mm256_loadu_si256((const __m256i*)line), mask = _mm256_set1_epi8(15);
   low = _mm256_shuffle_epi8(t, _mm256_and_si256(v, mask));

@@ -56,12 +56,6 @@ INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
   low = (f32)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);
   high = (f32)_mm512_permutex2var_ps((__m512)a, _mm512_add_epi32(from, _mm512_set1_epi32(8)), (__m512)b);
 }
-INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, int8_t* high) {
-  const __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), mask = _mm512_set1_epi8(15);
-  const __m512i v = _mm512_loadu_si512(line);
-  _mm512_storeu_si512(low, _mm512_shuffle_epi8(t, _mm512_and_si512(v, mask)));
-  _mm512_storeu_si512(high, _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask)));
-}
 struct halves32 { __m512i twice; };  // 16 halves, looked up 32 codes at a time; bit 4 of an index chooses the copy
 INLINE halves32 load_halves(const uint16_t* p) {
   return {_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p))};
@@ -101,6 +95,10 @@ INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32, i32&) {
   memcpy(q, &codes, sizeof codes);
 }
 INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)(row[k] ^ 128); }
+INLINE void load_codes(const ROW_T* q, int8_t* codes) {
+  const __m128i v = _mm_loadu_si128((const __m128i*)q);
+  _mm_storeu_si128((__m128i*)codes, _mm_xor_si128(v, _mm_set1_epi8(-128)));
+}
 INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
 struct Codes7 {
@@ -109,11 +107,10 @@ struct Codes7 {
 };
 
 // ---- the 4-bit product of integers
-constexpr int OFFSET = 128;
+constexpr bool SHORT_SUMS = false;
+typedef i32 short_sum;
 typedef __m512i w_t, x_t, nibbles_t;
-INLINE nibbles_t load_nibbles(const int8_t* p) {
-  return _mm512_xor_si512(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)), _mm512_set1_epi8(-128));
-}
+INLINE nibbles_t load_nibbles(const int8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 INLINE x_t load_x(const int8_t* p) {
   int32_t quad;
   memcpy(&quad, p, 4);
@@ -124,7 +121,7 @@ INLINE void lookup(nibbles_t t, const uint8_t* line, w_t& low, w_t& high) {
   low = _mm512_shuffle_epi8(t, _mm512_and_si512(v, mask));
   high = _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(v, 4), mask));
 }
-INLINE i32 dot(i32 acc, w_t w, x_t x) { return (i32)_mm512_dpbusd_epi32((__m512i)acc, w, x); }
+INLINE i32 dot(i32 c, w_t w, x_t x) { return (i32)_mm512_dpbusd_epi32((__m512i)c, w, x); }
 
 // ---- tiles
 constexpr int MR = 8, NV = 3;

@@ -31,6 +31,10 @@ INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32, i32&) {
   memcpy(q, &codes, sizeof codes);
 }
 INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)(row[k] ^ 128); }
+INLINE void load_codes(const ROW_T* q, int8_t* codes) {
+  const __m128i v = _mm_loadu_si128((const __m128i*)q);
+  _mm_storeu_si128((__m128i*)codes, _mm_xor_si128(v, _mm_set1_epi8(-128)));
+}
 INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
 struct Codes7 {
@@ -39,17 +43,9 @@ struct Codes7 {
 };
 
 // ---- the 4-bit product of integers
-constexpr int OFFSET = 128;
-typedef __m256i x_t;
-INLINE nibbles_t load_nibbles(const int8_t* p) {
-  return _mm256_xor_si256(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)), _mm256_set1_epi8(-128));
-}
-INLINE x_t load_x(const int8_t* p) {
-  int32_t quad;
-  memcpy(&quad, p, 4);
-  return _mm256_set1_epi32(quad);
-}
-INLINE i32 dot(i32 acc, w_t w, x_t x) { return (i32)_mm256_dpbusd_avx_epi32((__m256i)acc, w, x); }
+constexpr bool SHORT_SUMS = false;
+typedef i32 short_sum;
+INLINE i32 dot(i32 c, w_t w, x_t x) { return (i32)_mm256_dpbusd_avx_epi32((__m256i)c, w, x); }
 
 // ---- tiles
 constexpr int MR = 6, NV = 2;

@@ -107,9 +107,6 @@ INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
   low = f32{a[0], b[0], a[1], b[1]};
   high = f32{a[2], b[2], a[3], b[3]};
 }
-INLINE void lookup_bytes(const int8_t* table, const uint8_t* line, int8_t* low, int8_t* high) {
-  for (int i = 0; i < 64; ++i) low[i] = table[line[i] & 15], high[i] = table[line[i] >> 4];
-}
 struct halves32 { uint16_t values[16]; };
 INLINE halves32 load_halves(const uint16_t* p) {
   halves32 t;
@@ -154,6 +151,9 @@ INLINE void store_codes(ROW_T* q, i32 a, i32 b, i32 c, i32 d, i32 zero, i32&) {
   store_shorts(q + 2 * LANES, code[2], code[3]);
 }
 INLINE int8_t code_at(const ROW_T* row, size_t k) { return (int8_t)row[k]; }
+INLINE void load_codes(const ROW_T* q, int8_t* codes) {
+  for (int k = 0; k < 16; ++k) codes[k] = (int8_t)q[k];
+}
 INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
 struct Codes7 {
@@ -162,10 +162,11 @@ struct Codes7 {
 };
 
 // ---- the 4-bit product of integers
-constexpr int OFFSET = 0;
-struct w_t { int8_t k[LANES][4]; };
+constexpr bool SHORT_SUMS = false;
+typedef i32 short_sum;
+struct w_t { uint8_t k[LANES][4]; };
 struct x_t { int8_t k[4]; };
-struct nibbles_t { int8_t values[16]; };
+struct nibbles_t { uint8_t values[16]; };
 INLINE nibbles_t load_nibbles(const int8_t* p) {
   nibbles_t t;
   memcpy(t.values, p, 16);
@@ -177,10 +178,10 @@ INLINE void lookup(const nibbles_t& t, const uint8_t* line, w_t& low, w_t& high)
     for (int j = 0; j < 4; ++j)
       low.k[i][j] = t.values[line[4 * i + j] & 15], high.k[i][j] = t.values[line[4 * i + j] >> 4];
 }
-INLINE i32 dot(i32 acc, const w_t& w, x_t x) {
+INLINE i32 dot(i32 c, const w_t& w, x_t x) {
   for (int i = 0; i < LANES; ++i)
-    for (int j = 0; j < 4; ++j) acc[i] += x.k[j] * w.k[i][j];
-  return acc;
+    for (int j = 0; j < 4; ++j) c[i] += x.k[j] * w.k[i][j];
+  return c;
 }
 
 // ---- tiles

@@ -5,7 +5,6 @@
 // Every header defines, besides the vectors of vectors.h,
 //   NEEDS             the instruction sets it is compiled for, a set of CpuFeature
 //   float and integer vectors: load store min max fma round to_float reduce_min reduce_max narrow stream interleave ...
-//     lookup_bytes    a line of 64 bytes to the table's entries of their low and of their high four bits
 //     store_halves    32 consecutive codes to entries of a table of sixteen 16-bit floats
 //   the INT8 product  acc[COLS columns] += sum over four k of a[k] * b[column][k]: acc_t, a_t (four codes of one row,
 //                     broadcast), b_t (four k of COLS columns), load_a, load_b, dot
@@ -14,7 +13,7 @@
 //     PAIRED          dot_pairs adds a[0]*a[1] + a[2]*a[3] + b[0]*b[1] + b[2]*b[3] to each column, which the sums
 //                     of pairs of the row and of the column take off at the end; else it is dot
 //     store_codes     4 * LANES integers, limited to [0, 255], to codes of a row; adds up their pairs where PAIRED
-//     code_at         code k of a row less 128: -127 to 127 for a symmetric one
+//     code_at         code k of a row less 128: -127 to 127 for a symmetric one;  load_codes: the next sixteen
 //     MR, NV          tile of the product: rows, and vectors of columns, which cover whole panels or a part of one
 //     WIDE_QUADS      longest strip of the weight that pays to be widened once for many rows, from load_b by store_b to
 //                     vectors of WIDE_B wide_t, and MR_WIDE, the rows of its tiles; 0: none
@@ -24,10 +23,9 @@
 //                     row_t, their element; and where FOLDED: MR, quad_t, load_a, load_b as above, dot of one quad or
 //                     of two that are added in int16, and store_codes to row_t, plain codes
 //     ROW_K           how many k of a plain row dot takes at once, a from load_row and b from load_b; 0: not at all
-//   the 4-bit product of integers  acc[lane] += sum over four k of x[k] * w[lane][k], all within [-127, 127]: w_t
-//                     (looked-up integers), x_t (four s8 of one row, broadcast), nibbles_t, load_nibbles, load_x,
-//                     lookup, dot
-//     OFFSET          what the table, and with it every w, has too much: vpdpbusd takes them as unsigned
+//   the 4-bit product of integers  c[lane] += sum over four k of x[k] * w[lane][k]: w_t (looked-up integers, u8), x_t
+//                     (four s8 of one row, broadcast), nibbles_t, load_nibbles, load_x, lookup, dot
+//     SHORT_SUMS      dot takes two quads at a time, and sums of int16: short_sum has two to a lane, widen adds them
 //   tiles of the 4-bit products
 //     ROWS_4BIT, VECTORS_4BIT      many rows, fp32
 //     ROWS_INT8, VECTORS_INT8      many rows, integers: totals stay in registers beside the sums of one step
@@ -66,6 +64,32 @@ INLINE void transpose_quads(const int8_t* const* row, size_t k, int8_t* out, siz
   for (int q = 0; q < 4; ++q)
     for (int i = 0; i < 4; ++i) memcpy(out + q * line + 4 * i, row[i] + k + 4 * q, 4);
 #endif
+}
+
+INLINE i32 widen(i32 c) { return c; }
+
+// A fold of a row's codes as s8 behind four bytes: their sum times `factor` as one int32, or, `in_halves`, as two int16
+// modulo 2^16, of the first and of the last two k of every quad. quads is a multiple of four.
+INLINE void load_fold(const ROW_T* q, size_t quads, int32_t factor, bool in_halves, int8_t* x) {
+#if defined(__AVX2__)
+  __m128i sum = _mm_setzero_si128();  // 32 quads at most, in four lanes: 8 * 2 * 127
+  for (size_t i = 0; i < 4 * quads; i += 16) {
+    load_codes(q + i, x + 4 + i);
+    sum = _mm_add_epi16(sum, _mm_maddubs_epi16(_mm_set1_epi8(1), _mm_loadu_si128((const __m128i*)(x + 4 + i))));
+  }
+  sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0x4e));
+  sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 0xb1));
+  const __m128i factors = _mm_set1_epi16((int16_t)factor);
+  const int32_t start = _mm_cvtsi128_si32(in_halves ? _mm_mullo_epi16(sum, factors) : _mm_madd_epi16(sum, factors));
+#else
+  (void)in_halves;
+  int32_t start = 0;
+  for (size_t i = 0; i < 4 * quads; i += 16) {
+    load_codes(q + i, x + 4 + i);
+    for (size_t k = 0; k < 16; ++k) start += factor * x[4 + i + k];
+  }
+#endif
+  memcpy(x, &start, 4);
 }
 
 // ---- the same for every ISA

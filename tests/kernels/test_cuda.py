@@ -104,10 +104,10 @@ def test_an_operator_has_the_numbers_of_the_cpu(name: str, arguments: tuple[obje
 def largest_difference(name: str, arguments: tuple[object, ...], y: Tensor) -> float:
     top = float(y.double().abs().max())
     if name == "linear_4bit":
-        # auto on a GPU: x and weights in bf16 or fp32; on the CPU: x / absmax and the levels, each rounded to 1/127.
+        # auto on a GPU: x and weights in bf16 or fp32; on the CPU: codes of 1/127 and levels of 1/32.
         x, scales = arguments[0].double(), arguments[2]
         k = x.shape[-1]
-        return k * float(x.abs().max()) * float(scales.max()) * (2.0**-8 + 2 * 0.5 / 127)
+        return k * float(x.abs().max()) * float(scales.max()) * (2.0**-8 + 0.5 / 127 + 0.5 / 32)
     fused = {"int8_linear": 4, "int8_linear_outlier": -1}
     if name == "int8_linear_outlier" or "gelu" in arguments:
         assert name != "int8_linear" or arguments[fused[name]] == "gelu"

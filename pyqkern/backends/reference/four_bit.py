@@ -26,7 +26,12 @@ STEP = 128
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """What the sixteen codes stand for: values fp32 [16] in units of the scale, integers = rint(values * levels)."""
+    """What the sixteen codes stand for: values fp32 [16] in units of the scale, integers = rint(values * levels).
+
+    Integers within [-32, 32]: then AVX2 without VNNI adds four products of a weight and an activation in int16. Next to
+    127 levels that costs MiniLM's sentence embeddings 0.23 dB (NF4: 12.69 to 12.45, 13.07 with fp32 activations; FP4:
+    9.72 to 9.48, 9.81 with fp32 activations).
+    """
 
     values: Tensor
     levels: float
@@ -72,9 +77,9 @@ CODEBOOKS = {
             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
             0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
         ], dtype=torch.float32, device="cpu"),
-        127.0,
+        32.0,
     ),
-    "fp4": Codebook(_fp4(), 127.0),
+    "fp4": Codebook(_fp4(), 32.0),
     # Two's complement: the code is q & 15, its value q, the scale that of quantize_affine.
     "int4": Codebook(torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device="cpu"), 1.0),
 }  # fmt: skip
