@@ -26,7 +26,7 @@ LONGEST, SHORTEST = 500, 15  # lines of a file; an __init__.py may be shorter
 # Questions about the device that choose no kernel: (file, source of the expression) and why it is asked.
 ABOUT_DEVICES = {
     ("pyqkern/nn/encoder.py", "x.is_cpu"): "the operator of a whole layer is for CPUs; elsewhere its linears run",
-    ("pyqkern/nn/encoder.py", "linear._buffers['packed'].is_cpu"): "as above",
+    ("pyqkern/nn/encoder.py", "parts.linears[0]._buffers['packed'].is_cpu"): "as above",
     ("pyqkern/ops/encoder.py", "tensor.is_cpu"): "the operator of a whole layer refuses what is not on the CPU",
     ("pyqkern/ops/encoder.py", "mask.is_cpu"): "as above",
     ("pyqkern/ops/affine.py", "tensor.is_cuda"): "values are not checked on a GPU, which would have to wait for them",

@@ -151,7 +151,7 @@ def test_a_class_whose_code_was_replaced_is_not_passed_by(monkeypatch: pytest.Mo
 
 
 def test_a_class_of_a_known_name_is_not_taken_for_it() -> None:
-    layer = Named(transformers.BertConfig(**BERT)).eval()
+    layer = Named(transformers.BertConfig(**BERT, attn_implementation="eager")).eval()
     optimized = optimize(nn.Sequential(layer))
     assert type(layer) is Named and "not a class of transformers that is known" in str(reasons(optimized)[0])
 
