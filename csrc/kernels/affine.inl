@@ -86,7 +86,7 @@ INLINE void walk(const Channels& c, size_t begin, size_t end, Along along, Acros
     size_t run = i / c.inner, channel = run % c.channels;
     size_t rest = c.inner == 1 ? c.channels - channel : (run + 1) * c.inner - i;
     n = rest < end - i ? rest : end - i;
-    if (c.inner == 1) across(i, channel, n);
+    if (c.inner == 1 && !c.per_tensor) across(i, channel, n);
     else along(i, channel, n);
   }
 }

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pyqkern.backends import Kernels, Shape, reference
 from pyqkern.nn.weight import DequantizedWeight, read_from
@@ -323,7 +322,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, QLinear], output: Tensor) -> None:
         x, bias, ctx.layer = inputs
-        ctx.x_dtype, ctx.y_dtype = x.dtype, output.dtype
+        ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -334,10 +333,3 @@ class _StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, None
-
-    @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, layer: None) -> Tensor:
-        y = None if x is None else functional.linear(x, ctx.layer._dequantize().to(x.dtype)).to(ctx.y_dtype)
-        if bias is None or y is None:
-            return y if bias is None else bias.to(ctx.y_dtype)  # type: ignore[return-value]
-        return y + bias.to(ctx.y_dtype)

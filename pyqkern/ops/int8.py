@@ -66,6 +66,11 @@ def _pack(kernels: Kernels, weight: Tensor) -> Tensor:
     _check_weight(weight)
     if weight.numel() == 0:
         return weight.new_zeros(kernels.packed_shape(*weight.shape))
+    if weight.shape[1] > INT8_MATMUL_MAX_K[torch.uint8] and int(weight.min()) == -128:
+        raise ValueError(
+            f"weight must be in [-127, 127] where K={weight.shape[1]} is above {INT8_MATMUL_MAX_K[torch.uint8]}, "
+            "so that no int32 sum wraps, got -128; split the layer"
+        )
     return kernels.int8_pack(weight.contiguous())
 
 

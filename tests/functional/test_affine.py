@@ -104,6 +104,15 @@ def test_per_tensor_is_torch_quantize_per_tensor(
     assert torch.equal(dequantize_affine(q, scale, zero_point), expected.dequantize())
 
 
+def test_one_element_is_rounded_like_many(isa: str) -> None:
+    """The sum is one fma, 42.5000035 here, which two roundings take for 42.5."""
+    x, scale = torch.tensor([-12.738507270812988]), 0.09990986436605453
+    for n in (1, 2, 9, 40):
+        q = quantize_affine(x.expand(n), scale, 170, dtype=torch.uint8)
+        assert q.tolist() == [43] * n
+    assert int(quantize_affine(x[0], scale, 170, dtype=torch.uint8)) == 43
+
+
 @given(
     shape=st.tuples(sizes, st.integers(1, 9), st.integers(1, 40)),
     seed=seeds,

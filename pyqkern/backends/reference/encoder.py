@@ -14,7 +14,7 @@ from pyqkern.backends import FLT_MIN, Weight4bit, reference
 LOG2_E = 1.44269504
 
 # Of key j of a sentence: many small probabilities keep their sum, where rounding each for itself would lose them all.
-DITHER = (torch.arange(64, device="cpu") * 39 % 64 + 0.5) / 64 - 0.5
+DITHER = (torch.arange(64, dtype=torch.float32, device="cpu") * 39 % 64 + 0.5) / 64 - 0.5
 
 
 def seen_keys(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
