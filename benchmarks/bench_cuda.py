@@ -60,7 +60,11 @@ def load_kernels() -> SimpleNamespace:
     load("pyqkern_kernels", ROOT / "kernels" / "__init__.py", ROOT / "kernels")
     names = ("affine", "device", "int8", "four_bit", "row_quantize", "tuning")
     modules = {name: importlib.import_module(f"pyqkern_kernels.{name}") for name in names}
-    return SimpleNamespace(reference=load("pyqkern_reference", ROOT / "pyqkern" / "reference.py"), **modules)
+    # The reference is plain torch: its package is found without running the one above it, which needs the C++.
+    package = ModuleType("pyqkern")
+    package.__path__ = [str(ROOT / "pyqkern")]
+    sys.modules.setdefault("pyqkern", package)
+    return SimpleNamespace(reference=importlib.import_module("pyqkern.backends.reference"), **modules)
 
 
 # ---- time

@@ -152,11 +152,13 @@ def _linear(contender: str, case: Case, threads: int) -> Job:
 
 def _operator(layer: Any, x: torch.Tensor) -> Callable[[], object]:
     """The layer's operator with its tensors, as the layer calls it."""
+    from pyqkern.backends import Weight4bit
     from pyqkern.ops import four_bit
 
-    tensors = [layer.packed, layer.absmax, layer.nested_absmax, layer.nested_map, layer.nested_offset, layer.bias]
-    format_ = (layer.quant_type, layer.blocksize, layer.out_features, layer.scheme.compute)
-    return functools.partial(four_bit.linear_4bit, x, *tensors, *format_)
+    tensors = (layer.packed, layer.absmax, layer.nested_absmax, layer.nested_map, layer.nested_offset)
+    shape = (layer.out_features, layer.in_features)
+    weight = Weight4bit(*tensors, layer.quant_type, layer.blocksize, shape)
+    return functools.partial(four_bit.linear_4bit, x, weight, layer.bias, layer.scheme.compute)
 
 
 def _tensor(contender: str, case: TensorCase, threads: int) -> Job:

@@ -318,7 +318,13 @@ _HAS_EXCHANGE: bool = _exchange is not None and _C.use_exchange(_exchange, Tenso
 
 
 def _short_int8(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool, bits: int
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    symmetric: bool,
+    bits: int = 8,
 ) -> Tensor | None:
     if not x.dim() or not weight_scale.dim():
         return None
@@ -335,7 +341,7 @@ def _short_int8_static(
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
-    bits: int,
+    bits: int = 8,
 ) -> Tensor | None:
     if not x.dim() or not weight_scale.dim():
         return None

@@ -239,7 +239,7 @@ def test_what_is_made_once_is_made_on_the_cpu_in_fp32() -> None:
     try:
         with torch.device("meta"):
             made = functional_four_bit.dynamic_map.__wrapped__()
-            record = Codebook(CODEBOOKS["nf4"].values, 127.0).record
+            record = Codebook(CODEBOOKS["nf4"].values, CODEBOOKS["nf4"].levels).record
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(made, functional_four_bit.dynamic_map()) and torch.equal(record, CODEBOOKS["nf4"].record)

@@ -39,8 +39,9 @@ ENCODERS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
 }
 
 # Rounding to 254 steps of a row's range errs by about 0.8 % of normal values (the range is 3 to 4 sigma each way:
-# 3.5 / 127 / sqrt(12)), nf4 in blocks of 64 by 9 %; twelve such errors in a row add up to sqrt(12) as much.
-ERROR = {"int8": 12**0.5 * 0.008, "nf4": 12**0.5 * 0.09}
+# 3.5 / 127 / sqrt(12)), nf4 in blocks of 64 by 9 %, and its integers, steps of absmax / 32 with an absmax of 2.4 sigma,
+# by another 2.4 / 32 / sqrt(12); twelve such errors in a row add up to sqrt(12) as much.
+ERROR = {"int8": 12**0.5 * 0.008, "nf4": 12**0.5 * (0.09**2 + (2.4 / 32) ** 2 / 12) ** 0.5}
 
 
 def make(name: str) -> Any:

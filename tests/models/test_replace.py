@@ -204,7 +204,7 @@ def test_transformer_encoder_layer_calls_its_linears(monkeypatch: pytest.MonkeyP
     x = torch.randn(2, 5, 16)
     calls: list[nn.Module] = []
     linear = pyqkern.nn.int8.Int8Linear._linear
-    monkeypatch.setattr(pyqkern.nn.int8.Int8Linear, "_linear", lambda self, x: calls.append(self) or linear(self, x))
+    monkeypatch.setattr(pyqkern.nn.int8.Int8Linear, "_linear", lambda self, *a: calls.append(self) or linear(self, *a))
     with torch.no_grad():
         expected = model(x)
         replace_linear(model)
