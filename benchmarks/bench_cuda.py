@@ -213,19 +213,19 @@ def correctness(bench: Bench, shapes: Sequence[tuple[int, int, int]]) -> None:
             check(torch.equal(y, reference.dequantize(q, sizes, *qparams, bench.dtype)), f"dequantize {label}")
         for quant_type in ("nf4", "fp4"):
             weight = bench.normal(n, k)
-            packed, absmax = k_.nf4.quantize_4bit(weight, quant_type, 64)
-            levels = torch.tensor(getattr(k_.nf4, f"{quant_type.upper()}_LEVELS").value, device=device)
+            packed, absmax = k_.four_bit.quantize_4bit(weight, quant_type, 64)
+            levels = torch.tensor(getattr(k_.four_bit, f"{quant_type.upper()}_LEVELS").value, device=device)
             codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1)[: n * k].int()
             plain = (levels[codes] * absmax.repeat_interleave(64)[: n * k]).view(n, k)
             blocks = functional.pad(weight.float().view(-1), (0, -n * k % 64)).view(-1, 64).abs().amax(1)
             check(torch.equal(absmax, blocks), f"{quant_type} absmax {label}")
             nearest = (plain - weight.float()).abs() <= 0.18 * absmax.repeat_interleave(64)[: n * k].view(n, k)
             check(bool(nearest.all()), f"{quant_type} codes {label}")  # levels are 0.34 apart at most
-            again = k_.nf4.dequantize_4bit(packed, absmax, None, None, None, quant_type, 64, (n, k), bench.dtype)
+            again = k_.four_bit.dequantize_4bit(packed, absmax, None, None, None, quant_type, 64, (n, k), bench.dtype)
             check(torch.equal(again, plain.to(bench.dtype)), f"{quant_type} dequantize {label}")
             for rows in (1, 3, 16, 64, m):
                 a = bench.normal(rows, k)
-                got = k_.nf4.linear_4bit(a, packed, absmax, None, None, None, bias, quant_type, 64, n, "auto").double()
+                got = k_.four_bit.linear_4bit(a, packed, absmax, None, None, None, bias, quant_type, 64, n, "auto").double()
                 exact = a.double() @ plain.double().T + bias.double()
                 magnitude = a.double().abs() @ plain.double().abs().T + bias.double().abs()
                 # k + 3 roundings to fp32, weights rounded to bf16, the result too
