@@ -225,7 +225,8 @@ def correctness(bench: Bench, shapes: Sequence[tuple[int, int, int]]) -> None:
             check(torch.equal(again, plain.to(bench.dtype)), f"{quant_type} dequantize {label}")
             for rows in (1, 3, 16, 64, m):
                 a = bench.normal(rows, k)
-                got = k_.four_bit.linear_4bit(a, packed, absmax, None, None, None, bias, quant_type, 64, n, "auto").double()
+                weight = (packed, absmax, None, None, None)
+                got = k_.four_bit.linear_4bit(a, *weight, bias, quant_type, 64, n, "auto").double()
                 exact = a.double() @ plain.double().T + bias.double()
                 magnitude = a.double().abs() @ plain.double().abs().T + bias.double().abs()
                 # k + 3 roundings to fp32, weights rounded to bf16, the result too
