@@ -138,7 +138,11 @@ if __name__ == "__main__":
     sys.exit()
 
 
-@pytest.fixture(scope="module", params=CAPABILITIES)
+# Plain `pytest` compiles for the oldest generation and for the one with wgmma and the TMA; .ci/run for all.
+LONG = [pytest.param(capability, marks=pytest.mark.long) for capability in CAPABILITIES if capability not in (80, 90)]
+
+
+@pytest.fixture(scope="module", params=[80, 90, *LONG])
 def capability(request: pytest.FixtureRequest) -> int:
     return request.param
 
