@@ -99,11 +99,17 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def quantized(name: str, scheme: Any, embeddings: bool, exclude: bool) -> Any:
     model = make(name)
     if embeddings:
-        replace_embedding(model, scheme if scheme.embeds else "int8")
+        replace_embedding(model, scheme if scheme.embeds else "int8", include=lambda _, m: fits(scheme, m))
     linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     # One of query, key and value in float, where a file may have them in one tensor.
     kept = [name for name in linears if name.endswith(("query", "q_proj", "qkv"))][:1] if exclude else []
-    return replace_linear(model, scheme, exclude=kept)
+    return replace_linear(model, scheme, exclude=lambda name, m: name in kept or not fits(scheme, m))
+
+
+def fits(scheme: Any, module: Any) -> bool:
+    """int4 has whole groups in a row; position biases are narrower."""
+    width = getattr(module, "in_features", getattr(module, "embedding_dim", 0))
+    return not isinstance(scheme, Int4) or width % scheme.group_size == 0
 
 
 def same(model: Any, again: Any) -> None:
