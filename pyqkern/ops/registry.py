@@ -129,11 +129,6 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def direct(x: Tensor) -> bool:
-    """Whether C++ may read x past the dispatcher."""
-    return nobody_listens() and is_plain(x)
-
-
 def short_way(name: str, operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function of the same arguments as `operator` that calls the C++ kernel of that name without the dispatcher.
 
