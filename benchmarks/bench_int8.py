@@ -1,7 +1,9 @@
-"""The INT8 linear, as its user calls it (fp32 in and out, dynamic activations, bias), and the bare product int8_matmul.
+"""The linear with integer products, as its user calls it (fp32 in and out, bias), and the bare product int8_matmul.
+
+Weights are normal, as trained ones nearly are; activations are quantized per token, inside the call.
 
 python benchmarks/bench_int8.py --peers --threads 1,2 --json int8.json --plot int8.png
-python benchmarks/bench_int8.py --cold                      weights come from DRAM
+python benchmarks/bench_int8.py --cold --m 1,16,128         weights come from DRAM, as in a model
 python benchmarks/bench_int8.py --isa all --m 1024          one row of figures for each instruction set
 """
 
@@ -21,11 +23,13 @@ import peers
 import shapes
 import torch
 from common import Job, Result
-from limits import PEAK_OF_ISA, Limits
+from limits import Limits, peaks_of
 from torch import Tensor, nn
 
 FASTEST_OF = ("fbgemm", "onednn", "ort")  # the peers whose best is the one to beat, at each shape
-LARGEST_ERROR = 0.03  # relative to fp32; INT8 with one scale per token and channel is near 0.01
+LARGEST_ERROR = {True: 0.03, False: 0.2}  # of int8 and of 4 bits, relative to fp32; they are near 0.01 and 0.1
+COLD_ROWS = 4  # up to as many a product from DRAM is bound by the bandwidth, with more by its instructions
+CHECKED_ROWS = 16
 INT_MM = "torch._int_mm"
 
 
@@ -67,37 +71,49 @@ def _limit(name: str, case: Case, threads: int) -> Job:
 
 
 @functools.lru_cache(maxsize=32)
-def _modules(name: str, k: int, n: int, copies: int, threads: int) -> tuple[nn.Linear, Sequence[peers.LinearCall]]:
+def _modules(contender: str, k: int, n: int, copies: int, threads: int) -> tuple[nn.Linear, Sequence[peers.LinearCall]]:
     torch.manual_seed(0)
     linear = nn.Linear(k, n)
-    make = peers.BY_NAME[name].linear
+    nn.init.normal_(linear.weight, std=k**-0.5)
+    ours = common.own(contender)
+    make = (peers.own(ours.name, ours.scheme) if ours else peers.BY_NAME[contender]).linear
     assert make is not None
     return linear, make(linear, copies, threads)
 
 
 def _linear(contender: str, case: Case, threads: int) -> Job:
-    name = contender.split()[0]
-    linear, modules = _modules(name, case.k, case.n, case.copies, threads)
+    linear, modules = _modules(contender, case.k, case.n, case.copies, threads)
     x = torch.randn(case.m, case.k, generator=torch.Generator().manual_seed(1))
     if switch := common.use_isa(contender):
         switch()
     with torch.inference_mode():
         expected, result = linear(x), torch.as_tensor(modules[0](x))
-        if name == "pyqkern":
-            _check_bits(modules[0], x, result)
     error = float((result - expected).norm() / expected.norm())
-    if name == "pyqkern" and not error <= LARGEST_ERROR:
-        raise ValueError(f"relative error against fp32 must be at most {LARGEST_ERROR}, got {error:.4f}")
-    return Job([functools.partial(module, x) for module in modules], {"error": error})
+    facts = {"error": error}
+    if ours := common.own(contender):
+        _check(ours, modules[0], x, result, error)
+        facts["bytes"] = sum(buffer.nbytes for buffer in modules[0].buffers())
+    return Job([functools.partial(module, x) for module in modules], facts)
 
 
-def _check_bits(module: Any, x: Tensor, result: Tensor) -> None:
-    """The output is the specification's, bit for bit."""
+def _check(ours: common.Own, module: Any, x: Tensor, result: Tensor, error: float) -> None:
+    """The first rows are those of the specification, or for 4 bits of the kernels without vectors, bit for bit."""
+    from pyqkern import _C
     from pyqkern.backends import reference
 
-    state = module.state_dict()
-    weight, scale, bias = state["weight"], state["weight_scale"], state["bias"]
-    expected = reference.int8_linear(x, weight, scale, bias, "none", module.scheme.symmetric)
+    int8 = ours.scheme.startswith("int8")
+    if not error <= LARGEST_ERROR[int8]:
+        raise ValueError(f"relative error against fp32 must be at most {LARGEST_ERROR[int8]}, got {error:.4f}")
+    x, result = x[:CHECKED_ROWS], result[:CHECKED_ROWS]
+    if int8:
+        state, scheme = module.state_dict(), module.scheme
+        weight, scale, bias = state["weight"], state["weight_scale"], state["bias"]
+        expected = reference.int8_linear(x, weight, scale, bias, "none", scheme.symmetric, scheme.activation_bits)
+    else:
+        _C.set_isa("scalar")
+        with torch.inference_mode():
+            expected = module(x)
+        _C.set_isa(ours.isa)
     if not torch.equal(result, expected):
         raise ValueError(f"{int((result != expected).sum())} of {result.numel()} outputs differ from the reference")
 
@@ -127,10 +143,17 @@ def _matmul(contender: str, case: Case) -> Job:
 # ---- what is shown --------------------------------------------------------------------------------------------------
 
 
-def _limit_of(contender: str, cold: bool) -> str | None:
-    """The limit that pyqkern's time is a share of: read bandwidth when cold, else the ISA's INT8 peak."""
-    isa = contender.partition(" ")[2]
-    return "limit: read" if cold else f"limit: {PEAK_OF_ISA[isa]}" if isa in PEAK_OF_ISA else None
+def _limits_of(contender: str, from_memory: bool) -> tuple[str, ...]:
+    """What pyqkern's time is a share of: the read bandwidth, or the ISA's peaks for its scheme, of which the best."""
+    ours = common.own(contender)
+    if ours is None:
+        return ()
+    return ("limit: read",) if from_memory else tuple(f"limit: {peak}" for peak in peaks_of(ours.isa, ours.scheme))
+
+
+def _from_memory(case: Case) -> bool:
+    """Whether the bandwidth is what bounds the case."""
+    return case.copies > 1 and case.m <= COLD_ROWS
 
 
 def _rate(result: Result) -> float:
@@ -139,8 +162,8 @@ def _rate(result: Result) -> float:
     return float(result.facts["amount"]) / result.seconds
 
 
-def summarize(results: Sequence[Result], cases: Sequence[Case], threads: int, cold: bool) -> list[dict[str, Any]]:
-    """One record for each case and ISA of pyqkern: time, rate, share of the limit, ratio to each peer."""
+def summarize(results: Sequence[Result], cases: Sequence[Case], threads: int) -> list[dict[str, Any]]:
+    """One record for each case, ISA and scheme of pyqkern: time, rate, share of the limit, ratio to each peer."""
     records: list[dict[str, Any]] = []
     ours = list(dict.fromkeys(result.contender for result in results if result.contender.startswith("pyqkern")))
     for contender, case in itertools.product(ours, cases):
@@ -148,9 +171,9 @@ def summarize(results: Sequence[Result], cases: Sequence[Case], threads: int, co
         own = get(contender=contender)
         if own is None or own.seconds is None:
             continue
-        rate = (case.k * case.n if cold else case.operations) / own.seconds
-        limit_name = _limit_of(contender, cold)
-        limit = get(contender=limit_name) if limit_name else None
+        cold = _from_memory(case)
+        rate = (own.facts["bytes"] if cold else case.operations) / own.seconds
+        limits = [found for name in _limits_of(contender, cold) if (found := get(contender=name))]
         fma = get(contender="limit: fp32 fma ymm")
         others = {
             result.contender: result.seconds / own.seconds
@@ -160,24 +183,30 @@ def summarize(results: Sequence[Result], cases: Sequence[Case], threads: int, co
         }  # fmt: skip
         records.append({
             "contender": contender, "case": case.label, "threads": threads, "us": own.seconds * 1e6,
-            "spread": own.spread, "giga": rate / 1e9, "share": rate / _rate(limit) if limit else None,
+            "spread": own.spread, "giga": rate / 1e9, "unit": "GB/s" if cold else "GOP/s",
+            "share": rate / max(map(_rate, limits)) if limits else None,
             "over_fp32_ymm": rate / _rate(fma) if fma and not cold else None, "ratios": others,
             "to_fastest": min((others[name] for name in FASTEST_OF if name in others), default=None),
         })  # fmt: skip
     return records
 
 
-def show(records: list[dict[str, Any]], results: Sequence[Result], unit: str, limit: str) -> None:
-    """A table for each ISA: pyqkern's own figures, then each peer's time and how many times pyqkern's it is."""
+def show(records: list[dict[str, Any]], results: Sequence[Result]) -> None:
+    """A table for each ISA and scheme: pyqkern's own figures, then each peer's time and how many times pyqkern's."""
     for contender in dict.fromkeys(record["contender"] for record in records):
         own = [record for record in records if record["contender"] == contender]
         others = list(dict.fromkeys(name for record in own for name in record["ratios"]))
         beaten = any(record["to_fastest"] for record in own)
-        columns = ["M x K x N", f"{contender}, us", "spread", unit, limit, *map(common.title, others)]
+        columns = ["M x K x N", f"{contender}, us", "spread", "rate", "of the limit", *map(common.title, others)]
         columns += ["to fastest"] if beaten else []
         rows = []
         for record in own:
-            row = [record["case"], _number(record["us"]), f"{record['spread']:.0%}", f"{record['giga']:.0f}"]
+            row = [
+                record["case"],
+                _number(record["us"]),
+                f"{record['spread']:.0%}",
+                f"{record['giga']:.1f} {record['unit']}",
+            ]
             row.append(f"{record['share']:.0%}" if record["share"] else "")
             for name in others:
                 ratio = record["ratios"].get(name)
@@ -189,7 +218,7 @@ def show(records: list[dict[str, Any]], results: Sequence[Result], unit: str, li
             rows.append(["geometric mean", "", "", "", "", *means])
         print(f"{common.threads_title(own[0]['threads'])}:\n\n{common.table(columns, rows)}")
         fp32 = [record["over_fp32_ymm"] for record in own if record["over_fp32_ymm"]]
-        if fp32 and contender.endswith("avx2"):
+        if fp32 and " avx2" in contender:
             print(f"\nrate over the fp32 ymm fma peak: {', '.join(f'{value:.2f}x' for value in fp32)}")
         print()
     errors = [[common.title(name), f"{error:.4f}"] for name, error in _errors(results).items()]
@@ -226,8 +255,8 @@ def _mean(ratios: list[float | None]) -> str:
     return f"{common.geometric_mean(there):.2f}x" if there else ""
 
 
-def plot(path: Any, results: Sequence[Result], cases: Sequence[Case], threads: Sequence[int], cold: bool) -> None:
-    """Bars of GOP/s (cold: GB/s of weights): a panel for each number of rows and of threads; the limit dashed."""
+def plot(path: Any, results: Sequence[Result], cases: Sequence[Case], threads: Sequence[int]) -> None:
+    """Bars of GOP/s (few rows from DRAM: GB/s): a panel for each number of rows and of threads; the limits dashed."""
     from matplotlib import pyplot
 
     shown = list(dict.fromkeys(r.contender for r in results if not r.contender.startswith("limit") and r.seconds))
@@ -236,6 +265,7 @@ def plot(path: Any, results: Sequence[Result], cases: Sequence[Case], threads: S
     figure, axes = pyplot.subplots(len(threads), len(rows), figsize=size, squeeze=False)
     for (count, m), ax in zip(itertools.product(threads, rows), axes.flat, strict=True):
         here = [case for case in cases if case.m == m]
+        cold = _from_memory(here[0])
         width = 0.85 / max(1, len(shown))
         for i, contender in enumerate(shown):
             heights = []
@@ -246,7 +276,7 @@ def plot(path: Any, results: Sequence[Result], cases: Sequence[Case], threads: S
             positions = [x + (i - (len(shown) - 1) / 2) * width for x in range(len(here))]
             ax.bar(positions, heights, width, label=common.title(contender), color=common.color(contender, shown))
         if cold or m >= 16:  # with fewer rows hot, memory and the call are the limit, far below the peak
-            for name in dict.fromkeys(filter(None, (_limit_of(contender, cold) for contender in shown))):
+            for name in dict.fromkeys(itertools.chain(*(_limits_of(contender, cold) for contender in shown))):
                 rates = [_rate(r) / 1e9 for case in here if (r := common.find(results, case.label, name, count))]
                 if rates:
                     ax.axhline(statistics.median(rates), color="black", linewidth=1, linestyle="--")
@@ -260,8 +290,7 @@ def plot(path: Any, results: Sequence[Result], cases: Sequence[Case], threads: S
         ax.set_xticks(range(len(here)), [f"{case.k}x{case.n}" for case in here], fontsize=8)
         ax.set_title(f"{m} row{'s'[: m - 1]}, {common.threads_title(count)}", fontsize=9)
         ax.margins(y=0.12)
-    for row in axes:
-        row[0].set_ylabel("GB/s of weights" if cold else "GOP/s")
+        ax.set_ylabel("GB/s of 8-bit weights" if cold else "GOP/s")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, ncols=min(5, len(shown)), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     common.save(figure, path)
@@ -289,13 +318,14 @@ def main() -> int:
         help="in_features x out_features (default: 768x768,768x3072,3072x768)",
     )
     what = parser.add_mutually_exclusive_group()
+    common.add_schemes(parser)
     what.add_argument("--cold", action="store_true", help="weights rotate over 96 MiB, so that they come from DRAM")
     what.add_argument("--matmul", action="store_true", help="the bare product int8_matmul against torch._int_mm")
     arguments = parser.parse_args()
 
     chosen, missing = common.contenders(arguments, "linear")
     if arguments.matmul:
-        chosen = [name for name in chosen if name.startswith("pyqkern")] + [INT_MM]
+        chosen = [name for name in chosen if (ours := common.own(name)) and ours.scheme == "int8"] + [INT_MM]
     cases = [
         Case(m, k, n, max(1, shapes.COLD_BYTES // (k * n)) if arguments.cold else 1, arguments.matmul)
         for k, n in arguments.kn
@@ -303,21 +333,23 @@ def main() -> int:
     ]
     found = common.header(missing, arguments.threads)
     if found:
-        bounds = {_limit_of(name, arguments.cold) for name in chosen if name.startswith("pyqkern")}
-        chosen += sorted(filter(None, bounds | ({"limit: fp32 fma ymm"} if "pyqkern avx2" in chosen else set())))
+        kinds = {_from_memory(case) for case in cases}
+        bounds = set(itertools.chain(*(_limits_of(name, kind) for name in chosen for kind in kinds)))
+        avx2 = any((ours := common.own(name)) and ours.isa == "avx2" for name in chosen)
+        chosen += sorted(bounds | ({"limit: fp32 fma ymm"} if avx2 else set()))
     results: list[Result] = []
     records: list[dict[str, Any]] = []
     for threads in arguments.threads:
         isolate = common.isolated(arguments, threads)
         measured = common.measure(build, chosen, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
         results += measured
-        records += (new := summarize(results, cases, threads, arguments.cold))
-        show(new, measured, "GB/s" if arguments.cold else "GOP/s", "of bandwidth" if arguments.cold else "of peak")
+        records += (new := summarize(results, cases, threads))
+        show(new, measured)
     show_scaling(records)
     failed = common.failures(results)
     common.write_json(arguments.json, found=found, missing=missing, results=results, summary=records)
     if arguments.plot:
-        plot(arguments.plot, results, cases, arguments.threads, arguments.cold)
+        plot(arguments.plot, results, cases, arguments.threads)
     return 1 if failed else 0
 
 

@@ -3,6 +3,7 @@
     python benchmarks/bench_model.py --peers --json model.json --plot model.png
     python benchmarks/bench_model.py --peers --threads 2 --sizes 8x128
     python benchmarks/bench_model.py --peers openvino,onednn --models base --sizes 1x16,8x16-128
+    python benchmarks/bench_model.py --peers --isa avx2 --schemes int8,nf4    a CPU with VNNI as if it had none
 
 A size is BATCHxLENGTH; 8x16-128 is a batch of 8 sentences of 16 to 128 tokens, padded to 128 under a mask.
 """
@@ -24,11 +25,11 @@ import peers
 import shapes
 import torch
 from common import Job, Result
-from limits import PEAK_OF_ISA, Limits
+from limits import Limits, peaks_of
 from torch import nn
 
 MODELS = {"base": "BERT-base, random weights", "minilm": "MiniLM-L6"}
-LARGEST_ERROR = 0.1  # of pyqkern, relative to fp32; more is a fault, not quantization
+LARGEST_ERROR = {True: 0.1, False: 0.4}  # of int8 and of 4 bits, relative to fp32; more is a fault, not quantization
 ENGINES = ("fbgemm", "onednn")  # of torch quantize_dynamic; the faster one is the peer to beat
 
 
@@ -50,7 +51,7 @@ def build(contender: str, case: Case, threads: int) -> Job:
     if contender.startswith("limit: "):
         work = Limits.load().peak(contender.removeprefix("limit: "), threads)
         return Job([work], {"amount": work.amount, "operations": _linear_operations(case)})
-    built = _built(contender.split()[0], case.model, threads)
+    built = _built(contender, case.model, threads)
     ids, mask = _inputs(case)
     switch = common.use_isa(contender)
     if switch:
@@ -58,8 +59,9 @@ def build(contender: str, case: Case, threads: int) -> Job:
     with torch.inference_mode():
         result, expected = built.call(ids, mask)[mask.bool()], _expected(case)
     error = float((result - expected).norm() / expected.norm())
-    if contender.startswith("pyqkern") and not error <= LARGEST_ERROR:
-        raise ValueError(f"relative error against fp32 must be at most {LARGEST_ERROR}, got {error:.4f}")
+    ours = common.own(contender)
+    if ours and not error <= (largest := LARGEST_ERROR[ours.scheme.startswith("int8")]):
+        raise ValueError(f"relative error against fp32 must be at most {largest}, got {error:.4f}")
     return Job([functools.partial(built.call, ids, mask)], {"error": error, "bytes": built.size}, switch)
 
 
@@ -94,8 +96,9 @@ def _inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.lru_cache(maxsize=32)
-def _built(name: str, model: str, threads: int) -> peers.BuiltModel:
-    make = peers.BY_NAME[name].model
+def _built(contender: str, model: str, threads: int) -> peers.BuiltModel:
+    ours = common.own(contender)
+    make = (peers.own(ours.name, ours.scheme) if ours else peers.BY_NAME[contender]).model
     assert make is not None
     ids, _ = _inputs(Case(model, "32x64"))
     return make(_model(model), threads, [sentence.unsqueeze(0) for sentence in ids])
@@ -218,6 +221,7 @@ def main() -> int:
         default=list(shapes.MODEL_SIZES),
         help="e.g. 1x16,8x16-128 (default: 1x128,1x384,8x128)",
     )
+    common.add_schemes(parser)
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.models) - set(MODELS)):
         parser.error(f"--models must be among {', '.join(MODELS)}; got {', '.join(unknown)}")
@@ -230,14 +234,12 @@ def main() -> int:
     shown, missing = common.contenders(arguments, "model")
     cases = [Case(model, size) for model in arguments.models for size in arguments.sizes]
     found = common.header(missing, arguments.threads)
-    peaks = (
-        {PEAK_OF_ISA.get(name.partition(" ")[2]) for name in shown if name.startswith("pyqkern")} if found else set()
-    )
+    peaks = {peak for ours in map(common.own, shown) if ours and found for peak in peaks_of(ours.isa, ours.scheme)}
     results: list[Result] = []
     records: list[dict[str, Any]] = []
     for threads in arguments.threads:
         isolate = common.isolated(arguments, threads)
-        everyone = [*shown, *(f"limit: {peak}" for peak in sorted(filter(None, peaks)))]
+        everyone = [*shown, *(f"limit: {peak}" for peak in sorted(peaks))]
         results += common.measure(build, everyone, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
         records += (new := summarize(results, cases, threads))
         show(new, shown)

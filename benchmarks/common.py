@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import limits
 import peers
@@ -205,7 +205,7 @@ def measure(
     results = []
     tqdm.monitor_interval = 0
     steps = len(cases) * len(contenders) * (rounds + 1)
-    bar = tqdm(total=steps, desc=threads_title(threads), leave=False)
+    bar = tqdm(total=steps, desc=threads_title(threads), leave=False, disable=None)  # None: no bar in a file
     for case in cases:
         facts: dict[str, dict[str, Any]] = {}
         times: dict[str, list[float] | None] = {}
@@ -307,17 +307,62 @@ def isolated(arguments: argparse.Namespace, threads: int) -> bool:
     return threads > 1 if arguments.isolate is None else bool(arguments.isolate)
 
 
+class Own(NamedTuple):
+    """What a contender "pyqkern ISA", or "pyqkern.optimize ISA SCHEME", says."""
+
+    name: str
+    isa: str
+    scheme: str = "int8"
+
+
+def own(contender: str) -> Own | None:
+    return Own(*contender.split()[:3]) if contender.startswith("pyqkern") else None
+
+
+#: What is measured where --schemes is not given: without VNNI the others are the faster ones.
+SCHEMES_OF_ISA = {"avx2": ("int8", "int8-a7", "int4")}
+
+
+def add_schemes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--schemes", type=names, default=[], help="pyqkern's, e.g. int8,nf4 (default: int8; on avx2 int8,int8-a7,int4)"
+    )
+
+
 def contenders(arguments: argparse.Namespace, kind: str) -> tuple[list[str], dict[str, str]]:
-    """Names to measure, pyqkern first (once for each ISA asked for), and the peers that are not installed."""
+    """Names to measure, pyqkern first (once for each ISA asked for, and each scheme where there is a choice), and the
+    peers that are not installed.
+    """
     groups = {"all": tuple(peers.BY_NAME), "torch": peers.TORCH}
-    own = ("pyqkern.optimize", "pyqkern")
-    wanted = [*own, *(groups.get(",".join(arguments.peers), arguments.peers))]
+    ourselves = ("pyqkern.optimize", "pyqkern")
+    wanted = [*ourselves, *(groups.get(",".join(arguments.peers), arguments.peers))]
     unknown = sorted(set(wanted) - set(peers.BY_NAME))
     if unknown:
         raise SystemExit(f"--peers must be among {', '.join(peers.BY_NAME)}; got {', '.join(unknown)}")
     found, missing = peers.choose(wanted, kind)
-    ours = [f"{peer.name} {isa}" for peer in found if peer.name in own for isa in _isas(arguments.isa)]
-    return [*ours, *(peer.name for peer in found if peer.name not in own)], missing
+    isas, ours = _isas(arguments.isa), []
+    for peer in found:
+        if peer.name in ourselves:
+            for isa in isas:
+                schemes = (arguments.schemes or SCHEMES_OF_ISA.get(isa, ("int8",))) if "schemes" in arguments else [""]
+                ours += [f"{peer.name} {isa} {scheme}".strip() for scheme in schemes]
+    _hold_peers(isas)
+    return [*ours, *(peer.name for peer in found if peer.name not in ourselves)], missing
+
+
+#: What oneDNN, FBGEMM and torch's own loops read at their first use; ONNX Runtime and OpenVINO have no such switch.
+HELD_TO_AVX2 = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+}  # fmt: skip
+
+
+def _hold_peers(isas: Sequence[str]) -> None:
+    """--isa avx2 on a CPU that has more holds the peers that can be held to it too, here and in processes to come."""
+    import pyqkern
+
+    if list(isas) == ["avx2"] and pyqkern.isas()[0] != "avx2":
+        os.environ.update(HELD_TO_AVX2)
+        print("held to AVX2: fbgemm, onednn, torch; not held, since they have no switch: ONNX Runtime, OpenVINO")
 
 
 def _isas(wanted: list[str]) -> list[str]:
@@ -343,13 +388,13 @@ def title(contender: str) -> str:
 
 
 def use_isa(contender: str) -> Callable[[], object] | None:
-    """For "pyqkern ISA" and "pyqkern.optimize ISA": a call that switches to that ISA."""
-    name, _, isa = contender.partition(" ")
-    if not name.startswith("pyqkern"):
+    """For one of pyqkern's contenders: a call that switches to its ISA."""
+    ours = own(contender)
+    if ours is None:
         return None
     from pyqkern import _C
 
-    return lambda: _C.set_isa(isa)
+    return lambda: _C.set_isa(ours.isa)
 
 
 # ---- what is printed and written ------------------------------------------------------------------------------------

@@ -27,8 +27,14 @@ PEAKS = (
     "vpmaddubsw ymm in eights", "fp32 fma zmm", "fp32 fma ymm", "bf16 dot zmm",
 )  # fmt: skip
 
-#: The peak that bounds the INT8 product of an ISA.
-PEAK_OF_ISA = {"avx512vnni": "vpdpbusd zmm", "avxvnni": "vpdpbusd ymm", "avx2": "vpmaddwd ymm"}
+#: The peaks that bound a scheme's product on AVX2 without VNNI, by how its products may be added up; the best counts.
+PEAKS_OF_AVX2 = {
+    "int8": ("vpmaddwd ymm", "winograd ymm"),
+    "int8-a7": ("vpmaddubsw ymm in twos",),
+    "nf4": ("vpmaddubsw ymm in twos",),
+    "int4": ("vpmaddubsw ymm in eights",),
+}
+PEAKS_OF_VNNI = {"avx512vnni": ("vpdpbusd zmm",), "avxvnni": ("vpdpbusd ymm",)}
 
 READ_SIZES = (16 << 10,) if DRY else (16 << 10, 512 << 10, 1 * MIB, 8 * MIB, 24 * MIB, 64 * MIB, 256 * MIB)
 MOVED = MIB if DRY else 320 * MIB
@@ -38,6 +44,11 @@ FLAGS = ("-std=c++17", "-O2", "-march=native", "-shared", "-fPIC")
 
 class LimitsUnavailable(RuntimeError):
     """limits.cpp could not be compiled here."""
+
+
+def peaks_of(isa: str, scheme: str) -> tuple[str, ...]:
+    """The peaks that bound the product of a scheme with integer activations; none for an ISA without vectors."""
+    return PEAKS_OF_AVX2.get(scheme, ()) if isa == "avx2" else PEAKS_OF_VNNI.get(isa, ())
 
 
 @dataclass(frozen=True)

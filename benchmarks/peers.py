@@ -113,17 +113,17 @@ def _quantize_dynamic(engine: str, model: nn.Module) -> nn.Module:
     return quantized
 
 
-def _pyqkern(model: nn.Module) -> nn.Module:
+def _pyqkern(scheme: str, model: nn.Module) -> nn.Module:
     import pyqkern
 
-    quantized: nn.Module = pyqkern.replace_linear(model)
+    quantized: nn.Module = pyqkern.replace_linear(model, scheme)
     return quantized
 
 
-def _pyqkern_optimize(model: nn.Module) -> nn.Module:
+def _pyqkern_optimize(scheme: str, model: nn.Module) -> nn.Module:
     import pyqkern
 
-    optimized: nn.Module = pyqkern.optimize(model)
+    optimized: nn.Module = pyqkern.optimize(model, scheme)
     return optimized
 
 
@@ -334,13 +334,19 @@ def _onnxruntime_affine(p: Affine, threads: int) -> Callable[[], Any]:
     return lambda: session.run(None, {"x": data})[0]
 
 
+def own(name: str, scheme: str = "int8") -> Peer:
+    """pyqkern itself: "pyqkern.optimize" for models, "pyqkern" for all."""
+    if name == "pyqkern.optimize":
+        model = functools.partial(_torch_model, functools.partial(_pyqkern_optimize, scheme))
+        return Peer(name, name, ("pyqkern",), None, model)
+    return _torch_peer(name, name, functools.partial(_pyqkern, scheme), "pyqkern", affine=_pyqkern_affine)
+
+
 # ---- the list -------------------------------------------------------------------------------------------------------
 
 PEERS = (
-    Peer(
-        "pyqkern.optimize", "pyqkern.optimize", ("pyqkern",), None, functools.partial(_torch_model, _pyqkern_optimize)
-    ),
-    _torch_peer("pyqkern", "pyqkern", _pyqkern, "pyqkern", affine=_pyqkern_affine),
+    own("pyqkern.optimize"),
+    own("pyqkern"),
     Peer("torch", "torch", (), None, None, _torch_affine),
     _torch_peer("fp32", "torch fp32", _fp32),
     _torch_peer("fbgemm", "torch fbgemm", functools.partial(_quantize_dynamic, "fbgemm")),
