@@ -19,7 +19,8 @@ constexpr size_t CODES_AT_ONCE = 64;
 
 // The sum of value(i, part) over i = 0, LANES, ... < n, where part = LANES but for the last; lanes past n must be 0.
 template <class Value> INLINE float sum_of(size_t n, Value value) {
-  f32 part[SUM_VECTORS] = {};
+  f32 part[SUM_VECTORS];
+  clear(part);
   size_t i = 0;
   for (; i + 64 <= n; i += 64)
     for (int j = 0; j < SUM_VECTORS; ++j) part[j] += value(i + j * LANES, LANES);

@@ -160,7 +160,8 @@ INLINE constexpr int shift_of(int k) { return 8 * (k % 4) + 4 * (k / 4); }
 template <int R, int V, int B>
 static void gemv_steps(const float* x, size_t ldx, size_t size, const uint8_t* line, size_t stride,
                        const table16& table, const float* const* scale, size_t offset, float* total) {
-  f32 acc[B][R][V] = {};
+  f32 acc[B][R][V];
+  clear(acc);
   const size_t step_bytes = size / 8 * stride;
   for (size_t k = 0; k < size; k += 8, line += stride, x += 8)
     for (int b = 0; b < B; ++b) {
@@ -218,7 +219,8 @@ static void four_bit_gemv(const float* x, size_t rows, size_t K, const uint8_t* 
 template <int R>
 static void dot_tile(const float* x, size_t ldx, size_t K, const float* w, size_t ldw, float* total) {
   constexpr int PARTS = 16 / LANES;
-  f32 acc[R][4][PARTS] = {};
+  f32 acc[R][4][PARTS];
+  clear(acc);
   auto add = [&](const float* a, size_t lda, size_t k) __attribute__((always_inline)) {
     for (int p = 0; p < PARTS; ++p) {
       f32 b[4];
@@ -270,7 +272,8 @@ static void four_bit_expand(const uint8_t* packed, size_t size, size_t panels, c
 template <int R>
 static void gemm_tile(const float* x, size_t ldx, size_t size, const float* values, const float* scale, float* total) {
   for (size_t v0 = 0; v0 < kStrip; v0 += VECTORS_4BIT * LANES, values += VECTORS_4BIT * LANES) {
-    f32 acc[R][VECTORS_4BIT] = {};
+    f32 acc[R][VECTORS_4BIT];
+    clear(acc);
     for (size_t k = 0; k < size; ++k) {
       f32 w[VECTORS_4BIT];
       for (int v = 0; v < VECTORS_4BIT; ++v) w[v] = load(values + k * kStrip + v * LANES);

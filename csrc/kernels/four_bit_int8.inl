@@ -57,7 +57,8 @@ struct Integers {
 template <int R, int V, class sum_t, class Weights>
 INLINE void int8_fold(const int8_t* x, size_t ldx, size_t quads, Weights& weights, i32 (&sum)[R][V]) {
   constexpr int H = R == 1 && !SHORT_SUMS ? 2 : 1;
-  sum_t part[R][V][H] = {};
+  sum_t part[R][V][H];
+  clear(part);
   for (int r = 0; r < R; ++r) {
     int32_t start;
     memcpy(&start, x + r * ldx, 4);

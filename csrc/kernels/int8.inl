@@ -208,7 +208,8 @@ template <int R, int V>
 static void tile_and_tail(const Strip& s, size_t m, Ahead ahead) {
   const size_t Q = quads(s.K), panel = panel_bytes(s.K), stride = VECTORS == 1 ? panel : COLS * 4;
   const ROW_T* a = (const ROW_T*)s.a.q + m * 4 * Q;
-  acc_t c[R][V] = {};
+  acc_t c[R][V];
+  clear(c);
   auto product = [&](auto* b, size_t vector, size_t step) INLINE_LAMBDA {
     if (ahead.panels == 1) tile<R, V, 1, true>(c, a, 4 * Q, b, vector, step, Q, ahead.from, panel);
     else if (STRIP_PANELS > 1 && ahead.panels == 2)
@@ -287,7 +288,8 @@ static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed
   for (size_t v0 = 0; v0 < VECTORS; v0 += V) {
     const ROW_T* row = (const ROW_T*)a.q + m0 * lda;
     const int8_t* b = packed + v0 * COLS * 4;
-    acc_t c[U][R][V] = {};
+    acc_t c[U][R][V];
+    clear(c);
     size_t q = 0;
     for (; q + U <= Q; q += U, row += 4 * U, b += U * kLine)
       unroll<U>([&](auto u) INLINE_LAMBDA {
@@ -337,7 +339,9 @@ static void dot_columns(const QRows& a, size_t K, const int8_t* w, size_t N, siz
   for (size_t j = 0; j < 4; ++j) column[j] = w + (n + j < N ? n + j : N - 1) * K;
   alignas(64) ROW_T ones[STEP];
   for (size_t k = 0; k < STEP; ++k) ones[k] = 1;
-  acc_t c[R][4] = {}, column_sum[4] = {};
+  acc_t c[R][4], column_sum[4];
+  clear(c);
+  clear(column_sum);
   auto step = [&](auto row_at, auto column_at) {
     for (int j = 0; j < 4; ++j) {
       const b_t b = load_b(column_at(j));

@@ -93,7 +93,8 @@ static void folded_rows(size_t rows, const Strip& s, size_t m, const int8_t* ahe
     if (rows < R) return folded_rows<Codes, R - 1>(rows, s, m, ahead);
   const size_t Q = quads(s.K);
   const uint8_t* a = (const uint8_t*)s.a.q + m * 4 * Q;
-  acc_t c[R][V7] = {};
+  acc_t c[R][V7];
+  clear(c);
   if (ahead) folded_tile<Codes, R, true>(c, a, 4 * Q, s.b, Q, ahead);
   else folded_tile<Codes, R, false>(c, a, 4 * Q, s.b, Q, nullptr);
   finish<R, V7>(c, s.b + Q * kLine, 0, s.a, m, s.n0, s.t, s.tail);

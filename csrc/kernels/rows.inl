@@ -99,7 +99,8 @@ INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, row_t<BITS>* q
   const size_t block = 4 * LANES;
   const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero);
   const f32 top = set1(BITS == 7 ? 127.0f : 255.0f);
-  f32 bad[4] = {};
+  f32 bad[4];
+  clear(bad);
   i32 pairs{};
   auto code = [&](const T* p, f32& nan) {
     const f32 v = load(p);

@@ -25,6 +25,12 @@ template <int N, class F> INLINE void unroll(F f) {
     f(Index<N - 1>{});
   }
 }
+// Zero in every element. `= {}` would be a `rep stos`, which takes as long as some rows of a tile, and of which only a
+// part is seen to be dead where the array becomes registers.
+template <class T> INLINE void clear(T& element) { element = T{}; }
+template <class T, size_t N> INLINE void clear(T (&array)[N]) {
+  unroll<N>([&](auto i) INLINE_LAMBDA { clear(array[i]); });
+}
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
