@@ -100,18 +100,22 @@ extern "C" int peak(const char* name, long loops) {
     return 0;
 }
 
-// Memory. A vector type of 64 bytes: the compiler splits it where the CPU's registers are smaller.
-typedef uint64_t line_t __attribute__((vector_size(64), may_alias));
+// Memory. Lines of 64 bytes, in vectors of the CPU's own size: g++ splits a larger one into scalars.
+#if defined(__AVX512F__)
+constexpr size_t PARTS = 1;
+#elif defined(__AVX__)
+constexpr size_t PARTS = 2;
+#else
+constexpr size_t PARTS = 4;
+#endif
+typedef uint64_t part_t __attribute__((vector_size(64 / PARTS), may_alias));
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // nothing here is called across a library border
-static inline void store(line_t* to, line_t value) { *to = value; }
-static inline void stream(line_t* to, line_t value) {
+static inline void store(part_t* to, part_t value) { *to = value; }
+static inline void stream(part_t* to, part_t value) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i&>(value));
 #elif defined(__AVX__)
-    const __m256i* half = reinterpret_cast<const __m256i*>(&value);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), half[0]);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, half[1]);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i&>(value));
 #else
     *to = value;
 #endif
@@ -121,41 +125,56 @@ static inline void fence() {
     _mm_sfence();
 #endif
 }
+constexpr size_t AHEAD = 32 * PARTS;  // 2 KiB
 
-// Reads `lines` lines of 64 bytes, `repeats` times over. What is read is folded into the result so that it is read.
-extern "C" uint64_t read_memory(const line_t* from, size_t lines, long repeats) {
-    line_t a{}, b{}, c{}, d{};
+// Reads `lines` lines, `repeats` times over, and asks for those to come or leaves that to the CPU's own prefetchers:
+// one CPU is faster so, another so. What is read is folded into the result so that it is read.
+template <bool ASK> static uint64_t read_all(const part_t* from, size_t lines, long repeats) {
+    const size_t parts = lines * PARTS;
+    part_t a{}, b{}, c{}, d{};
     for (long r = 0; r < repeats; r++) {
         size_t i = 0;
-        for (; i + 4 <= lines; i += 4) {
-            __builtin_prefetch(from + i + 32);
+        for (; i + 4 <= parts; i += 4) {
+#pragma GCC unroll 4
+            for (size_t line = 0; ASK && line < 4; line += PARTS) __builtin_prefetch(from + i + line + AHEAD);
             a ^= from[i], b ^= from[i + 1], c ^= from[i + 2], d ^= from[i + 3];
         }
-        for (; i < lines; i++) a ^= from[i];
+        for (; i < parts; i++) a ^= from[i];
         asm volatile("" : : : "memory");
     }
     a ^= b ^ c ^ d;
-    return a[0] ^ a[1] ^ a[2] ^ a[3] ^ a[4] ^ a[5] ^ a[6] ^ a[7];
+    uint64_t folded = 0;
+    for (size_t i = 0; i < sizeof(part_t) / 8; i++) folded ^= a[i];
+    return folded;
+}
+extern "C" uint64_t read_memory(const part_t* from, size_t lines, long repeats, int ask) {
+    return (ask ? read_all<true> : read_all<false>)(from, lines, repeats);
 }
 
 // `units` times: reads R lines, writes W lines. R:W = 4:1 is what quantizing fp32 to int8 moves, 1:4 its inverse.
-template <int R, int W, void (*PUT)(line_t*, line_t)>
-static void move(line_t* to, const line_t* from, size_t units, long repeats) {
+template <int R, int W, void (*PUT)(part_t*, part_t)>
+static void move(part_t* to, const part_t* from, size_t units, long repeats) {
     for (long r = 0; r < repeats; r++) {
         for (size_t u = 0; u < units; u++) {
-            __builtin_prefetch(from + R * u + 32);
-            line_t value{};
+            const part_t* source = from + R * PARTS * u;
+            part_t* target = to + W * PARTS * u;
 #pragma GCC unroll 4
-            for (int i = 0; i < R; i++) value ^= from[R * u + i];
+            for (int i = 0; i < R; i++) __builtin_prefetch(source + i * PARTS + AHEAD);
 #pragma GCC unroll 4
-            for (int i = 0; i < W; i++) PUT(to + W * u + i, value);
+            for (size_t part = 0; part < PARTS; part++) {
+                part_t value{};
+#pragma GCC unroll 4
+                for (int i = 0; i < R; i++) value ^= source[i * PARTS + part];
+#pragma GCC unroll 4
+                for (int i = 0; i < W; i++) PUT(target + i * PARTS + part, value);
+            }
         }
         fence();
     }
 }
 
 // Returns 1 when the mix of reads and writes is one of those compiled in.
-extern "C" int move_memory(line_t* to, const line_t* from, size_t units, long repeats, int reads, int writes,
+extern "C" int move_memory(part_t* to, const part_t* from, size_t units, long repeats, int reads, int writes,
                            int non_temporal) {
 #define MIX(R, W) \
     if (reads == R && writes == W) \
