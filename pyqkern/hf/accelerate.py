@@ -4,35 +4,36 @@ What a quantized layer packs for its device, the codes for example, is no buffer
 accelerate refuses it. It knows the layers of bitsandbytes by name; here it learns of QLinear.
 """
 
-import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyqkern.hf.wrap import wrap
 from pyqkern.nn.linear import QLinear
 
 
 def teach() -> None:
     """Has accelerate set what a QLinear packs; once."""
-    modeling: Any = importlib.import_module("accelerate.utils.modeling")
-    original = modeling.set_module_tensor_to_device
-    if hasattr(original, "_of_pyqkern"):
-        return
+    wrap(importlib.import_module("accelerate.utils.modeling"), "set_module_tensor_to_device", _set_tensor)
 
-    @functools.wraps(original)
-    def set_module_tensor_to_device(
-        module: nn.Module, tensor_name: str, device: Any, value: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        path, _, name = tensor_name.rpartition(".")
-        layer = module.get_submodule(path)
-        if isinstance(layer, QLinear) and name in layer._packed and value is not None:
-            return set_packed(layer, name, tensor_name, device, value)
-        return original(module, tensor_name, device, value, *args, **kwargs)
 
-    set_module_tensor_to_device._of_pyqkern = True  # type: ignore[attr-defined]
-    modeling.set_module_tensor_to_device = set_module_tensor_to_device
+def _set_tensor(
+    original: Callable[..., Any],
+    module: nn.Module,
+    tensor_name: str,
+    device: Any,
+    value: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    path, _, name = tensor_name.rpartition(".")
+    layer = module.get_submodule(path)
+    if isinstance(layer, QLinear) and name in layer._packed and value is not None:
+        return set_packed(layer, name, tensor_name, device, value)
+    return original(module, tensor_name, device, value, *args, **kwargs)
 
 
 def set_packed(layer: QLinear, name: str, tensor_name: str, device: Any, value: Tensor) -> None:

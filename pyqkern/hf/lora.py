@@ -1,8 +1,8 @@
 """LoRA adapters of peft on quantized linears."""
 
-import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, TaskType
@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from pyqkern.hf.model import dequantize_heads
+from pyqkern.hf.wrap import wrap
 from pyqkern.nn.linear import QLinear
 
 # What peft trains as a whole, beside the adapters, by the last names of the modules.
@@ -47,28 +48,18 @@ def lora(config: LoraConfig) -> LoraConfig:
     'LoraQLinear'
     """
     config._register_custom_module({QLinear: LoraQLinear})
-    _teach()
+    wrap(importlib.import_module("peft.tuners.tuners_utils"), "_maybe_include_all_linear_layers", _include_quantized)
     return config
 
 
-def _teach() -> None:
-    """Has peft, when it puts adapters into a model, look at quantized linears; once."""
-    utils: Any = importlib.import_module("peft.tuners.tuners_utils")
-    original = utils._maybe_include_all_linear_layers
-    if hasattr(original, "_of_pyqkern"):
-        return
-
-    @functools.wraps(original)
-    def include(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
-        _free_heads(peft_config, model)
-        if str(getattr(peft_config, "target_modules", None)).lower() != "all-linear":
-            return original(peft_config, model)
-        found = original(peft_config, model)
-        found.target_modules = set(found.target_modules) | _quantized_linears(peft_config, model)
-        return found
-
-    include._of_pyqkern = True  # type: ignore[attr-defined]
-    utils._maybe_include_all_linear_layers = include
+def _include_quantized(original: Callable[..., Any], peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """What peft calls before it puts adapters into a model: here it looks at quantized linears too."""
+    _free_heads(peft_config, model)
+    if str(getattr(peft_config, "target_modules", None)).lower() != "all-linear":
+        return original(peft_config, model)
+    found = original(peft_config, model)
+    found.target_modules = set(found.target_modules) | _quantized_linears(peft_config, model)
+    return found
 
 
 def _free_heads(config: PeftConfig, model: nn.Module) -> None:

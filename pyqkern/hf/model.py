@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pyqkern.checkpoints.formats import get_format
+from pyqkern.checkpoints.formats import FORMATS, get_format
 from pyqkern.hf import accelerate
 from pyqkern.hf.names import V4, in_model
 from pyqkern.hf.slots import SLOTS, EmbeddingSlot, HeadSlot
@@ -24,6 +24,7 @@ from pyqkern.models.find import find_layers
 from pyqkern.models.replace import put
 from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.linear import QLinear
+from pyqkern.ops.checks import FLOATS
 
 PLACEHOLDER = "pyqkern_placeholder"
 
@@ -41,14 +42,25 @@ def equip(module: Any) -> None:
         _put_placeholder(module)
 
 
-def give_config(model: Any) -> None:
-    """A config of the model's own, before it is said there that the model is quantized: others may share this one."""
-    shared = model.config
-    if getattr(shared, "quantization_config", None) is None:
-        own = copy.copy(shared)
-        for module in model.modules():
-            if vars(module).get("config") is shared:
-                module.config = own
+def give_config(model: Any) -> Any:
+    """Gives the model a copy of its config, which other models may share, to say there how this one is quantized."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
+    return own
+
+
+def say_float(model: Any) -> None:
+    """Takes from a model in float what its config says of another, quantized one's layers.
+
+    It stays where the model has tensors of another kind, which a library may have quantized that is not asked here.
+    """
+    said = model.config.quantization_config
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    plain = (*FLOATS, torch.float64, torch.int64, torch.bool)
+    if method in FORMATS and all(tensor.dtype in plain for tensor in model.state_dict().values()):
+        del give_config(model).quantization_config
 
 
 # ---- models of which no parameter is left
@@ -98,12 +110,10 @@ def _read_as_in_files(
     for key, name in in_model(module, list(state_dict), [*module.state_dict(), *wanted]).items():
         if key != name:
             state_dict[name] = state_dict.pop(key)
-    if format.name == "pyqkern":
-        return
     for name, layer in layers.items():
         stored = {key: state_dict.get(f"{name}.{key}") for key in format.stored(layer)}
         found = {key: value for key, value in stored.items() if isinstance(value, Tensor)}
-        if found.keys().isdisjoint(format.marks):
+        if not format.differs(found):
             continue
         for key in found:
             del state_dict[f"{name}.{key}"]

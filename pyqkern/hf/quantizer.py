@@ -228,7 +228,8 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         names = in_files(model, modules, [name for group in groups for name in group.names()])
         config = copy.copy(self.quantization_config)
         config.layers = [group.to_dict() for group in renamed(groups, names.__getitem__)]
-        give_config(model)
+        if getattr(model.config, "quantization_config", None) is not self.quantization_config:
+            give_config(model)
         model.config.quantization_config = self.quantization_config = config
         return tensors, {}
 

@@ -8,15 +8,14 @@ imported in the middle of an import of transformers, or of `pyqkern.hf` itself.
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from pyqkern.hf.wrap import wrap
 from pyqkern.models.replace import replaced
-
-_TRIGGER = "transformers.quantizers.auto"  # holds the tables of quantizers; from_pretrained needs it
 
 
 class _Later:
@@ -33,12 +32,15 @@ class _Later:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: lets the others find the trigger, and fills its tables when it has been imported."""
+    """Finds nothing itself: lets the others find one module, and calls `then` with it when it has been imported."""
+
+    def __init__(self, module: str, then: Callable[[ModuleType], None]) -> None:
+        self.module, self._then = module, then
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _TRIGGER:
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -46,11 +48,11 @@ class _WhenImported(importlib.abc.MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_fill(module: ModuleType) -> None:
+        def execute_and_then(module: ModuleType) -> None:
             execute(module)
-            _fill_tables(module)
+            self._then(module)
 
-        spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_then  # type: ignore[method-assign]
         return spec
 
 
@@ -76,10 +78,30 @@ def _attach(model: nn.Module) -> None:
         quantizer.attach(model)
 
 
+def _watch_saving(module: ModuleType) -> None:
+    wrap(module.PreTrainedModel, "save_pretrained", _save_pretrained)
+
+
+def _save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """A model in float whose config is, or was made of, that of a quantized model does not say that it is quantized."""
+    if getattr(model.config, "quantization_config", None) is not None and getattr(model, "hf_quantizer", None) is None:
+        importlib.import_module("pyqkern.hf.model").say_float(model)
+    return original(model, *args, **kwargs)
+
+
+# Module of transformers -> what it defines last of what is needed here, and what is to be done with it.
+_MODULES = {
+    "transformers.quantizers.auto": ("AUTO_QUANTIZER_MAPPING", _fill_tables),  # from_pretrained needs it
+    "transformers.modeling_utils": ("PreTrainedModel", _watch_saving),
+}
+
+
 def register() -> None:
     """Now where transformers is there, else as soon as it is."""
-    module = sys.modules.get(_TRIGGER)
-    if module is not None and hasattr(module, "AUTO_QUANTIZER_MAPPING"):
-        _fill_tables(module)
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    waiting = {finder.module for finder in sys.meta_path if isinstance(finder, _WhenImported)}
+    for name, (defined, then) in _MODULES.items():
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, defined):
+            then(module)
+        elif name not in waiting:
+            sys.meta_path.insert(0, _WhenImported(name, then))

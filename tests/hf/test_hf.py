@@ -225,6 +225,7 @@ import torch
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[2])
 with torch.no_grad():
     torch.save(model(torch.arange(2, 26).view(2, 12)).logits, sys.argv[3])
+type(model)(model.config).save_pretrained(sys.argv[4])
 """
 
 
@@ -234,10 +235,11 @@ def test_loading_needs_no_argument_in_a_process_that_imports_pyqkern(
 ) -> None:
     model = load(classifier, "nf4")
     folder = saved(model, tmp_path / "model")
-    command = [sys.executable, "-c", PROCESS, order, str(folder), str(tmp_path / "y.pt")]
+    command = [sys.executable, "-c", PROCESS, order, str(folder), str(tmp_path / "y.pt"), str(tmp_path / "float")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "y.pt"), output(model))
+    assert "quantization_config" not in (tmp_path / "float" / "config.json").read_text()
 
 
 def test_a_transformers_that_does_not_fit_still_works(monkeypatch: pytest.MonkeyPatch) -> None:

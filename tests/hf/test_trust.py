@@ -1,6 +1,7 @@
 """What people do with a quantized model of transformers that could lose something without a word."""
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def test_load_state_dict_reads_what_was_saved(format: str, scheme: Any, tmp_path
     other.hf_quantizer.quantization_config.format = format
     found = other.load_state_dict(stored, strict=False)
     assert not found.missing_keys and not found.unexpected_keys
+    for key, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(("format", "scheme"), FORMATS, ids=str)
+def test_load_state_dict_reads_a_state_dict(format: str, scheme: Any) -> None:
+    """Whatever the format of the model's files is."""
+    model = classifier(format, scheme)
+    other = replace_linear(bert("BertForSequenceClassification").apply(_shift), scheme)
+    other.hf_quantizer.quantization_config.format = format
+    other.load_state_dict(model.state_dict())
     for key, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
 
@@ -191,6 +203,46 @@ def test_a_config_that_models_share(tmp_path: Path) -> None:
     assert "quantization_config" not in (folder / "config.json").read_text()
     assert torch.equal(output(transformers.AutoModel.from_pretrained(folder)), output(plain))
     assert isinstance(transformers.AutoModel.from_pretrained(tmp_path / "quantized").pooler.dense, QLinear)
+
+
+DERIVED = {
+    "shared": lambda model, folder: model.config,
+    "copied": lambda model, folder: copy.deepcopy(model.config),
+    "as a dict": lambda model, folder: transformers.BertConfig.from_dict(model.config.to_dict()),
+    "from the folder": lambda model, folder: transformers.AutoConfig.from_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("derive", DERIVED.values(), ids=list(DERIVED))
+@pytest.mark.parametrize(("format", "scheme"), [FORMATS[0], FORMATS[2], FORMATS[4]], ids=str)
+def test_a_config_made_of_a_quantized_models(format: str, scheme: Any, derive: Any, tmp_path: Path) -> None:
+    quantized = classifier(format, scheme)
+    config = derive(quantized, saved(quantized, tmp_path / "quantized"))
+    plain = transformers.BertModel(config).eval()
+    folder = saved(plain, tmp_path / "float")
+    assert "quantization_config" not in (folder / "config.json").read_text()
+    assert torch.equal(output(transformers.AutoModel.from_pretrained(folder)), output(plain))
+    again = type(quantized).from_pretrained(
+        saved(quantized, tmp_path / "again"),
+        config=checkpoint_config(tmp_path / "again", scheme="int8" if scheme == "int8" else None),
+    )
+    assert torch.equal(output(again), output(quantized))
+
+
+def test_two_quantized_models_that_share_a_config(tmp_path: Path) -> None:
+    one = replace_linear(bert())
+    saved(one, tmp_path / "one")
+    other = replace_linear(transformers.BertModel(one.config).eval(), "nf4")
+    again = transformers.AutoModel.from_pretrained(saved(other, tmp_path / "other"))
+    assert torch.equal(output(again), output(other))
+    assert one.config.quantization_config.layers[0]["scheme"]["name"] == "int8"
+
+
+def test_what_another_library_has_quantized_keeps_its_config(tmp_path: Path) -> None:
+    said = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    model = transformers.BertModel(transformers.BertConfig(**BERT, quantization_config=said))
+    model.pooler.register_buffer("codes", torch.zeros(4, dtype=torch.int8))
+    assert json.loads((saved(model, tmp_path) / "config.json").read_text())["quantization_config"] == said
 
 
 # ---- peft

@@ -48,6 +48,10 @@ class Format(ABC):
         """Whether a file may hold `key` of `stored` as this instead; `decode` takes both."""
         return False
 
+    def differs(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these tensors of a layer, as a state_dict may have them, are of the format, to be decoded."""
+        return not tensors.keys().isdisjoint(self.marks)
+
     @abstractmethod
     def decode(self, name: str, layer: QLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The layer's state_dict out of the tensors of a file. ValueError, which names the key, where it cannot be."""

@@ -42,6 +42,9 @@ class CompressedTensors(Format):
     def varies(self, layer: QLinear, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         return key == "weight_scale" and shape == (layer.out_features, 1) and dtype in FLOATS
 
+    def differs(self, tensors: Mapping[str, Tensor]) -> bool:
+        return "weight_scale" in tensors and tensors["weight_scale"].dim() == 2  # the layer's own has one dimension
+
     def decode(self, name: str, layer: QLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         expect(name, "weight_scale", tensors["weight_scale"], (layer.out_features, 1), *FLOATS)
         return tensors | {"weight_scale": tensors["weight_scale"].reshape(-1).float()}

@@ -28,6 +28,9 @@ class Pyqkern(Format):
     def stored(self, layer: QLinear) -> dict[str, Tensor]:
         return dict(layer.state_dict())
 
+    def differs(self, tensors: Mapping[str, Tensor]) -> bool:
+        return False  # the format is the state_dict
+
     def decode(self, name: str, layer: QLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
 
