@@ -1,7 +1,7 @@
 """The linears and embeddings of a model: where they are, and why one cannot be replaced."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -99,11 +99,10 @@ def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, ex
     """Why each linear is kept; None where it is to be replaced."""
     included = [True] * len(linears) if include is None else _matches("include", include, linears)
     excluded = _matches("exclude", exclude, linears)
-    owners, adapters = weight_owners(model), adapter_modules(model)
+    owners, kept = weight_owners(model), kept_modules(model)
     named = {one for one in _listed(include) if isinstance(one, type)}
     return [
-        structural_reason(linear.module, owners, adapters, named)
-        or (EXCLUDED if leave else None if take else NOT_INCLUDED)
+        structural_reason(linear.module, owners, kept, named) or (EXCLUDED if leave else None if take else NOT_INCLUDED)
         for linear, take, leave in zip(linears, included, excluded, strict=True)
     ]
 
@@ -114,25 +113,25 @@ def embedding_reasons(
     """Why each embedding is kept; None where it is to be replaced."""
     included = [True] * len(embeddings) if include is None else _matches("include", include, embeddings, "an embedding")
     excluded = _matches("exclude", exclude, embeddings, "an embedding")
-    owners, adapters = weight_owners(model, (nn.Embedding, *linear_types())), adapter_modules(model)
+    owners, kept = weight_owners(model, (nn.Embedding, *linear_types())), kept_modules(model)
     for layer in find_linears(model):
         weight = layer.module._parameters.get("weight")
         if weight is not None and structural_reason(layer.module, {}) is not None:
             owners.setdefault(_key(weight), (f"{layer.names[0]}.weight", layer.module))
     return [
-        _embedding_structural_reason(layer.module, owners, adapters)
+        _embedding_structural_reason(layer.module, owners, kept)
         or (EXCLUDED if leave else None if take else NOT_INCLUDED)
         for layer, take, leave in zip(embeddings, included, excluded, strict=True)
     ]
 
 
 def _embedding_structural_reason(
-    module: Any, owners: dict[int, tuple[str, nn.Module]], adapters: Set[nn.Module]
+    module: Any, owners: dict[int, tuple[str, nn.Module]], kept: Mapping[nn.Module, str]
 ) -> str | None:
     if isinstance(module, QEmbedding):
         return "already quantized"
-    if module in adapters:
-        return _ADAPTER
+    if module in kept:
+        return kept[module]
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         return "parametrized: its weight is computed from other parameters"
@@ -196,7 +195,12 @@ def _is_read_by_attention(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def adapter_modules(model: nn.Module) -> set[nn.Module]:
+def kept_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules that stay in float because of what they are in, and why."""
+    return dict.fromkeys(_adapters(model), _ADAPTER) | _in_float_files(model)
+
+
+def _adapters(model: nn.Module) -> set[nn.Module]:
     """The modules that peft has added to the model: they are trained, and stay in float.
 
     They are inside of modules of peft's, beside what those wrap.
@@ -213,6 +217,28 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
             children = module.named_children()
             waiting += [(child, is_added or (is_peft and name not in _WRAPPED)) for name, child in children]
     return added - wrapped
+
+
+def _in_float_files(model: nn.Module) -> dict[nn.Module, str]:
+    """What modules of sentence_transformers, as Dense, write into files of their own, and read into float layers.
+
+    The models of transformers in them have files that know quantized layers.
+    """
+    found: dict[nn.Module, str] = {}
+    seen: set[nn.Module] = set()
+    waiting = [(model, "")]
+    while waiting:
+        module, owner = waiting.pop()
+        bases = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__}
+        if module in seen or ("transformers", "PreTrainedModel") in bases:
+            continue
+        seen.add(module)
+        if ("sentence_transformers", "Module") in bases:
+            owner = type(module).__name__
+        elif owner:
+            found[module] = f"in a {owner} of sentence_transformers, whose own file holds float layers"
+        waiting += [(child, owner) for child in module.children()]
+    return found
 
 
 def _key(tensor: Tensor) -> int:
@@ -234,14 +260,17 @@ def weight_owners(model: nn.Module, but: tuple[type[nn.Module], ...] | None = No
 def structural_reason(
     module: nn.Module,
     owners: dict[int, tuple[str, nn.Module]],
-    adapters: Set[nn.Module] = frozenset(),
+    kept: Mapping[nn.Module, str] | None = None,
     named: Set[type] = frozenset(),
 ) -> str | None:
-    """Why this linear cannot be replaced, whatever the patterns say; `named`: the types that they name."""
+    """Why this linear cannot be replaced, whatever the patterns say.
+
+    kept: as `kept_modules` says. named: the types that the patterns name.
+    """
     if isinstance(module, QLinear):
         return "already quantized"
-    if module in adapters:
-        return _ADAPTER
+    if kept is not None and module in kept:
+        return kept[module]
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         return "parametrized: its weight is computed from other parameters"

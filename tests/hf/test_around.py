@@ -1,6 +1,7 @@
 """What people do with a model of transformers: Trainer, pipeline, sentence-transformers, PEFT."""
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tiny import IDS, SENTENCES, bert, gpt2, output, saved
 from transformers import AutoModelForSequenceClassification
 
 import pyqkern
-from pyqkern import PyqkernConfig, QLinear, replace_embedding, replace_linear, summary
+from pyqkern import PyqkernConfig, QLinear, optimize, replace_embedding, replace_linear, summary
 from pyqkern.cli.demo import minilm_folder
 
 LABELS = torch.tensor([0, 1])
@@ -82,6 +83,66 @@ def test_sentence_transformers(minilm: str, tmp_path: Path) -> None:
         again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
         assert torch.equal(encode(again), after)
         assert not any(isinstance(module, torch.nn.Linear) for module in again[0].modules())
+
+
+@pytest.fixture(scope="module")
+def tiny(minilm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small BERT with MiniLM's tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    folder = saved(bert(vocab_size=len(tokenizer), max_position_embeddings=512), tmp_path_factory.mktemp("tiny"))
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("change", [replace_linear, optimize])
+def test_dense_of_sentence_transformers(tiny: str, tmp_path: Path, change: Any) -> None:
+    """It stays in float, as its own file says, and all else is read back quantized."""
+    require("sentence_transformers", "people encode with it")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Pooling, Transformer
+
+    dense = Dense(64, 32, use_residual=True)
+    model = SentenceTransformer(modules=[Transformer(tiny), Pooling(64), dense], device="cpu")
+    change(model)
+    reasons = {record.name: record.reason for record in summary(model).records if record.scheme is None}
+    assert reasons.keys() == {"2.linear", "2.residual"}
+    assert set(reasons.values()) == {"in a Dense of sentence_transformers, whose own file holds float layers"}
+    model.save(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert sum(isinstance(module, QLinear) for module in again.modules()) == 13
+    change(again)
+    found = again.encode(SENTENCES, convert_to_tensor=True)
+    assert torch.equal(found, model.encode(SENTENCES, convert_to_tensor=True))
+    assert isinstance(replace_linear(dense.linear), QLinear)  # the layer alone is the caller's wish
+
+
+def test_embeddings_of_sentence_transformers(minilm: str, tmp_path: Path) -> None:
+    require("sentence_transformers", "people encode with it")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, WordEmbeddings
+    from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
+
+    words = sorted({word for sentence in SENTENCES for word in sentence.lower().split()})
+    embeddings = WordEmbeddings(WhitespaceTokenizer(words), torch.randn(len(words), 16), max_seq_length=32)
+    model = replace_embedding(SentenceTransformer(modules=[embeddings, Pooling(16)], device="cpu"))
+    assert summary(model).embeddings[0].reason.startswith("in a WordEmbeddings of sentence_transformers")
+    model.save(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    assert torch.equal(again.encode(SENTENCES, convert_to_tensor=True), model.encode(SENTENCES, convert_to_tensor=True))
+
+
+@pytest.mark.parametrize("change", [replace_linear, optimize])
+def test_cross_encoder(tiny: str, tmp_path: Path, change: Any) -> None:
+    require("sentence_transformers", "people rank with it")
+    from sentence_transformers import CrossEncoder
+
+    model = change(CrossEncoder(tiny, num_labels=1, device="cpu"))
+    assert all(record.scheme is not None for record in summary(model).records)
+    model.save_pretrained(str(tmp_path))
+    again = CrossEncoder(str(tmp_path), device="cpu")
+    assert sum(isinstance(module, QLinear) for module in again.modules()) == 14
+    pairs = list(itertools.pairwise(SENTENCES))
+    assert (change(again).predict(pairs) == model.predict(pairs)).all()
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])

@@ -63,15 +63,17 @@ def test_another_number_of_labels(format: str, scheme: Any, tmp_path: Path) -> N
     assert torch.equal(output(again.bert), output(model.bert))
 
 
-def test_what_the_model_keeps_in_fp32(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "scheme"), FORMATS, ids=str)
+def test_what_the_model_keeps_in_fp32(format: str, scheme: Any, tmp_path: Path) -> None:
     """T5's wo, quantized or not, in a model of fp16."""
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4, "vocab_size": 100}
     source = saved(transformers.T5EncoderModel(transformers.T5Config(**sizes)), tmp_path / "float")
     for exclude in ([], ["*.wo"]):
-        config = pyqkern.PyqkernConfig("int8", exclude=exclude)
+        config = pyqkern.PyqkernConfig(scheme, exclude=exclude, format=format)
         model = transformers.T5EncoderModel.from_pretrained(source, quantization_config=config, dtype=torch.float16)
         folder = saved(model, tmp_path / f"q{len(exclude)}")
-        again = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.float16)
+        config = checkpoint_config(folder, scheme="int8" if scheme == "int8" else None)
+        again = transformers.T5EncoderModel.from_pretrained(folder, config=config, dtype=torch.float16)
         for one in (model, again):
             dense = one.encoder.block[0].layer[1].DenseReluDense
             assert dense.wo.weight.dtype is torch.float32 and dense.wi.weight.dtype is torch.float16
@@ -110,7 +112,7 @@ def _shift(module: nn.Module) -> None:
         parameter.data.add_(0.01)
 
 
-@pytest.mark.parametrize(("format", "scheme"), [FORMATS[0], FORMATS[2], FORMATS[4]], ids=str)
+@pytest.mark.parametrize(("format", "scheme"), FORMATS, ids=str)
 def test_trainer_resumes_and_reloads_its_best_model(format: str, scheme: Any, tmp_path: Path) -> None:
     data = [{"input_ids": IDS[i], "labels": torch.tensor(i)} for i in range(2)]
     options: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
