@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pyqkern.checkpoints.files import Files, check_inside, read_json, root_of
+from pyqkern.checkpoints.files import Files, check_depth, check_inside, read_json, root_of
 from pyqkern.checkpoints.formats import FORMATS, format_of
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group, groups_from, scheme_from
@@ -19,10 +19,32 @@ def quantization_of(folder: Path) -> dict[str, Any] | None:
     """The quantization_config in a folder's config.json; None for a model in float. ValueError as `read_json`."""
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{folder} must hold {CONFIG}, as save_pretrained writes it")
-    said = read_json(check_inside(folder / CONFIG, root_of(folder))).get("quantization_config")
-    if said is not None and not isinstance(said, dict):
-        raise ValueError(f"quantization_config of {folder / CONFIG} must be an object, got {type(said).__name__}")
-    return said
+    config = read_json(check_inside(folder / CONFIG, root_of(folder)))
+    check_config(config, str(folder / CONFIG))
+    return config.get("quantization_config")
+
+
+def check_config(config: Any, where: str) -> None:
+    """ValueError, which names `where`, for a config.json that is no object, or whose quantization_config is none."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{where} must hold a JSON object, got {type(config).__name__}")
+    check_depth(config, where)
+    said = config.get("quantization_config")
+    if said is None:
+        return
+    if not isinstance(said, dict):
+        raise ValueError(f"quantization_config of {where} must be an object, got {type(said).__name__}")
+    method = said.get("quant_method")
+    if method is None and (said.get("load_in_8bit") or said.get("load_in_4bit")):
+        return  # bitsandbytes, in files of 2023
+    if not isinstance(method, str) or (method != "pyqkern" and {"scheme", "layers"} <= said.keys()):
+        raise ValueError(f"quant_method in {where} must name the library that wrote the options, got {method!r:.200}")
+    if method == "pyqkern":
+        try:
+            check_own(said)
+            groups_from(said.get("layers"))
+        except ValueError as error:
+            raise ValueError(f"quantization_config of {where}: {error}") from error
 
 
 def groups_of(said: dict[str, Any], files: Files, scheme: Scheme | None = None) -> list[Group]:
@@ -59,13 +81,13 @@ def check_agreement(groups: list[Group], format: Format, files: Files) -> None:
 def own_config(folder: Path, said: dict[str, Any], scheme: str | Scheme | None = None) -> dict[str, Any]:
     """The quantization_config of a folder as pyqkern writes its own, so that transformers hands it to pyqkern.
 
-    said: what config.json has, in any format. scheme: what INT8 weights are computed with; None: what the format means.
+    said: what `quantization_of` returned, in any format. scheme: what INT8 weights are computed with; None: what the
+    format means.
     Raises ValueError, which names the key, for files that are not what they say.
     """
     format = format_of(said)
     own = format.name == "pyqkern"
     if own:
-        check_own(said)
         format = FORMATS[said.get("format", "pyqkern")]
     with Files(folder) as files:
         groups = groups_of(said, files, None if scheme is None else get_scheme(scheme))

@@ -24,7 +24,26 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be JSON in UTF-8: {reason}") from error
     if not isinstance(said, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(said).__name__}")
+    check_depth(said, path)
     return said
+
+
+DEEPEST = 100  # JSON in JSON; a config has 5
+
+
+def check_depth(said: Any, where: object) -> None:
+    """ValueError for JSON that whoever copies or prints it would fail on, because Python's stack ends."""
+    inside = [said]
+    for _ in range(DEEPEST):
+        inside = [
+            value
+            for one in inside
+            if isinstance(one, dict | list)
+            for value in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not inside:
+            return
+    raise ValueError(f"{where} must be JSON of at most {DEEPEST} levels: it is nested too deep")
 
 
 def root_of(folder: Path) -> Path:

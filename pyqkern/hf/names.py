@@ -37,15 +37,19 @@ def in_model(model: Any, keys: Iterable[str], names: Iterable[str] | None = None
     return found
 
 
-def in_files(model: Any, modules: dict[str, list[str]], names: Iterable[str]) -> dict[str, str]:
+def in_files(model: Any, modules: dict[str, list[str]], names: Iterable[str], own: bool = False) -> dict[str, str]:
     """What the files call the layers `names`, of which `modules` are those that are quantized.
 
     modules: name -> names of its tensors, "weight_scale" for example. transformers is kept from joining them with
-    others. Raises ValueError where it would write names under which from_pretrained does not find them again.
+    others. own: the names of the model, with which save_original_format=False leaves them. Raises ValueError where it
+    would write names under which from_pretrained does not find them again.
     """
     keys = {f"{name}.{tensor}": name for name, tensors in modules.items() for tensor in tensors}
     wanted = [*keys, *(f"{name}.weight" for name in names)]
-    if V4:
+    if own:
+        found = {key: key for key in wanted}
+        lost = _lost(model, keys, found)
+    elif V4:
         found = transformers4.in_files(model, wanted)
         lost = _lost(model, keys, found)
     else:

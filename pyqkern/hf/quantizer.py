@@ -81,6 +81,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         self._quantized: dict[str, QLinear] = {}  # weight's name -> what became of it
         self._count = 0  # how many there are to quantize
         self._folder: Path | None = None  # of the files, for messages
+        self.own_names = False  # whether files being saved have the model's names, as save_original_format=False asks
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if V4 and importlib.util.find_spec("accelerate") is None:
@@ -225,7 +226,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
             name = key.partition(".weight.")[0] if ".weight." in key else key.rpartition(".")[0]
             if name in modules:
                 modules[name].append(key.removeprefix(f"{name}."))
-        names = in_files(model, modules, [name for group in groups for name in group.names()])
+        names = in_files(model, modules, [name for group in groups for name in group.names()], self.own_names)
         config = copy.copy(self.quantization_config)
         config.layers = [group.to_dict() for group in renamed(groups, names.__getitem__)]
         if getattr(model.config, "quantization_config", None) is not self.quantization_config:

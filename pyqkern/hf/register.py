@@ -6,6 +6,7 @@ imported in the middle of an import of transformers, or of `pyqkern.hf` itself.
 """
 
 import importlib.util
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from pyqkern.checkpoints.config import check_config
 from pyqkern.hf.wrap import wrap
 from pyqkern.models.replace import replaced
 
@@ -78,19 +80,45 @@ def _attach(model: nn.Module) -> None:
         quantizer.attach(model)
 
 
+def _watch_reading(module: ModuleType) -> None:
+    wrap(module.PretrainedConfig, "get_config_dict", _get_config_dict)
+
+
+def _get_config_dict(original: Callable[..., Any], kind: type, name: Any, *args: Any, **kwargs: Any) -> Any:
+    """ValueError, which names the file, for a config.json that is none, or whose quantization_config is none.
+
+    transformers would fail with whatever its code runs into, or load the model in float.
+    """
+    try:
+        found = original(kind, name, *args, **kwargs)
+    except (AttributeError, RecursionError, TypeError) as error:
+        raise ValueError(f"config.json of {name} is no config of transformers: {error}") from error
+    check_config(found[0], f"config.json of {name}")
+    return found
+
+
 def _watch_saving(module: ModuleType) -> None:
     wrap(module.PreTrainedModel, "save_pretrained", _save_pretrained)
 
 
 def _save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """A model in float whose config is, or was made of, that of a quantized model does not say that it is quantized."""
-    if getattr(model.config, "quantization_config", None) is not None and getattr(model, "hf_quantizer", None) is None:
+    """A model in float whose config is, or was made of, that of a quantized model does not say that it is quantized.
+
+    The quantizer of a quantized one is told whether the files are to have names of their own, which transformers does
+    not tell it.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None and getattr(model.config, "quantization_config", None) is not None:
         importlib.import_module("pyqkern.hf.model").say_float(model)
+    elif hasattr(quantizer, "own_names"):
+        asked = inspect.signature(original).bind(model, *args, **kwargs).arguments
+        quantizer.own_names = not asked.get("save_original_format", True)
     return original(model, *args, **kwargs)
 
 
 # Module of transformers -> what it defines last of what is needed here, and what is to be done with it.
 _MODULES = {
+    "transformers.configuration_utils": ("PretrainedConfig", _watch_reading),
     "transformers.quantizers.auto": ("AUTO_QUANTIZER_MAPPING", _fill_tables),  # from_pretrained needs it
     "transformers.modeling_utils": ("PreTrainedModel", _watch_saving),
 }

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 import pyqkern
 from pyqkern import QEmbedding, QLinear, checkpoint_config, replace_embedding, replace_linear
+from pyqkern.checkpoints.convert import inspect
 from pyqkern.schemes import NF4
 
 FORMATS = [("pyqkern", "int8"), ("pyqkern", "nf4"), ("bitsandbytes", NF4(double_quant=True)), ("bitsandbytes", "int8")]
@@ -205,6 +206,23 @@ def test_a_config_that_models_share(tmp_path: Path) -> None:
     assert "quantization_config" not in (folder / "config.json").read_text()
     assert torch.equal(output(transformers.AutoModel.from_pretrained(folder)), output(plain))
     assert isinstance(transformers.AutoModel.from_pretrained(tmp_path / "quantized").pooler.dense, QLinear)
+
+
+@pytest.mark.parametrize(("format", "scheme"), FORMATS, ids=str)
+def test_files_with_the_names_of_the_model(format: str, scheme: Any, tmp_path: Path) -> None:
+    """As save_original_format=False asks; ViT's are others than those of its files."""
+    sizes = {name: BERT[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    config = transformers.ViTConfig(**sizes, intermediate_size=128, image_size=32, patch_size=8)
+    torch.manual_seed(0)
+    model = replace_linear(transformers.ViTForImageClassification(config).eval(), scheme)
+    model.hf_quantizer.quantization_config.format = format
+    for options in ({"save_original_format": False}, {}):
+        folder = saved(model, tmp_path / str(len(options)), **options)
+        assert "13 quantized layers" in inspect(folder)
+        config = checkpoint_config(folder, scheme="int8" if scheme == "int8" else None)
+        again = type(model).from_pretrained(folder, config=config)
+        for key, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value), key
 
 
 DERIVED = {
