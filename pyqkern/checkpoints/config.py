@@ -52,8 +52,11 @@ def groups_of(said: dict[str, Any], files: Files, scheme: Scheme | None = None) 
 
     Raises ValueError where the files hold none of the format that `said` speaks of.
     """
-    format = format_of(said)
-    groups = format.groups(said, files, scheme)
+    try:
+        format = format_of(said)
+        groups = format.groups(said, files, scheme)
+    except ValueError as error:
+        raise ValueError(f"{error}; in {CONFIG} or the files of {files.folder}") from error
     if not any(group.modules() for group in groups):
         raise ValueError(f"the files of {files.folder} hold no layer in {format.name}'s format, whatever {CONFIG} says")
     check_agreement(groups, format, files)
@@ -85,13 +88,10 @@ def own_config(folder: Path, said: dict[str, Any], scheme: str | Scheme | None =
     format means.
     Raises ValueError, which names the key, for files that are not what they say.
     """
-    format = format_of(said)
-    own = format.name == "pyqkern"
-    if own:
-        format = FORMATS[said.get("format", "pyqkern")]
     with Files(folder) as files:
         groups = groups_of(said, files, None if scheme is None else get_scheme(scheme))
-    if own:
+    format = format_of(said)
+    if format.name == "pyqkern":
         return said
     return {
         "quant_method": "pyqkern",
