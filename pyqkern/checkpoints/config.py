@@ -29,6 +29,9 @@ def check_config(config: Any, where: str) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"{where} must hold a JSON object, got {type(config).__name__}")
     check_depth(config, where)
+    for key, value in config.items():
+        if key != "quantization_config" and isinstance(value, dict) and value.get("quant_method") == "pyqkern":
+            raise ValueError(f"{where} must call what pyqkern has written quantization_config, got {key!r}")
     said = config.get("quantization_config")
     if said is None:
         return

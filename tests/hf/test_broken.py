@@ -45,6 +45,7 @@ def test_deep(folder: Path, depth: int, inside: str) -> None:
 
 NAMES = ("scheme", "layers", "format", "quant_method")
 BLOCKS: list[Any] = ["nf4", 3, True, [], ["nf4"], {}, {"quant_method": 3}, {"quant_method": []}, {"quant_method": None}]
+MISNAMED = ["quantization_confi", "quantization_config ", "Quantization_config", ""]
 CHANGES: list[Any] = [
     *({key: value} for key in NAMES for value in (3, [3], {"a": 1}, "pyqkerm")),
     *({key: value} for key in ("include", "exclude") for value in (3, "a", [3])),
@@ -58,6 +59,12 @@ CHANGES: list[Any] = [
 def test_no_quantization_config(folder: Path, block: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     refused(folder, json.dumps(config | {"quantization_config": block}).encode())
+
+
+@pytest.mark.parametrize("name", MISNAMED)
+def test_another_name(folder: Path, name: str) -> None:
+    content = (folder / "config.json").read_text()
+    refused(folder, content.replace("quantization_config", name).encode())
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=repr)
