@@ -67,10 +67,11 @@ def replace_linear(
     counts. include=[nn.Linear, Mine] takes the subclass Mine of nn.Linear too, for whose forward the caller vouches.
 
     Kept in float, with the reason in `summary`: what is excluded; a weight shared with an embedding or another module;
-    a parametrized, pruned or patched layer; a layer too wide for the scheme; the adapters of peft; a subclass of
-    nn.Linear that is not named (nn.MultiheadAttention reads the weight of its own). Where more than half of the bytes
-    are kept that nothing excludes, a warning gives the reasons. A linear used in two places stays one shared module.
-    All hooks, train mode and the bias's requires_grad carry over.
+    a parametrized, pruned or patched layer; a layer too wide for the scheme; the adapters of peft; what a module of
+    sentence_transformers, as Dense, has in a file of its own; a subclass of nn.Linear that is not named
+    (nn.MultiheadAttention reads the weight of its own). Where more than half of the bytes are kept that nothing
+    excludes, a warning gives the reasons. A linear used in two places stays one shared module. All hooks, train mode
+    and the bias's requires_grad carry over.
 
     Raises ValueError for a scheme that does not exist, a pattern that matches no linear, and NaN or infinite weights,
     and TypeError for dtypes, each naming the layer. Every layer is quantized once on
