@@ -346,23 +346,8 @@ def contenders(arguments: argparse.Namespace, kind: str) -> tuple[list[str], dic
             for isa in isas:
                 schemes = (arguments.schemes or SCHEMES_OF_ISA.get(isa, ("int8",))) if "schemes" in arguments else [""]
                 ours += [f"{peer.name} {isa} {scheme}".strip() for scheme in schemes]
-    _hold_peers(isas)
+    peers.hold(isas)
     return [*ours, *(peer.name for peer in found if peer.name not in ourselves)], missing
-
-
-#: What oneDNN, FBGEMM and torch's own loops read at their first use; ONNX Runtime and OpenVINO have no such switch.
-HELD_TO_AVX2 = {
-    "ONEDNN_MAX_CPU_ISA": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
-}  # fmt: skip
-
-
-def _hold_peers(isas: Sequence[str]) -> None:
-    """--isa avx2 on a CPU that has more holds the peers that can be held to it too, here and in processes to come."""
-    import pyqkern
-
-    if list(isas) == ["avx2"] and pyqkern.isas()[0] != "avx2":
-        os.environ.update(HELD_TO_AVX2)
-        print("held to AVX2: fbgemm, onednn, torch; not held, since they have no switch: ONNX Runtime, OpenVINO")
 
 
 def _isas(wanted: list[str]) -> list[str]:

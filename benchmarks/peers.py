@@ -382,6 +382,21 @@ def choose(wanted: Sequence[str], kind: str) -> tuple[list[Peer], dict[str, str]
     return chosen, missing
 
 
+#: What oneDNN, FBGEMM and torch's own loops read at their first use; ONNX Runtime and OpenVINO have no such switch.
+HELD_TO_AVX2 = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+}  # fmt: skip
+
+
+def hold(isas: Sequence[str]) -> None:
+    """--isa avx2 on a CPU that has more holds the peers that can be held to it too, here and in processes to come."""
+    import pyqkern
+
+    if list(isas) == ["avx2"] and pyqkern.isas()[0] != "avx2":
+        os.environ.update(HELD_TO_AVX2)
+        print("held to AVX2: fbgemm, onednn, torch; not held, since they have no switch: ONNX Runtime, OpenVINO")
+
+
 def quiet() -> None:
     """Keeps the peers' warnings (some come with every call, and cost time) out of the measurement."""
     warnings.filterwarnings("ignore")
