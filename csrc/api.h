@@ -1,5 +1,5 @@
-// The operations on whole tensors: affine.cpp, int8.cpp, four_bit.cpp, embedding.cpp and encoder.cpp cut them into
-// pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix two ISAs. Pointers are
+// The operations on whole tensors: affine.cpp, int8.cpp, four_bit.cpp, embedding.cpp, encoder.cpp and recurrent.cpp cut
+// them into pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix two ISAs. Pointers are
 // to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
 #pragma once
 
@@ -47,7 +47,7 @@ struct Weight4Bit {
 };
 bool in_panels(size_t N, size_t K, size_t blocksize);
 
-// One linear of an encoder layer: an INT8 weight [N, K] as int8_pack makes it with one scale per row, or, where
+// One linear of an encoder layer or of a recurrent one: an INT8 weight [N, K] as int8_pack makes it with one scale per row, or, where
 // `packed` is nullptr, one of 4 bits in panels; bias [N] of bias_dtype or nullptr.
 struct EncoderLinear {
   const int8_t* packed;
@@ -87,6 +87,22 @@ struct Mask {
 // query that NaN is added to gives NaN.
 void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const Mask& bias,
                    const EncoderLayer& layer, void* y);
+
+// One direction of a recurrent layer: the linears of its input and of its hidden state, to gates_of(cell) gates, and,
+// where projection.N is not 0, that of the new hidden state, to fewer features. Biases are fp32 or nullptr.
+struct RecurrentLayer {
+  EncoderLinear input, hidden, projection;
+  int cell;  // Cell
+  bool reverse, symmetric;
+  int bits;      // of the codes of activations, 8 or 7
+  bool as_int8;  // for 4 bits: the rows are quantized, and the products integers, if the weight is in panels
+};
+
+// x [rows, input.K] holds a step's rows behind the other's: batch_sizes[t] of them, descending, rows the same sequence.
+// h [batch, hidden.K] and, of an LSTM, c [batch, hidden size]: the states before, and in the end those after the last
+// step of each sequence. y [rows, hidden.K].
+void recurrent(const float* x, const int64_t* batch_sizes, size_t steps, const RecurrentLayer& layer, float* h,
+               float* c, float* y);
 
 // x [n] to and from codes, two to a byte; blocksize is a power of two from 32 to 4096.
 void four_bit_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed,

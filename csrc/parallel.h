@@ -50,7 +50,20 @@ constexpr size_t kSerialInt8Ops = 1 << 21;
 
 // A buffer of this thread that lives on between calls: allocating 100 KB and more each time costs page faults.
 // Slots keep the buffers of one call apart.
-enum Slot { kRows, kRowScales, kBias, kPacked, kScales, kStep, kTotals, kEncoderGroup, kEncoderBlock, kSlots };
+enum Slot {
+  kRows,
+  kRowScales,
+  kBias,
+  kPacked,
+  kScales,
+  kStep,
+  kTotals,
+  kEncoderGroup,
+  kEncoderBlock,
+  kGates,
+  kState,
+  kSlots
+};
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace pyqkern

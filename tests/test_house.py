@@ -32,6 +32,7 @@ ABOUT_DEVICES = {
     ("pyqkern/ops/affine.py", "tensor.is_cuda"): "values are not checked on a GPU, which would have to wait for them",
     ("pyqkern/ops/checks.py", "ids.is_cuda"): "as above",
     ("pyqkern/ops/four_bit.py", "device.type"): "an error names the device",
+    ("pyqkern/ops/recurrent.py", "batch_sizes.is_cpu"): "sizes are read on the CPU, as a PackedSequence has them",
     ("kernels/device.py", "head.device.type"): "a Triton kernel refuses tensors that are not on CUDA",
     ("kernels/device.py", "device.type"): "properties of a CUDA device, and what stands for them in the interpreter",
 }

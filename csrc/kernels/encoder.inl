@@ -119,6 +119,8 @@ static void elementwise(int function, const float* x, size_t n, float* y) {
     store_n(y + i,
             function == kExp         ? exp(v)
             : function == kGeluValue ? gelu(v)
+            : function == kSigmoid   ? sigmoid(v)
+            : function == kTanh      ? tanh(v)
                                      : to_float(probability_code(v, f32{})),
             part);
   }

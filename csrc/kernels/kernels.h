@@ -20,7 +20,11 @@ enum Qtype : int { kInt8 = 0, kUInt8 = 1, kInt4 = 2, kUInt4 = 3 };
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
 // Functions that Kernels::elementwise applies.
-enum Elementwise : int { kExp = 0, kGeluValue = 1, kProbabilityCode = 2 };
+enum Elementwise : int { kExp = 0, kGeluValue = 1, kProbabilityCode = 2, kSigmoid = 3, kTanh = 4 };
+
+// Recurrent cells; each has its number of gates.
+enum Cell : int { kRnnTanh = 0, kRnnRelu = 1, kGru = 2, kLstm = 3 };
+static inline size_t gates_of(int cell) { return cell == kLstm ? 4 : cell == kGru ? 3 : 1; }
 
 static inline size_t dtype_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 static inline int qmin(int qtype) { return qtype == kInt8 ? -128 : qtype == kInt4 ? -8 : 0; }
@@ -194,6 +198,12 @@ struct Kernels {
   // y = LayerNorm(a + residual), rows of n behind each other, y of `dtype`; a is overwritten by the sum.
   void (*add_layer_norm)(float* a, const float* residual, size_t rows, size_t n, const float* weight, const float* bias,
                          float eps, void* y, int dtype);
+
+  // One step of a recurrent layer (recurrent.inl), given the products of its input, x, and of its hidden state, both
+  // [rows, gates_of(cell) * n] with their biases. h [rows, n] becomes the new hidden state, y is a copy of it unless
+  // nullptr; c [rows, n] is the cell state of an LSTM.
+  void (*recurrent_gates)(int cell, const float* x, const float* product, size_t rows, size_t n, float* h, float* c,
+                          float* y);
 
   // Quantizes blocks [begin, end) of the flat x [n]: absmax[b], and codes packed two to a byte, high four bits first.
   // v = x * (1/absmax), clamped to [-1, 1]; a short last block divides instead, as bitsandbytes does, and stores an

@@ -8,10 +8,9 @@
 namespace pyqkern {
 namespace PYQKERN_ISA {
 
-// e^x for x in [-87.3, 88.7], clamped there; <= 1 ulp. NaN gives NaN.
-INLINE f32 exp(f32 x) {
-  x = min(set1(88.72283f), max(set1(-87.33654f), x));  // this order of operands lets NaN through
-  const i32 n = round(x * kLog2E);
+// n = rint(x / ln 2), and e^(x - n ln 2) - 1, relative to which the error stays small as it goes to 0.
+INLINE f32 exp_rest(f32 x, i32& n) {
+  n = round(x * kLog2E);
   const f32 nf = to_float(n);
   f32 r = fma(nf, set1(-0.693145752f), x);  // ln 2 in two parts, the first with trailing zeros
   r = fma(nf, set1(-1.42860677e-6f), r);
@@ -19,11 +18,32 @@ INLINE f32 exp(f32 x) {
   p = fma(p, r, set1(0.041666205f));
   p = fma(p, r, set1(0.16666519f));
   p = fma(p, r, set1(0.5f));
-  p = fma(p, r * r, r) + 1.0f;
+  return fma(p, r * r, r);
+}
+
+// e^x for x in [-87.3, 88.7], clamped there; <= 1 ulp. NaN gives NaN.
+INLINE f32 exp(f32 x) {
+  x = min(set1(88.72283f), max(set1(-87.33654f), x));  // this order of operands lets NaN through
+  i32 n;
+  f32 p = exp_rest(x, n) + 1.0f;
   // 2^n in two steps, so that n = 128 does not overflow on the way
   const i32 half = n >> 1;
   p = p * as_f32((half + 127) << 23);
   return p * as_f32((n - half + 127) << 23);
+}
+
+// 1 / (1 + e^-x); <= 3 ulp where x >= -87.3, and below 2^-126 from there on. NaN gives NaN.
+INLINE f32 sigmoid(f32 x) { return set1(1.0f) / (exp(-x) + 1.0f); }
+
+// tanh x = t / (t + 2), t = e^(2|x|) - 1, with the sign of x; <= 3 ulp. NaN gives NaN.
+INLINE f32 tanh(f32 x) {
+  const i32 sign = as_i32(x) & (int32_t)0x80000000;
+  const f32 a = as_f32(as_i32(x) ^ sign);
+  i32 n;
+  const f32 p = exp_rest(min(set1(20.0f), a + a), n);  // 1 from there on; this order of operands lets NaN through
+  const f32 power = as_f32((n + 127) << 23);
+  const f32 t = fma(power, p, power - 1.0f);
+  return as_f32(as_i32(t / (t + 2.0f)) | sign);
 }
 
 // E(a) = erf(a / sqrt 2) / 2 on sixteen intervals of 91/256 around the multiples of that: polynomials in a less the

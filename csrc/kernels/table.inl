@@ -1,9 +1,9 @@
 // The table of one ISA. isa_*.cpp define PYQKERN_ISA and include this file.
 #pragma once
 
-#include "kernels/encoder.inl"
 #include "kernels/four_bit_int8.inl"
 #include "kernels/int8_a7.inl"
+#include "kernels/recurrent.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
@@ -34,6 +34,7 @@ const Kernels table = {
     int8_pack_values,
     elementwise,
     add_layer_norm,
+    recurrent_gates,
     four_bit_quantize,
     four_bit_dequantize,
     four_bit_unpack_panel,

@@ -24,6 +24,17 @@ Weight4Bit weight_4bit(Address packed, Address absmax, Address nested, Address m
           at<Codebook>(book)};
 }
 
+// packed, scale, bias, its dtype, N, K; of 4 bits also nested absmax, map, offset (or 0), blocksize and codebook, else 0
+using Linear = std::array<Address, 11>;
+
+EncoderLinear linear_at(const Linear& a) {
+  EncoderLinear l{at<int8_t>(a[0]), at<float>(a[1]), at<void>(a[2]), static_cast<int>(a[3]), a[4], a[5], {}};
+  if (!a[9]) return l;
+  l.four = weight_4bit(a[0], a[1], a[6], a[7], a[8] ? *at<float>(a[8]) : 0.0f, a[4], a[5], a[9], a[10]);
+  l.packed = nullptr;
+  return l;
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (size_t i = 0; i < kBuiltCount; ++i)
@@ -104,11 +115,8 @@ PYBIND11_MODULE(_C, m) {
       [](int function, Address x, size_t n, Address y) {
         kernels().elementwise(function, at<float>(x), n, at<float>(y));
       },
-      nogil, "0: exp, 1: GELU, 2: rint(255 * 2^x) for x <= 0; for the tests.");
+      nogil, "0: exp, 1: GELU, 2: rint(255 * 2^x) for x <= 0, 3: sigmoid, 4: tanh; for the tests.");
 
-  // packed, scale, bias, its dtype, N, K; of 4 bits also nested absmax, map, offset (or 0), blocksize and codebook,
-  // else 0
-  using Linear = std::array<Address, 11>;
   using Added = std::array<Address, 6>;  // data (or 0), whether bool, heads, strides of batch, head and query
   m.def(
       "encoder_layer",
@@ -116,14 +124,7 @@ PYBIND11_MODULE(_C, m) {
          const std::array<Linear, 6>& linears, const std::array<Address, 4>& norms, int norm_dtype, float eps1,
          float eps2, size_t heads, size_t head_size, float scaling, int activation, bool symmetric, int bits,
          Address input_factor, Address up_factor, Address y) {
-        auto linear = [&](int i) {
-          const Linear& a = linears[i];
-          EncoderLinear l{at<int8_t>(a[0]), at<float>(a[1]), at<void>(a[2]), static_cast<int>(a[3]), a[4], a[5], {}};
-          if (!a[9]) return l;
-          l.four = weight_4bit(a[0], a[1], a[6], a[7], a[8] ? *at<float>(a[8]) : 0.0f, a[4], a[5], a[9], a[10]);
-          l.packed = nullptr;
-          return l;
-        };
+        auto linear = [&](int i) { return linear_at(linears[i]); };
         const EncoderLayer layer{linear(0),
                                  linear(1),
                                  linear(2),
@@ -143,6 +144,22 @@ PYBIND11_MODULE(_C, m) {
                                  at<float>(up_factor)};
         auto added = [](const Added& a) { return Mask{at<void>(a[0]), a[1] != 0, a[2], a[3], a[4], a[5]}; };
         encoder_layer(at<void>(x), dtype, batch, length, added(mask), added(bias), layer, at<void>(y));
+      },
+      nogil);
+
+  m.def(
+      "recurrent",
+      [](Address x, Address batch_sizes, size_t steps, const std::array<Linear, 3>& linears, int cell, bool reverse,
+         bool symmetric, int bits, bool as_int8, Address h, Address c, Address y) {
+        const RecurrentLayer layer{linear_at(linears[0]),
+                                   linear_at(linears[1]),
+                                   linear_at(linears[2]),
+                                   cell,
+                                   reverse,
+                                   symmetric,
+                                   bits,
+                                   as_int8};
+        recurrent(at<float>(x), at<int64_t>(batch_sizes), steps, layer, at<float>(h), at<float>(c), at<float>(y));
       },
       nogil);
 

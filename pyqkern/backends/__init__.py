@@ -37,6 +37,9 @@ ACTIVATION_BITS = (8, 7)
 # The activations that the linear's tail can apply; the position is the code that C++ takes.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
+# The recurrent cells and how many gates each has; the position is the code that C++ takes.
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
+
 # The largest in_features for which 255 * 127 * K < 2**31, weights being in [-127, 127]: beyond it an int32 could wrap.
 INT8_LINEAR_MAX_K = 66311
 
@@ -52,6 +55,13 @@ NESTED_BLOCKSIZE = 256
 
 FLT_MIN = 2.0**-126
 PANEL = 16  # output channels that stand beside each other in the CPU's forms
+
+
+class Weight8bit(NamedTuple):
+    """An INT8 weight [N, K] in this backend's form, and its scales, fp32 [N]."""
+
+    packed: Tensor
+    scale: Tensor
 
 
 class Weight4bit(NamedTuple):
@@ -174,3 +184,27 @@ class Kernels(Protocol):
 
     def rows_4bit(self, weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """weight[rows] dequantized, [M, k]; rows int64 [M] within [0, n)."""
+
+    # ---- recurrent layers
+
+    def recurrent(
+        self,
+        x: Tensor,
+        batch_sizes: Tensor,
+        weights: Sequence[Weight8bit | Weight4bit],
+        biases: Sequence[Tensor],
+        h: Tensor,
+        c: Tensor | None,
+        cell: str,
+        reverse: bool,
+        symmetric: bool,
+        bits: int,
+        compute: str,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One direction of a layer, all in fp32: y [rows, P], and h and c after the last step of each sequence.
+
+        x [rows, K]: the rows of a step behind those of the one before, batch_sizes[t] of them, int64 on the CPU,
+        descending: a sequence keeps its row. weights: of the input, of the hidden state and, for an LSTM that projects
+        it, of the projection; biases: of the first two, or none. h [batch, P]; c [batch, H] for an LSTM.
+        cell: one of GATES, whose order is torch's. INT8: symmetric and bits as for int8_linear; 4 bits: compute.
+        """

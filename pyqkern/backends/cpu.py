@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyqkern import _C
-from pyqkern.backends import ACTIVATIONS, PANEL, QRANGE, Shape, Sizes, Weight4bit
+from pyqkern.backends import ACTIVATIONS, GATES, PANEL, QRANGE, Shape, Sizes, Weight4bit, Weight8bit
 from pyqkern.backends.reference.four_bit import CODEBOOKS, block_scales, nested_scales, plain
 from pyqkern.schemes import COMPUTE
 
@@ -267,7 +267,7 @@ def _gather_panels(weight: Weight4bit, rows: Tensor) -> Weight4bit:
     return plain(codes, scales.view(-1), weight, (m, k))
 
 
-# ---- the encoder layer, which no other backend has
+# ---- linears as the encoder layer and recurrent layers take them; the encoder layer, which no other backend has
 
 
 def encoder_linear(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> tuple[int, ...]:
@@ -309,6 +309,43 @@ def encoder_layer(
         y.data_ptr(),
     )  # fmt: skip
     return y
+
+
+# ---- recurrent layers
+
+CELL_CODES = {name: code for code, name in enumerate(GATES)}
+_NO_LINEAR = (0,) * 11
+
+
+def recurrent(
+    x: Tensor,
+    batch_sizes: Tensor,
+    weights: Sequence[Weight8bit | Weight4bit],
+    biases: Sequence[Tensor],
+    h: Tensor,
+    c: Tensor | None,
+    cell: str,
+    reverse: bool,
+    symmetric: bool,
+    bits: int,
+    compute: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    widths = (x.shape[-1], h.shape[-1], h.shape[-1] if c is None else c.shape[-1])
+    linears = []
+    for i, (weight, k) in enumerate(zip(weights, widths, strict=False)):
+        bias = biases[i] if i < len(biases) else None
+        if isinstance(weight, Weight4bit):
+            linears.append(encoder_linear_4bit(weight, bias))
+        else:
+            linears.append(encoder_linear(weight.packed, weight.scale, bias, weight.scale.shape[0], k))
+    y = x.new_empty((x.shape[0], h.shape[-1]))
+    h, c = h.clone(), None if c is None else c.clone()
+    _C.recurrent(
+        x.data_ptr(), batch_sizes.data_ptr(), batch_sizes.numel(), (*linears, *[_NO_LINEAR] * (3 - len(linears))),
+        CELL_CODES[cell], reverse, symmetric or isinstance(weights[0], Weight4bit), bits, compute in AS_INT8,
+        h.data_ptr(), 0 if c is None else c.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return y, h, c
 
 
 # ---- the short way: plain CPU tensors that C++ itself checks; None where it found something that does not fit

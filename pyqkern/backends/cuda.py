@@ -19,6 +19,7 @@ from pyqkern.backends.reference.four_bit import (
     unpack_4bit,
     unpack_scales,
 )
+from pyqkern.backends.reference.recurrent import run
 
 __all__ = ["pack_4bit", "pack_scales", "packed_shapes_4bit", "unpack_4bit", "unpack_scales"]  # flat, as the reference's
 
@@ -107,3 +108,7 @@ def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str
 
 def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows_of_flat(dequantize_4bit, weight, rows, dtype)
+
+
+def recurrent(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    return run(int8_linear, linear_4bit, *arguments)

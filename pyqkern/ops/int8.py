@@ -138,7 +138,7 @@ def _check_linear(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def _check_bits(bits: int, symmetric: bool = False) -> None:
+def check_bits(bits: int, symmetric: bool = False) -> None:
     """Bits of the activations' codes."""
     if bits not in ACTIVATION_BITS:
         raise ValueError(f"bits must be 8 or 7, got {bits}")
@@ -156,7 +156,7 @@ def _linear_fake(
     bits: int = 8,
 ) -> Tensor:
     _check_linear(kernels_of(x.device), x, packed, weight_scale, bias, activation)
-    _check_bits(bits, symmetric)
+    check_bits(bits, symmetric)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
@@ -178,7 +178,7 @@ def _linear(
     bits: int = 8,
 ) -> Tensor:
     _check_linear(kernels, x, packed, weight_scale, bias, activation)
-    _check_bits(bits, symmetric)
+    check_bits(bits, symmetric)
     if x.numel() == 0 or weight_scale.numel() == 0:
         return _linear_of_nothing(x, weight_scale, bias, activation)
     bias = None if bias is None else bias.contiguous()
@@ -223,7 +223,7 @@ def _static_fake(
     input_zero_point: Tensor,
     bits: int = 8,
 ) -> Tensor:
-    _check_bits(bits)
+    check_bits(bits)
     _check_linear(kernels_of(x.device), x, packed, weight_scale, bias, activation)
     _check_qparams(x, input_scale, input_zero_point)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
@@ -247,7 +247,7 @@ def _static(
     input_zero_point: Tensor,
     bits: int = 8,
 ) -> Tensor:
-    _check_bits(bits)
+    check_bits(bits)
     _check_linear(kernels, x, packed, weight_scale, bias, activation)
     _check_qparams(x, input_scale, input_zero_point)
     if x.numel() == 0 or weight_scale.numel() == 0:

@@ -1,4 +1,4 @@
-"""exp, GELU, and what the softmax takes for 2**t: the functions of csrc/kernels/math.inl and encoder.inl alone."""
+"""exp, GELU, sigmoid, tanh and the softmax's 2**t: the functions of csrc/kernels/math.inl and encoder.inl alone."""
 
 import pytest
 import torch
@@ -49,10 +49,23 @@ def test_gelu_errs_by_four_units_of_its_argument_at_most(step: int) -> None:
             assert ((elementwise(1, signed) - exact).abs() <= 4 * 2.0**-24 * x.double()).all()
 
 
+@density
+def test_sigmoid_and_tanh_err_by_three_ulp_at_most(step: int) -> None:
+    """exp errs by one ulp, and sum, product and quotient by half of one each; sigmoid below 2**-126 loses its bits."""
+    for x in (*all_floats(2.0**-126, 2.0**-6, 61 * step), *all_floats(2.0**-6, 87.3, step)):
+        for signed in (x, -x):
+            assert (ulps(elementwise(3, signed), torch.sigmoid(signed.double())) <= 3).all()
+            assert (ulps(elementwise(4, signed), torch.tanh(signed.double())) <= 3).all()
+    ends = torch.tensor([torch.inf, 3e38, 0.0, -0.0, -3e38, -torch.inf, torch.nan])
+    assert elementwise(3, ends)[:4].tolist() == [1, 1, 0.5, 0.5] and (elementwise(3, ends)[4:6] < 3e-39).all()
+    assert elementwise(4, ends)[:6].tolist() == [1, 1, 0, 0, -1, -1] and elementwise(4, ends)[3].signbit()
+    assert elementwise(3, ends)[6].isnan() and elementwise(4, ends)[6].isnan()
+
+
 def test_functions_have_the_same_bits_everywhere(isa: str) -> None:
     x = torch.cat(all_floats(2.0**-126, 3e38, 9973))
     x = torch.cat([x, -x, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45])])
-    for function in (0, 1):
+    for function in (0, 1, 3, 4):
         y = elementwise(function, x)
         previous = _C.set_isa("scalar")
         assert torch.equal(y.view(torch.int32), elementwise(function, x).view(torch.int32))

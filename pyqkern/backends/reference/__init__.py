@@ -30,6 +30,7 @@ from pyqkern.backends.reference.int8 import (
     packed_shape,
     panels,
 )
+from pyqkern.backends.reference.recurrent import recurrent
 
 __all__ = [
     "activate",
@@ -54,6 +55,7 @@ __all__ = [
     "qparams_from_range",
     "quantize",
     "quantize_4bit",
+    "recurrent",
     "rows_4bit",
     "unpack_4bit",
     "unpack_scales",
