@@ -16,13 +16,16 @@ from pyqkern.functional.four_bit import Quantized4bit, dequantize_4bit, quantize
 from pyqkern.functional.int8 import int8_matmul
 from pyqkern.hf.register import register
 from pyqkern.models.optimize import optimize
+from pyqkern.models.quantize_dynamic import quantize_dynamic
+from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_embedding, replace_linear
 from pyqkern.models.summary import summary
-from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.embedding import QEmbedding, QEmbeddingBag
 from pyqkern.nn.encoder import QEncoderLayer
 from pyqkern.nn.four_bit import FP4Linear, Int4Linear, NF4Linear
 from pyqkern.nn.int8 import Int8Linear, Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear
 from pyqkern.nn.linear import QLinear
+from pyqkern.nn.recurrent import QGRU, QLSTM, QRNN, QGRUCell, QLSTMCell, QRecurrent, QRNNCell
 from pyqkern.schemes import FP4, NF4, Int4, Int8, Int8Outlier, Int8Static, Int8WeightOnly
 
 __version__ = version("pyqkern")
@@ -51,6 +54,9 @@ else:
 __all__ = [
     "FP4",
     "NF4",
+    "QGRU",
+    "QLSTM",
+    "QRNN",
     "FP4Linear",
     "Int4",
     "Int4Linear",
@@ -65,8 +71,13 @@ __all__ = [
     "NF4Linear",
     "PyqkernConfig",
     "QEmbedding",
+    "QEmbeddingBag",
     "QEncoderLayer",
+    "QGRUCell",
+    "QLSTMCell",
     "QLinear",
+    "QRNNCell",
+    "QRecurrent",
     "Quantized4bit",
     "Ranges",
     "analysis",
@@ -84,8 +95,10 @@ __all__ = [
     "pack_int4",
     "quantize_4bit",
     "quantize_affine",
+    "quantize_dynamic",
     "replace_embedding",
     "replace_linear",
+    "replace_recurrent",
     "smooth",
     "summary",
     "unpack_int4",

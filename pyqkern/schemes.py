@@ -36,13 +36,14 @@ class Scheme:
 
     name: what summaries, files and error messages call it. bits: of a stored weight. needs_ranges: whether quantizing
     takes the ranges of activations from `calibrate`. embeds: whether the table of an embedding can be quantized so.
-    max_in_features: the widest linear, None without a limit.
+    recurs: whether a recurrent layer can be. max_in_features: the widest linear, None without a limit.
     """
 
     name: ClassVar[str]
     bits: ClassVar[int]
     needs_ranges: ClassVar[bool] = False
     embeds: ClassVar[bool] = True
+    recurs: ClassVar[bool] = False
     max_in_features: ClassVar[int | None] = None
 
     @property
@@ -123,6 +124,7 @@ class Int8(_Int8):
     """
 
     name: ClassVar[str] = "int8"
+    recurs: ClassVar[bool] = True
     symmetric: bool = False
     clip_weights: bool = False
     activation_bits: int = 8
@@ -207,6 +209,7 @@ class _FourBit(Scheme):
     """What NF4 and FP4 have in common: their options are checked when they are made."""
 
     bits = 4
+    recurs = True
     blocksize: int
     compute: str
 
@@ -270,6 +273,7 @@ class Int4(Scheme):
 
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
+    recurs: ClassVar[bool] = True
     double_quant: ClassVar[bool] = False
     group_size: int = 64
     compute: str = "auto"

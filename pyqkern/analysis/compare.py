@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from pyqkern.analysis.records import Records, barh
 from pyqkern.calibration.run import counted, evaluated
-from pyqkern.models.find import find_layers, linear_types
-from pyqkern.nn.embedding import QEmbedding
+from pyqkern.models.find import RECURRENT, find_layers, linear_types
+from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def error_propagation(
     shape or with NaN.
     """
     names, others = _watched(float_model), _watched(quantized_model)
-    for name in [name for name, module in names.items() if type(module) is type(others.get(name)) is nn.Embedding]:
+    for name in [name for name, module in names.items() if type(module) is type(others.get(name)) in EMBEDDINGS]:
         del names[name], others[name]  # the same table in both
     if set(names) != set(others):
         differing = sorted(set(names) ^ set(others))
@@ -97,8 +97,8 @@ def _draw_errors(records: Sequence[ErrorRecord], axes: Any) -> None:
 
 
 def _watched(model: nn.Module) -> dict[str, nn.Module]:
-    """Linears, norms and embeddings by their first names; what is inside of a quantized embedding belongs to it."""
-    kinds = (*linear_types(), nn.LayerNorm, nn.Embedding, QEmbedding)
+    """Linears, norms, embeddings and recurrent layers by their first names; what is inside of one belongs to it."""
+    kinds = (*linear_types(), nn.LayerNorm, *EMBEDDINGS, QEmbedding, *RECURRENT)
     return {layer.names[0]: layer.module for layer in find_layers(model, kinds) if layer.names[0]}
 
 
@@ -107,7 +107,7 @@ def _outputs(model: nn.Module, watched: Mapping[str, nn.Module], batch: Any) -> 
     found: dict[str, list[Tensor]] = {}
 
     def watch(name: str, module: nn.Module) -> Any:
-        return module.register_forward_hook(lambda _, __, y: found.setdefault(name, []).append(y.detach()))
+        return module.register_forward_hook(lambda _, __, y: found.setdefault(name, []).append(_output(y).detach()))
 
     handles = [watch(name, module) for name, module in watched.items()]
     try:
@@ -117,6 +117,13 @@ def _outputs(model: nn.Module, watched: Mapping[str, nn.Module], batch: Any) -> 
             handle.remove()
     found["output"] = [result]
     return found
+
+
+def _output(y: Any) -> Tensor:
+    """The tensor itself, or the outputs of a recurrent layer, which are the first of what it returns, packed or not."""
+    while not isinstance(y, Tensor):
+        y = y[0]
+    return y
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -7,11 +7,20 @@ from pyqkern.checkpoints.layers import Group
 from pyqkern.models.find import find_layers, linear_types
 from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.linear import QLinear
+from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.schemes import Scheme
 
 
 def describe(model: nn.Module) -> list[Group]:
-    """The model's groups, by the names that its layers have in it. The last, without a scheme, is of what is kept."""
+    """The model's groups, by the names that its layers have in it. The last, without a scheme, is of what is kept.
+
+    Raises ValueError for a quantized recurrent layer, which no format has.
+    """
+    for layer in find_layers(model, (QRecurrent,)):
+        raise ValueError(
+            f"a folder of files has no quantized recurrent layers, as {layer.names[0]} is; save model.state_dict(), or "
+            "the float model, and call replace_recurrent after loading it"
+        )
     groups: dict[Scheme, Group] = {}
 
     def group(scheme: Scheme) -> Group:

@@ -177,9 +177,7 @@ def dequantize(model: nn.Module, modules: list[Any] | None = None) -> list[tuple
 
 def _in_float(module: QLinear | QEmbedding, weight: nn.Parameter) -> nn.Module:
     if isinstance(module, QEmbedding):
-        embedding = nn.Embedding(weight.shape[0], weight.shape[1], module.padding_idx, device="meta")
-        embedding.weight = weight
-        return embedding.train(module.training)
+        return module.in_float(weight)
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta").train(module.training)
     linear.weight, linear.bias = weight, module.bias  # type: ignore[assignment]
     return linear

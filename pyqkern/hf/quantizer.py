@@ -36,6 +36,7 @@ from pyqkern.hf.slots import (
 from pyqkern.hf.transformers4 import Transformers4, rename_for_slots
 from pyqkern.models.find import Layer, find_layers, linear_types
 from pyqkern.models.replace import linears_to_replace, put, replace_embedding, replace_linear
+from pyqkern.nn.embedding import EMBEDDINGS
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import range_of
 
@@ -261,7 +262,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
 
 def _finder(model: Any, names: list[str]) -> Find:
     """The layer of a name in the files, as transformers finds its weight; None where the model has none."""
-    layers = {name: layer for layer in find_layers(model, (*linear_types(), nn.Embedding)) for name in layer.names}
+    layers = {name: layer for layer in find_layers(model, (*linear_types(), *EMBEDDINGS)) for name in layer.names}
     found = in_model(model, [f"{name}.weight" for name in names])
 
     def find(name: str) -> Layer | None:

@@ -19,7 +19,7 @@ from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group
 from pyqkern.models.find import Layer, as_linear, find_layers, linear_types
 from pyqkern.models.replace import put
-from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.embedding import EMBEDDINGS
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Scheme
 
@@ -105,7 +105,7 @@ class EmbeddingSlot(nn.Module):
 
     _is_hf_initialized = True
 
-    def __init__(self, embedding: nn.Embedding, slot: Slot, own: Slot | None) -> None:
+    def __init__(self, embedding: nn.Module, slot: Slot, own: Slot | None) -> None:
         super().__init__()
         self.table = own
         self.float_layer, self.slot = [embedding], [slot]
@@ -145,7 +145,7 @@ def put_slots(model: Any, groups: list[Group], format: Format, find: Find) -> di
         # The embedding that a table is called after comes first.
         for name, table in sorted(group.embeddings.items(), key=lambda item: item[1] != f"{item[0]}.table"):
             layer = find(name)
-            if layer is None or not isinstance(layer.module, nn.Embedding):
+            if layer is None or type(layer.module) not in EMBEDDINGS:
                 continue
             own = None
             if table == f"{name}.table":
@@ -159,7 +159,7 @@ def put_slots(model: Any, groups: list[Group], format: Format, find: Find) -> di
     return slots
 
 
-def _as_table(embedding: nn.Embedding) -> nn.Linear:
+def _as_table(embedding: Any) -> nn.Linear:
     linear = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, device="meta")
     linear.weight = embedding.weight
     return linear
@@ -197,10 +197,11 @@ def fill_slots(model: Any) -> None:
         filled[id(layer.module)] = layer.module.fill(layer.names[0])
         put(layer, with_accelerate_hook(layer.module, filled[id(layer.module)]), model)
     for layer in find_layers(model, (EmbeddingSlot,)):
-        (slot,), padding_idx = layer.module.slot, layer.module.float_layer[0].padding_idx
+        (slot,), (embedding,) = layer.module.slot, layer.module.float_layer
         if id(slot) not in filled:
             filled[id(slot)] = slot.fill(f"{layer.names[0]}.table")
-        put(layer, QEmbedding(filled[id(slot)], padding_idx).train(model.training), model)
+        module = EMBEDDINGS[type(embedding)].of_table(filled[id(slot)], embedding)
+        put(layer, module.train(model.training), model)
     for layer in find_layers(model, (HeadSlot,)):
         (slot,) = layer.module.slot
         filled[id(slot)].bias = layer.module.bias

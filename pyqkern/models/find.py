@@ -1,4 +1,4 @@
-"""The linears and embeddings of a model: where they are, and why one cannot be replaced."""
+"""The linears, embeddings and recurrent layers of a model: where they are, and why one cannot be replaced."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 from pyqkern.nn.linear import QLinear
+from pyqkern.nn.recurrent import QRecurrent
 
 Pattern = str | type[nn.Module] | Iterable[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
 
@@ -24,13 +25,16 @@ _ADAPTER = "an adapter of peft, which is trained"
 # What peft calls the modules that it wraps.
 _WRAPPED = ("base_layer", "original_module", "base_model", "model")
 
+# The recurrent layers and cells of torch, and those that are quantized already.
+RECURRENT: tuple[type[nn.Module], ...] = (*QRecurrent._classes, QRecurrent)
+
 # Where optimize leaves the reason on an encoder layer that it did not fuse.
 UNFUSED = "_pyqkern_unfused"
 
 
 @dataclass
 class Layer:
-    """One linear or embedding of a model, and everywhere it is used."""
+    """One linear, embedding or recurrent layer of a model, and everywhere it is used."""
 
     module: Any
     names: list[str] = field(default_factory=list)
@@ -82,8 +86,8 @@ def _walk(
     module: nn.Module, prefix: str, path: tuple[nn.Module, ...], types: tuple[type[nn.Module], ...]
 ) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """(qualified name, parent, attribute, module) under every name; modules that hold themselves are not followed."""
-    if isinstance(module, QEmbedding):
-        return  # its table is no layer of the model
+    if isinstance(module, QEmbedding | QRecurrent):
+        return  # a table, or the weights of gates, is no layer of the model
     for attribute, child in module._modules.items():
         if child is None or any(child is ancestor for ancestor in path):
             continue
@@ -113,7 +117,7 @@ def embedding_reasons(
     """Why each embedding is kept; None where it is to be replaced."""
     included = [True] * len(embeddings) if include is None else _matches("include", include, embeddings, "an embedding")
     excluded = _matches("exclude", exclude, embeddings, "an embedding")
-    owners, kept = weight_owners(model, (nn.Embedding, *linear_types())), kept_modules(model)
+    owners, kept = weight_owners(model, (*EMBEDDINGS, *linear_types())), kept_modules(model)
     for layer in find_linears(model):
         weight = layer.module._parameters.get("weight")
         if weight is not None and structural_reason(layer.module, {}) is not None:
@@ -135,14 +139,53 @@ def _embedding_structural_reason(
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         return "parametrized: its weight is computed from other parameters"
-    if type(module) is not nn.Embedding:
-        return f"subclass of nn.Embedding: {type(module).__name__}, whose forward may be its own"
+    if type(module) not in EMBEDDINGS:
+        return f"subclass of {_base_name(module)}: {type(module).__name__}, whose forward may be its own"
     if "forward" in vars(module):
         return "patched: its forward was replaced"
     if module.max_norm is not None:
         return "max_norm: it changes its weight as it runs"
     owner = owners.get(_key(weight)) if weight.numel() else None
     return f"its weight is shared with {owner[0]}" if owner is not None else None
+
+
+def recurrent_reasons(
+    model: nn.Module, layers: list[Layer], include: Pattern | None, exclude: Pattern
+) -> list[str | None]:
+    """Why each recurrent layer or cell is kept; None where it is to be replaced."""
+    kind = "a recurrent layer"
+    included = [True] * len(layers) if include is None else _matches("include", include, layers, kind)
+    excluded = _matches("exclude", exclude, layers, kind)
+    owners, kept = weight_owners(model, RECURRENT), kept_modules(model)
+    return [
+        _recurrent_structural_reason(layer.module, owners, kept)
+        or (EXCLUDED if leave else None if take else NOT_INCLUDED)
+        for layer, take, leave in zip(layers, included, excluded, strict=True)
+    ]
+
+
+def _recurrent_structural_reason(
+    module: Any, owners: dict[int, tuple[str, nn.Module]], kept: Mapping[nn.Module, str]
+) -> str | None:
+    if isinstance(module, QRecurrent):
+        return "already quantized"
+    if module in kept:
+        return kept[module]
+    of_cell = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
+    names = getattr(module, "_flat_weights_names", of_cell)
+    if parametrize.is_parametrized(module) or any(module._parameters.get(name) is None for name in names):
+        return "parametrized: a weight is computed from other parameters"
+    if type(module) not in RECURRENT:
+        return f"subclass of {_base_name(module)}: {type(module).__name__}, whose forward may be its own"
+    if "forward" in vars(module):
+        return "patched: its forward was replaced"
+    keys = [_key(parameter) for parameter in module._parameters.values() if parameter is not None]
+    shared = [owners[key][0] for key in keys if key in owners]
+    return f"a weight is shared with {shared[0]}" if shared else None
+
+
+def _base_name(module: nn.Module) -> str:
+    return next(f"nn.{kind.__name__}" for kind in (*RECURRENT, *EMBEDDINGS) if isinstance(module, kind))
 
 
 def _matches(argument: str, pattern: Pattern, linears: list[Layer], kind: str = "a linear") -> list[bool]:
@@ -285,5 +328,5 @@ def structural_reason(
     owner = owners.get(_key(weight)) if weight.numel() else None
     if owner is not None:
         name, holder = owner
-        return f"tied to {'the embedding ' if isinstance(holder, nn.Embedding) else ''}{name}"
+        return f"tied to {'the embedding ' if isinstance(holder, (*EMBEDDINGS,)) else ''}{name}"
     return None

@@ -24,7 +24,7 @@ from pyqkern.models.find import (
     linear_types,
 )
 from pyqkern.models.summary import said_bytes
-from pyqkern.nn.embedding import QEmbedding, check_embedding_scheme
+from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding, check_embedding_scheme, quantized_table
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Range, Scheme, get_scheme, range_of, ranges_for
 
@@ -101,7 +101,7 @@ def replace_linear(
         module = _quantized(linear, scheme, ranges)
         result = put(linear, module, result)
         linear.module = module
-    _tell(result)
+    tell(result)
     return result
 
 
@@ -132,7 +132,7 @@ def _scheme_reason(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | N
 
 
 def _in_features(module: Any) -> int:
-    width: int = module.embedding_dim if isinstance(module, nn.Embedding) else as_linear(module).in_features
+    width: int = module.embedding_dim if type(module) in EMBEDDINGS else as_linear(module).in_features
     return width
 
 
@@ -162,7 +162,7 @@ def _float_bytes(module: Any) -> int:
     return math.prod(shape) * itemsize
 
 
-def _tell(model: nn.Module) -> None:
+def tell(model: nn.Module) -> None:
     for callback in replaced:
         callback(model)
 
@@ -170,14 +170,15 @@ def _tell(model: nn.Module) -> None:
 def replace_embedding(
     model: nn.Module, scheme: str | Scheme = "int8", *, include: Pattern | None = None, exclude: Pattern = ()
 ) -> nn.Module:
-    """Replaces the embeddings of `model` by quantized ones, in place, and returns it; linears tied to them go along.
+    """Replaces each nn.Embedding and nn.EmbeddingBag of `model` by a quantized one, in place, and returns it; linears
+    tied to them go along.
 
     scheme: "int8" (a scale per row), "nf4", "fp4", "int4", "int8-weight-only", or a scheme object.
     include, exclude: as in `replace_linear`, for the names of embeddings.
 
     A linear whose weight is the embedding's, as a language model's output head is, becomes a QLinear of the same
     scheme, and the embedding reads its rows from that module. Kept in float, with the reason in `summary`: what is
-    excluded; subclasses of nn.Embedding; max_norm; a weight that something else shares.
+    excluded; subclasses; max_norm; a weight that something else shares.
 
     Raises as `replace_linear`. Every embedding is quantized before the first is replaced, so that after an error the
     model is as it was; the quantized copies are the extra memory.
@@ -192,7 +193,7 @@ def replace_embedding(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     scheme = check_embedding_scheme(scheme)
-    embeddings = find_layers(model, (nn.Embedding, QEmbedding))
+    embeddings = find_layers(model, (*EMBEDDINGS, QEmbedding))
     reasons = [
         reason or _scheme_reason(layer, scheme, None)
         for layer, reason in zip(embeddings, embedding_reasons(model, embeddings, include, exclude), strict=True)
@@ -205,7 +206,7 @@ def replace_embedding(
     result = model
     for layer, module in plans:
         result = put(layer, module, result)
-    _tell(result)
+    tell(result)
     return result
 
 
@@ -219,10 +220,10 @@ def _plan_tables(model: nn.Module, embeddings: list[Layer], scheme: Scheme) -> l
         if id(weight) not in tables:
             heads = [_quantized(head, scheme, None) for head in linears if head.module.weight is weight]
             plans += zip([head for head in linears if head.module.weight is weight], heads, strict=True)
-            with _named(layer):
-                tables[id(weight)] = heads[0] if heads else QEmbedding.from_embedding(layer.module, scheme).table
-        module = QEmbedding(tables[id(weight)], layer.module.padding_idx).train(layer.module.training)
-        _hand_over_hooks(layer.module, module)
+            with named(layer):
+                tables[id(weight)] = heads[0] if heads else quantized_table(layer.module, scheme)
+        module = EMBEDDINGS[type(layer.module)].of_table(tables[id(weight)], layer.module)
+        hand_over_hooks(layer.module, module)
         plans.append((layer, module))
     return plans
 
@@ -239,14 +240,14 @@ def put(layer: Layer, module: nn.Module, model: nn.Module) -> nn.Module:
 
 def _quantized(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> QLinear:
     """The quantized linear, with the hooks of the float one. Errors name the layer."""
-    with _named(layer):
+    with named(layer):
         module = QLinear.from_linear(as_linear(layer.module), scheme, ranges=range_of(ranges, layer.names))
-    _hand_over_hooks(layer.module, module)
+    hand_over_hooks(layer.module, module)
     return module
 
 
 @contextmanager
-def _named(layer: Layer) -> Iterator[None]:
+def named(layer: Layer) -> Iterator[None]:
     """Puts the layer's name before a TypeError's or ValueError's message."""
     try:
         yield
@@ -256,7 +257,7 @@ def _named(layer: Layer) -> Iterator[None]:
         raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
 
 
-def _hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
+def hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
     for hooks in _HOOKS:
         setattr(new, hooks, getattr(old, hooks))
     hook: Any

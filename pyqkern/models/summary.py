@@ -1,6 +1,5 @@
-"""summary: what became of each linear, embedding and encoder layer of a model, and its bytes."""
+"""summary: what became of each linear, embedding, recurrent and encoder layer of a model, and its bytes."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from torch import nn
 
 from pyqkern.models.find import (
     KEPT,
+    RECURRENT,
     UNFUSED,
     Layer,
     as_linear,
@@ -17,17 +17,22 @@ from pyqkern.models.find import (
     find_layers,
     find_linears,
     linear_types,
+    recurrent_reasons,
     structural_reason,
     weight_owners,
 )
-from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 from pyqkern.nn.encoder import QEncoderLayer
 from pyqkern.nn.linear import QLinear
+from pyqkern.nn.recurrent import QRecurrent
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One linear or embedding: its names (several where it is shared), weight shape, bytes in float and as it is."""
+    """One linear, embedding or recurrent layer: its names (several where it is shared), bytes in float and as it is.
+
+    shape: of the weight; of a recurrent layer [hidden_size, input_size].
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -53,7 +58,7 @@ class EncoderRecord:
 
 @dataclass(frozen=True)
 class Summary:
-    """The linears (`records`) and embeddings of a model, one record each, and the totals; prints as a table.
+    """The linears (`records`), embeddings and recurrent layers of a model, one record each, and the totals; prints.
 
     encoders: the encoder layers that `optimize` fused, or did not.
 
@@ -65,22 +70,27 @@ class Summary:
     other_bytes: int
     embeddings: list[LayerRecord] = field(default_factory=list)
     encoders: list[EncoderRecord] = field(default_factory=list)
+    recurrent: list[LayerRecord] = field(default_factory=list)
+
+    def _layers(self) -> list[LayerRecord]:
+        return [*self.records, *self.embeddings, *self.recurrent]
 
     @property
     def bytes_before(self) -> int:
-        """The whole model with every linear and embedding in float."""
-        return self.other_bytes + sum(record.bytes_before for record in (*self.records, *self.embeddings))
+        """The whole model with every layer in float."""
+        return self.other_bytes + sum(record.bytes_before for record in self._layers())
 
     @property
     def bytes_after(self) -> int:
         """The whole model as it is."""
-        return self.other_bytes + sum(record.bytes_after for record in (*self.records, *self.embeddings))
+        return self.other_bytes + sum(record.bytes_after for record in self._layers())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON or a data frame."""
         return {
             "records": [asdict(record) for record in self.records],
             "embeddings": [asdict(record) for record in self.embeddings],
+            "recurrent": [asdict(record) for record in self.recurrent],
             "encoders": [asdict(record) for record in self.encoders],
             "other_bytes": self.other_bytes,
             "bytes_before": self.bytes_before,
@@ -89,14 +99,15 @@ class Summary:
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "scheme", "before", "after")]
-        for record in (*self.records, *self.embeddings):
+        for record in self._layers():
             name = record.name or "(the model)"
             if record.aliases:
                 name += f" (= {', '.join(record.aliases)})"
             shape = "x".join(str(size) for size in record.shape)
             what = record.scheme or f"kept: {record.reason}"
             rows.append((name, shape, what, said_bytes(record.bytes_before), said_bytes(record.bytes_after)))
-        totals = [("linears", self.records)] + ([("embeddings", self.embeddings)] if self.embeddings else [])
+        totals = [("linears", self.records)]
+        totals += [one for one in (("embeddings", self.embeddings), ("recurrent layers", self.recurrent)) if one[1]]
         for kind, records in totals:
             quantized = sum(record.scheme is not None for record in records)
             before, after = sum(r.bytes_before for r in records), sum(r.bytes_after for r in records)
@@ -138,7 +149,7 @@ def said_bytes(count: int) -> str:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Every linear and embedding of the model: name, shape, scheme or reason it is kept, bytes before and after.
+    """Every linear, embedding and recurrent layer: name, shape, scheme or why it is kept, bytes before and after.
 
     >>> import torch, pyqkern
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
@@ -152,11 +163,14 @@ def summary(model: nn.Module) -> Summary:
     linears, owners = find_linears(model), weight_owners(model)
     reasons = [structural_reason(layer.module, owners) for layer in linears]
     records = [_record(layer, reason, counted) for layer, reason in zip(linears, reasons, strict=True)]
-    embeddings = find_layers(model, (nn.Embedding, QEmbedding))
+    embeddings = find_layers(model, (*EMBEDDINGS, QEmbedding))
     reasons = embedding_reasons(model, embeddings, None, ())
+    recurrent = find_layers(model, RECURRENT)
+    why = recurrent_reasons(model, recurrent, None, ())
     return Summary(
         records,
         embeddings=[_record(layer, reason, counted) for layer, reason in zip(embeddings, reasons, strict=True)],
+        recurrent=[_record(layer, reason, counted) for layer, reason in zip(recurrent, why, strict=True)],
         other_bytes=sum(_count(module, counted) for module in model.modules()),
         encoders=list(_encoder_records(model)),
     )
@@ -172,20 +186,32 @@ def _encoder_records(model: nn.Module) -> Iterator[EncoderRecord]:
 
 def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> LayerRecord:
     module, tied = layer.module, False
+    shape: tuple[int, int]
+    scheme: str | None
     if isinstance(module, QEmbedding):
         module = module.table
         packed: Any = module.packed
         tied = (packed.data_ptr(), packed.numel()) in counted
     after = sum(_count(part, counted) for part in module.modules())
-    if isinstance(module, QLinear):
+    if isinstance(module, QRecurrent):
+        shape, scheme, reason = (module.hidden_size, module.input_size), module.scheme.name, None
+        before = sum(_float_bytes(linear) for _, linear in module._linears())
+    elif isinstance(module, RECURRENT):
+        shape, scheme, before = (layer.module.hidden_size, layer.module.input_size), None, after
+        reason = reason or getattr(module, KEPT, "not replaced yet")
+    elif isinstance(module, QLinear):
         shape, scheme, reason = (module.out_features, module.in_features), module.scheme.name, None
-        bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
-        before = 0 if tied else math.prod(shape) * module.dtype.itemsize + bias
+        before = 0 if tied else _float_bytes(module)
     else:
         weight = as_linear(module).weight if isinstance(module, linear_types()) else module.weight
         shape, scheme, before = (weight.shape[0], weight.shape[1]), None, after
         reason = reason or getattr(module, KEPT, "not replaced yet")
     return LayerRecord(layer.names[0], tuple(layer.names[1:]), shape, scheme, reason, before, after)
+
+
+def _float_bytes(linear: QLinear) -> int:
+    bias = 0 if linear.bias is None else linear.bias.numel() * linear.bias.element_size()
+    return linear.out_features * linear.in_features * linear.dtype.itemsize + bias
 
 
 def _count(module: nn.Module, counted: set[tuple[int, int]]) -> int:

@@ -15,6 +15,10 @@ blocks, fp32 map [256], fp32 offset []; compute: "auto" and "int8", or "fp32".
 Returns the outputs [.., P] in x's shape, and h and c after the last step of each sequence; an empty c without one.
 A sequence's result has the same bits alone and in any batch, padded and packed, on every ISA, with any number of
 threads. A sequence that meets NaN or an infinity is NaN from there on.
+
+    torch.ops.pyqkern.recurrent_backward(grad_y, grad_h, grad_c, y, values, ...the same)
+
+returns the gradients to x, h, c and the two biases, straight through; y: the outputs, values: the dequantized weights.
 """
 
 from collections.abc import Sequence
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pyqkern.backends import GATES, INT8_LINEAR_MAX_K, Kernels, Weight4bit, Weight8bit
+from pyqkern.backends.reference.recurrent import backward, linears
 from pyqkern.ops.four_bit import check_format, check_weight
 from pyqkern.ops.int8 import check_bits, check_packed
 from pyqkern.ops.registry import kernels_of, operator
@@ -147,29 +152,95 @@ def _filled(how: tuple[Any, ...]) -> tuple[Any, ...]:
     return symmetric, bits, quant_type, blocksize, nested or (), compute
 
 
-@operator(
-    "recurrent(Tensor x, Tensor? batch_sizes, Tensor[] weights, Tensor[] scales, Tensor[] biases, Tensor h, Tensor? c,"
-    ' str cell, bool reverse, bool symmetric=False, int bits=8, str quant_type="int8", int blocksize=0,'
-    ' Tensor[]? nested=None, str compute="auto") -> (Tensor, Tensor, Tensor)',
-    _fake,
+_ARGUMENTS = (
+    "Tensor x, Tensor? batch_sizes, Tensor[] weights, Tensor[] scales, Tensor[] biases, Tensor h, Tensor? c, str cell,"
+    ' bool reverse, bool symmetric=False, int bits=8, str quant_type="int8", int blocksize=0, Tensor[]? nested=None,'
+    ' str compute="auto"'
 )
+
+
+def _sizes(x: Tensor, batch_sizes: Tensor | None, h: Tensor) -> Tensor:
+    """batch_sizes, checked, and those of a padded x."""
+    if batch_sizes is None:
+        return torch.full((x.shape[0],), h.shape[0], dtype=torch.int64, device="cpu")
+    _check_batch_sizes(batch_sizes.tolist(), x.shape[0], h.shape[0])
+    return batch_sizes.contiguous()
+
+
+@operator(f"recurrent({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fake)
 def _recurrent(
     kernels: Kernels, x: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor], scales: Sequence[Tensor],
     biases: Sequence[Tensor], h: Tensor, c: Tensor | None, cell: str, reverse: bool, *how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     symmetric, bits, *_, compute = _filled(how)
     checked = _checked(x, batch_sizes, weights, scales, biases, h, c, cell, *_filled(how))
-    rows = x.reshape(-1, x.shape[-1])
-    if batch_sizes is None:
-        batch_sizes = torch.full((x.shape[0],), h.shape[0], dtype=torch.int64, device="cpu")
-    else:
-        _check_batch_sizes(batch_sizes.tolist(), x.shape[0], h.shape[0])
-    if not rows.shape[0]:
+    sizes = _sizes(x, batch_sizes, h)
+    if not x.numel():
         y, _, no_c = _results(x, h, c)
         return y, h.clone(), no_c if c is None else c.clone()
     y, h_n, c_n = kernels.recurrent(
-        rows.contiguous(), batch_sizes.contiguous(), [_contiguous(weight) for weight in checked],
+        x.reshape(-1, x.shape[-1]).contiguous(), sizes, [_contiguous(weight) for weight in checked],
         [bias.contiguous() for bias in biases], h.contiguous(), None if c is None else c.contiguous(), cell, reverse,
         symmetric, bits, compute,
     )  # fmt: skip
     return y.view(*x.shape[:-1], h.shape[-1]), h_n, h.new_empty(0) if c_n is None else c_n
+
+
+def _check_gradients(
+    grads: tuple[Tensor, Tensor, Tensor], y: Tensor, values: Sequence[Tensor], x: Tensor, h: Tensor, c: Tensor | None,
+    cell: str,
+) -> None:  # fmt: skip
+    """What recurrent_backward takes beside the arguments of recurrent."""
+    p, hidden = h.shape[1], (h if c is None else c).shape[1]
+    n = GATES[cell] * hidden
+    shapes = ((n, x.shape[-1]), (n, p), (p, hidden))[: 3 if p != hidden else 2]
+    if len(values) != len(shapes):
+        raise ValueError(f"values must be {len(shapes)}, got {len(values)}")
+    for value, shape in zip(values, shapes, strict=True):
+        _check_fp32("values", value, shape, x.device)
+    for name, tensor in (("y", y), ("grad_y", grads[0])):
+        _check_fp32(name, tensor, (*x.shape[:-1], p), x.device)
+    _check_fp32("grad_h", grads[1], h.shape, x.device)
+    if c is not None:
+        _check_fp32("grad_c", grads[2], c.shape, x.device)
+
+
+def _backward_fake(
+    grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, y: Tensor, values: Any, x: Tensor, batch_sizes: Tensor | None,
+    weights: Any, scales: Any, biases: Any, h: Tensor, c: Tensor | None, cell: str, reverse: bool, *how: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _checked(x, batch_sizes, weights, scales, biases, h, c, cell, *_filled(how))
+    _check_gradients((grad_y, grad_h, grad_c), y, values, x, h, c, cell)
+    n = GATES[cell] * (h if c is None else c).shape[-1]
+    c = h.new_empty(0) if c is None else c
+    return torch.empty_like(x), torch.empty_like(h), torch.empty_like(c), x.new_empty(n), x.new_empty(n)
+
+
+@operator(
+    "recurrent_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor y, Tensor[] values, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+def _backward(
+    kernels: Kernels, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, y: Tensor, values: Sequence[Tensor], x: Tensor,
+    batch_sizes: Tensor | None, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
+    h: Tensor, c: Tensor | None, cell: str, reverse: bool, *how: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    symmetric, bits, *_, compute = _filled(how)
+    checked = _checked(x, batch_sizes, weights, scales, biases, h, c, cell, *_filled(how))
+    _check_gradients((grad_y, grad_h, grad_c), y, values, x, h, c, cell)
+    if not x.numel():
+        *to_states, to_bias, to_bias_h = _backward_fake(
+            grad_y, grad_h, grad_c, y, values, x, batch_sizes, weights, scales, biases, h, c, cell, reverse, *how
+        )
+        return to_states[0], grad_h.clone(), grad_c.clone(), to_bias.zero_(), to_bias_h.zero_()
+    linear = linears(
+        kernels.int8_linear, kernels.linear_4bit, [_contiguous(weight) for weight in checked],
+        [bias.contiguous() for bias in biases], symmetric, bits, compute,
+    )  # fmt: skip
+    flat_x, flat_y, to_y = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, y, grad_y))
+    to_x, to_h, to_c, *to_biases = backward(
+        (to_y, grad_h, None if c is None else grad_c), linear, values, flat_x, flat_y, _sizes(x, batch_sizes, h),
+        h.contiguous(), None if c is None else c.contiguous(), cell, reverse,
+    )  # fmt: skip
+    return to_x.view(x.shape), to_h, h.new_empty(0) if to_c is None else to_c, *to_biases

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from triton_device import INTERPRETED, require_device, same
 
 import pyqkern
-from pyqkern import QLinear, replace_embedding, replace_linear, smooth
+from pyqkern import QLinear, QRecurrent, replace_embedding, replace_linear, smooth
 from pyqkern.analysis import error_propagation, range_report, sensitivity
 from pyqkern.backends import cpu
 from pyqkern.calibration.observers import OBSERVERS
@@ -81,7 +81,8 @@ OPERATORS = CALLS | EMBEDDINGS
 
 def test_every_operator_is_run_here() -> None:
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pyqkern::")}
-    assert names == {f"pyqkern::{name}" for name in OPERATORS} | {"pyqkern::encoder_layer"}  # which is for CPUs
+    recurrent = {"pyqkern::recurrent", "pyqkern::recurrent_backward"}  # below, in a module
+    assert names == {f"pyqkern::{name}" for name in OPERATORS} | {"pyqkern::encoder_layer"} | recurrent  # for CPUs
 
 
 @pytest.mark.parametrize("name, arguments", [(name, call) for name, calls in OPERATORS.items() for call in calls])
@@ -208,6 +209,18 @@ def test_a_module_moves_there_and_back(name: str, m: int) -> None:
     close(module(x.to(GPU)), here, name)
     close(module.weight, MODULES[name]().weight, "int8")
     assert torch.equal(module.to("cpu")(x), here)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@torch.no_grad()
+def test_a_recurrent_layer_there_has_the_bits_of_the_cpu(kind: type[nn.Module]) -> None:
+    """Its steps are plain torch around the device's linear."""
+    torch.manual_seed(0)
+    layer = QRecurrent.from_recurrent(kind(20, 24, 2, bidirectional=True))
+    x = torch.randn(4, 3, 20)
+    here = layer(x)[0]
+    there = copy.deepcopy(layer).to(GPU)(x.to(GPU))[0]
+    assert there.device == GPU and torch.equal(there.cpu(), here)
 
 
 @each_module

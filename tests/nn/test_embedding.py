@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import FLOATS, generator, seeds
 from torch import nn
 
-from pyqkern import QEmbedding, QLinear, replace_embedding, replace_linear, summary
+from pyqkern import QEmbedding, QEmbeddingBag, QLinear, replace_embedding, replace_linear, summary
 from pyqkern.backends import cpu, reference
 from pyqkern.nn.four_bit import Linear4bit
 from pyqkern.ops import four_bit as ops_four_bit
@@ -275,3 +276,61 @@ def test_bytes_of_bert_base(scheme: str, limit: float) -> None:
     small = embedding(3052, 768)
     measured = summary(QEmbedding.from_embedding(small, scheme)).bytes_after
     assert measured == pytest.approx(3056 * 768 * codes + (3056 * 16 if scheme == "int8" else 0), rel=0.001)
+
+
+# ---- nn.EmbeddingBag
+
+
+def bags(scheme: str = "int8", **options: Any) -> tuple[nn.EmbeddingBag, QEmbeddingBag]:
+    """A quantized bag, and one of torch with its dequantized table."""
+    torch.manual_seed(0)
+    bag = nn.EmbeddingBag(50, 64, **options)
+    quantized = QEmbeddingBag.from_embedding(bag, scheme)
+    bag.weight.data = quantized.weight.clone()
+    return bag, quantized
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "int4"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_is_that_of_the_dequantized_table(mode: str, scheme: str) -> None:
+    """Within the roundings of a sum of five: torch may take another of its kernels for another index."""
+    for padding_idx in (None, 3):
+        for last in (False, True):
+            bag, quantized = bags(scheme, mode=mode, padding_idx=padding_idx, include_last_offset=last)
+            ids = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 3, 3, 49])
+            offsets = torch.tensor([0, 4, 4, 8, 10, 11])
+            calls: list[Any] = [(ids[:10].view(2, 5),), (ids, offsets), (ids.int(), offsets.int())]
+            calls += [(ids[:0], torch.tensor([0, 0])), (ids[:0].view(0, 3),)] if mode != "max" else []
+            for arguments in calls:
+                torch.testing.assert_close(quantized(*arguments), bag(*arguments), rtol=2**-22, atol=2**-22)
+
+
+def test_weights_of_the_samples_and_their_gradient() -> None:
+    bag, quantized = bags(mode="sum")
+    ids, offsets = torch.tensor([3, 1, 4, 1]), torch.tensor([0, 3])
+    of_samples = [torch.randn(4, generator=generator(0)).requires_grad_() for _ in range(2)]
+    for module, weights in zip((bag, quantized), of_samples, strict=True):
+        y = module(ids, offsets, per_sample_weights=weights)
+        y.square().sum().backward()
+    torch.testing.assert_close(of_samples[0].grad, of_samples[1].grad)
+    with pytest.raises(IndexError, match="ids must be within"):
+        quantized(torch.tensor([50]), torch.tensor([0]))
+    with pytest.raises(TypeError, match=r"embedding must be an nn\.EmbeddingBag"):
+        QEmbeddingBag.from_embedding(nn.Embedding(4, 4))
+
+
+def test_bags_are_replaced_saved_and_compiled() -> None:
+    bag, _ = bags(mode="mean", padding_idx=1)
+    model = replace_embedding(nn.Sequential(bag))
+    found = summary(model).embeddings
+    assert [(one.name, one.scheme, one.shape) for one in found] == [("0", "int8", (50, 64))]
+    ids = torch.arange(12).view(3, 4)
+    with torch.no_grad():
+        expected = model(ids)
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(ids), expected)
+        other = replace_embedding(nn.Sequential(nn.EmbeddingBag(50, 64, padding_idx=1)))
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(ids), expected) and torch.equal(copy.deepcopy(model)(ids), expected)
+    assert not model[0].in_float(nn.Parameter(model[0].weight.clone())).weight.is_meta
+    renormed = replace_embedding(nn.Sequential(nn.EmbeddingBag(5, 4, max_norm=1.0)))
+    assert type(renormed[0]) is nn.EmbeddingBag and "max_norm" in str(summary(renormed))

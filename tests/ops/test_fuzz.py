@@ -7,6 +7,7 @@ import torch
 from calls import CALLS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from strategies import integers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
@@ -18,6 +19,24 @@ ALL = CALLS | {
     "int8_embedding": [(torch.tensor([3, 39]), TABLE.packed, TABLE.weight_scale, 96, torch.float32)],
     "embedding_4bit": [(torch.tensor([5, 39]), *CALLS["linear_4bit"][0][1:6], "nf4", 64, 40, 128, torch.float32)],
 }
+
+INT8 = [torch.ops.pyqkern.int8_pack(integers((12, k), 1, torch.int8)) for k in (5, 3)]
+LSTM = (INT8, [torch.rand(12)] * 2, [torch.rand(12)] * 2, torch.rand(2, 3), torch.rand(2, 3), "lstm", False)
+CODES = [torch.ops.pyqkern.pack_4bit(torch.zeros(64 * 32, dtype=torch.uint8), 64, 64, 64) for _ in range(2)]
+RNN = (CODES, [torch.rand(4, 16)] * 2, [], torch.rand(2, 64), None, "rnn_relu", True, False, 8, "nf4", 64, [], "auto")
+OF_Y = (
+    torch.rand(3, 2, 3),
+    torch.rand(2, 3),
+    torch.rand(2, 3),
+    torch.rand(3, 2, 3),
+    [torch.rand(12, k) for k in (5, 3)],
+)
+ALL["recurrent"] = [
+    (torch.rand(3, 2, 5), None, *LSTM),
+    (torch.rand(3, 5), torch.tensor([2, 1]), *LSTM, False, 7),
+    (torch.rand(3, 2, 64), None, *RNN),
+]
+ALL["recurrent_backward"] = [(*OF_Y, torch.rand(3, 2, 5), None, *LSTM)]
 
 
 class Wrapper(Tensor):
@@ -65,7 +84,7 @@ OTHERS = {
     bool: st.booleans(),
     int: NUMBERS,
     float: st.floats(),
-    str: st.sampled_from(["none", "gelu", "nf4", "int4", "auto", "bf16", "fp32", "", "x"]),
+    str: st.sampled_from(["none", "gelu", "nf4", "int4", "auto", "bf16", "fp32", "gru", "rnn_tanh", "", "x"]),
     torch.dtype: st.sampled_from([torch.float32, torch.float16, torch.int8, torch.uint8, torch.int64, torch.bool]),
     list: st.lists(NUMBERS, max_size=3),
 }
@@ -82,6 +101,10 @@ def broken_calls(draw: st.DrawFn) -> tuple[str, list[Any], list[tuple[int, str]]
         if isinstance(value, Tensor):
             kind = draw(st.sampled_from(sorted(KINDS)))
             arguments[position] = KINDS[kind](value)
+            changes.append((position, kind))
+        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+            kind, at = draw(st.sampled_from(sorted(KINDS))), draw(st.integers(0, len(value) - 1))
+            arguments[position] = [*value[:at], KINDS[kind](value[at]), *value[at + 1 :]]
             changes.append((position, kind))
         elif type(value) in OTHERS:
             arguments[position] = draw(OTHERS[type(value)])

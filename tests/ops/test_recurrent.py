@@ -328,8 +328,35 @@ def test_opcheck() -> None:
     for cell in ("lstm", "gru"):
         layer = Layer(cell=cell)
         h, c = layer.states(2)
+        values = [linear.weight.clone() for linear in layer.linears]
         weights, scales = [one.packed for one in layer.linears], [one.weight_scale for one in layer.linears]
         rest = (weights, scales, layer.biases, h, c, cell, True)
         torch.library.opcheck(torch.ops.pyqkern.recurrent.default, (torch.randn(3, 2, 20), None, *rest))
+        no_c = torch.empty(0) if c is None else torch.randn(2, 24)
+        grads = (torch.randn(3, 2, 24), torch.randn(2, 24), no_c, torch.randn(3, 2, 24), values)
+        torch.library.opcheck(
+            torch.ops.pyqkern.recurrent_backward.default, (*grads, torch.randn(3, 2, 20), None, *rest)
+        )
         packed = (torch.randn(3, 20), torch.tensor([2, 1]))
         torch.library.opcheck(torch.ops.pyqkern.recurrent.default, (*packed, *rest))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"y": torch.randn(3, 2, 23)}, ValueError, r"y must be \[3, 2, 24\]"),
+        ({"y": torch.randn(3, 2, 24).double()}, TypeError, "y must be float32"),
+        ({"grad_y": torch.randn(3, 1, 24)}, ValueError, "grad_y must be"),
+        ({"grad_h": torch.randn(2, 23)}, ValueError, "grad_h must be"),
+        ({"grad_c": torch.randn(1, 24)}, ValueError, "grad_c must be"),
+        ({"values": [torch.randn(96, 20)]}, ValueError, "values must be 2"),
+        ({"values": [torch.randn(96, 20), torch.randn(96, 25)]}, ValueError, r"values must be \[96, 24\]"),
+    ],
+)
+def test_what_its_backward_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    of_y = {
+        "grad_y": torch.randn(3, 2, 24), "grad_h": torch.randn(2, 24), "grad_c": torch.randn(2, 24),
+        "y": torch.randn(3, 2, 24), "values": [torch.randn(96, 20), torch.randn(96, 24)],
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        torch.ops.pyqkern.recurrent_backward(**(of_y | arguments() | changes))

@@ -16,9 +16,7 @@ from pyqkern.backends.reference.int8 import int8_linear
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    return fma(
-        a, torch.as_tensor(b, dtype=a.dtype, device=a.device), torch.as_tensor(c, dtype=a.dtype, device=a.device)
-    )
+    return fma(a, *(v if isinstance(v, Tensor) else a.new_tensor(v) for v in (b, c)))
 
 
 def _exp_rest(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,6 +72,26 @@ def step(cell: str, x: Tensor, product: Tensor, h: Tensor, c: Tensor | None) -> 
     return (tanh(total) if cell == "rnn_tanh" else total.relu()), None
 
 
+def linears(
+    int8_linear: Callable[..., Tensor],
+    linear_4bit: Callable[..., Tensor],
+    weights: Sequence[Weight8bit | Weight4bit],
+    biases: Sequence[Tensor],
+    symmetric: bool,
+    bits: int,
+    compute: str,
+) -> Callable[[int, Tensor], Tensor]:
+    """i (0: of the input, 1: of the hidden state, 2: the projection) and x [rows, K] -> [rows, N], fp32."""
+
+    def linear(i: int, rows: Tensor) -> Tensor:
+        weight, bias = weights[i], biases[i] if i < len(biases) else None
+        if isinstance(weight, Weight4bit):
+            return linear_4bit(rows, weight, bias, compute)
+        return int8_linear(rows, weight.packed, weight.scale, bias, "none", symmetric, bits)
+
+    return linear
+
+
 def run(
     int8_linear: Callable[..., Tensor],
     linear_4bit: Callable[..., Tensor],
@@ -91,12 +109,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`Kernels.recurrent` by the linears of any backend."""
 
-    def linear(i: int, rows: Tensor) -> Tensor:
-        weight, bias = weights[i], biases[i] if i < len(biases) else None
-        if isinstance(weight, Weight4bit):
-            return linear_4bit(rows, weight, bias, compute)
-        return int8_linear(rows, weight.packed, weight.scale, bias, "none", symmetric, bits)
-
+    linear = linears(int8_linear, linear_4bit, weights, biases, symmetric, bits, compute)
     h, c = h.clone(), None if c is None else c.clone()
     sizes = batch_sizes.tolist()
     products = linear(0, x).split(sizes)
@@ -113,3 +126,75 @@ def run(
 
 
 recurrent = partial(run, int8_linear, linear_4bit)
+
+
+def _before(y: Tensor, sizes: Sequence[int], h: Tensor, reverse: bool) -> list[Tensor]:
+    """The hidden states that each step started from, out of the outputs y [rows, P] and the first states."""
+    outputs = y.split(list(sizes))
+    if reverse:
+        outputs = (*outputs[1:], h[:0])
+        return [torch.cat([after, h[len(after) : rows]]) for after, rows in zip(outputs, sizes, strict=True)]
+    return [h[: sizes[0]], *(out[:rows] for out, rows in zip(outputs, sizes[1:], strict=False))]
+
+
+def backward(
+    grads: tuple[Tensor, Tensor, Tensor | None],
+    linear: Callable[[int, Tensor], Tensor],
+    values: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    batch_sizes: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    cell: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """The gradients to x, h, c and the two biases, of those to y and to h and c in the end: straight through.
+
+    Quantizations count as the identity: states and gates are those of the quantized layer, and what goes back through
+    a product is multiplied by the dequantized weight, `values` in the order of weights, fp32.
+    """
+    sizes = batch_sizes.tolist()
+    before = _before(y, sizes, h, reverse)
+    of_x = [part.chunk(GATES[cell], 1) for part in linear(0, x).split(sizes)]
+    of_h = [part.chunk(GATES[cell], 1) for part in linear(1, torch.cat(before)).split(sizes)]
+    order = list(reversed(range(len(sizes)))) if reverse else list(range(len(sizes)))
+    cells: dict[int, tuple[Tensor, Tensor]] = {}
+    running = None if c is None else c.clone()
+    for t in order:
+        if running is None:
+            break
+        i, f, o = ((of_x[t][k] + of_h[t][k]).sigmoid() for k in (0, 1, 3))
+        old = running[: sizes[t]].clone()
+        running[: sizes[t]] = f * old + i * (of_x[t][2] + of_h[t][2]).tanh()
+        cells[t] = (old, running[: sizes[t]].clone())
+    to_y, to_h, to_c = grads[0].split(sizes), grads[1].clone(), None if grads[2] is None else grads[2].clone()
+    to_gates: list[tuple[Tensor, Tensor]] = [(x, x)] * len(sizes)
+    for t in reversed(order):
+        rows = sizes[t]
+        to_state = to_y[t] + to_h[:rows]
+        rest: Tensor | float = 0.0
+        if cell == "lstm":
+            assert to_c is not None
+            if len(values) == 3:
+                to_state = to_state @ values[2]
+            i, f, o = ((of_x[t][k] + of_h[t][k]).sigmoid() for k in (0, 1, 3))
+            g, (old, new) = (of_x[t][2] + of_h[t][2]).tanh(), cells[t]
+            to_cell = to_c[:rows] + to_state * o * (1 - new.tanh() ** 2)
+            to_c[:rows] = to_cell * f
+            through = (i * (1 - i) * g, f * (1 - f) * old, (1 - g**2) * i)
+            of_gates = [to_cell * factor for factor in through] + [to_state * new.tanh() * o * (1 - o)]
+            to_gates[t] = (torch.cat(of_gates, 1),) * 2
+        elif cell == "gru":
+            r, z = ((of_x[t][k] + of_h[t][k]).sigmoid() for k in (0, 1))
+            fresh = (of_x[t][2] + r * of_h[t][2]).tanh()
+            to_fresh = to_state * (1 - z) * (1 - fresh**2)
+            both = [to_fresh * of_h[t][2] * r * (1 - r), to_state * (before[t] - fresh) * z * (1 - z)]
+            to_gates[t] = (torch.cat([*both, to_fresh], 1), torch.cat([*both, to_fresh * r], 1))
+            rest = to_state * z
+        else:
+            total = of_x[t][0] + of_h[t][0]
+            to_gates[t] = (to_state * (1 - total.tanh() ** 2 if cell == "rnn_tanh" else (total > 0).to(x.dtype)),) * 2
+        to_h[:rows] = to_gates[t][1] @ values[1] + rest
+    to_x_gates, to_h_gates = (torch.cat([both[k] for both in to_gates]) for k in (0, 1))
+    return to_x_gates @ values[0], to_h, to_c, to_x_gates.sum(0), to_h_gates.sum(0)
