@@ -101,8 +101,8 @@ struct Group {
   float *key_scale, *values;  // [heads][tokens]; values, and then the context: [tokens][attention]
 };
 
-Call make_call(const Kernels& k, const void* x, int dtype, size_t batch, size_t length, const Mask& mask,
-               const Mask& position_bias, const EncoderLayer& layer, void* y) {
+Call make_call(const Kernels& k, const void* x, int dtype, size_t length, const Mask& mask, const Mask& position_bias,
+               const EncoderLayer& layer, void* y) {
   const size_t hidden = layer.query.K, attention = layer.heads * layer.head_size, feed_forward = layer.up.N;
   float* room = static_cast<float*>(scratch(kBias, (3 * attention + 6 * hidden + feed_forward) * sizeof(float)));
   auto widened = [&](const void* p, int type, size_t n) -> const float* {
@@ -293,6 +293,7 @@ void attend(const Call& c, const Group& g, const Sentence& s, size_t head) {
   float* context = g.values + t * c.attention + head * d;
   k.int8_pack_values(context, c.attention, n, d, p.value_scale, p.values);
   for (size_t m = 0, rows; m < n; m += rows) {
+    if (m) poll();
     rows = std::min(most, n - m);
     const QRows q = queries_at(c, g, head, t + m);
     gemm(k, q, rows, d, p.keys, Tail{p.key_scale, nullptr, kNone, kFloat32, p.scores, n, ld});
@@ -356,7 +357,7 @@ void run_group(const Call& c, size_t begin, size_t end, size_t tokens, int threa
 
 void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const Mask& bias,
                    const EncoderLayer& layer, void* y) {
-  Call c = make_call(kernels(), x, dtype, batch, length, mask, bias, layer, y);
+  Call c = make_call(kernels(), x, dtype, length, mask, bias, layer, y);
   find_tokens(c, batch);
   const size_t per_token = 4 * c.hidden * c.attention + 2 * c.hidden * c.feed_forward;
   const int all = threads();

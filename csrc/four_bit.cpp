@@ -171,15 +171,16 @@ void four_bit_dequantize(const uint8_t* packed, const Scales& scales, size_t blo
 }
 
 void four_bit_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* packed) {
-  for (size_t s = 0; s < strips(N); ++s)
+  parallel_for(strips(N), N * K <= kSerial ? 1 : threads(), [&](size_t s) {
+    uint8_t* to = packed + s * kStrip * K / 2;
     for (size_t k = 0; k < K; k += 8)
       for (size_t p = 0; p < panels_of(N, s); ++p)
-        for (size_t j = 0; j < kLine; ++j, ++packed) {
+        for (size_t j = 0; j < kLine; ++j, ++to) {
           const size_t n = s * kStrip + p * kPanel + j / 4, at = (n * K + k + j % 4) / 2;
           const int shift = j % 2 ? 0 : 4;
-          *packed =
-              n < N ? static_cast<uint8_t>((flat[at] >> shift & 15) | (flat[at + 2] >> shift & 15) << 4) : uint8_t{0};
+          *to = n < N ? static_cast<uint8_t>((flat[at] >> shift & 15) | (flat[at + 2] >> shift & 15) << 4) : uint8_t{0};
         }
+  });
 }
 
 void four_bit_unpack(const uint8_t* packed, size_t N, size_t K, uint8_t* flat) {

@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <new>
 
@@ -39,6 +40,33 @@ const OpenMP& openmp() {
   return instance;
 }
 
+using Clock = std::chrono::steady_clock;
+
+struct Buffer {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Buffer() { std::free(data); }
+  void release() {
+    std::free(data);
+    data = nullptr;
+    size = 0;
+  }
+};
+
+// What a thread has of its own.
+struct OfThread {
+  Buffer buffers[kSlots];
+  bool (*interrupted)() = nullptr;              // set while this thread is in a CallScope
+  Clock::time_point asks_at;                    // when it is asked next; zero before the first poll
+  const std::atomic<bool>* given_up = nullptr;  // set while a thread of the pool is in a region
+
+  void trim() {
+    for (Buffer& b : buffers)
+      if (b.size > kKept) b.release();
+  }
+};
+thread_local OfThread own;
+
 }  // namespace
 
 int threads() { return *openmp().path && !OpenMP::forked() ? openmp().max_threads() : 1; }
@@ -50,17 +78,42 @@ void parallel_region(int count, void (*f)(void*), void* context) {
   else openmp().parallel(f, context, static_cast<unsigned>(count), 0);
 }
 
+CallScope::CallScope(bool (*interrupted)()) {
+  own.interrupted = interrupted;
+  own.asks_at = {};
+}
+
+CallScope::~CallScope() {
+  own.interrupted = nullptr;
+  own.trim();
+}
+
+void poll() {
+  if (!own.interrupted) {
+    if (own.given_up && *own.given_up) throw Interrupted();
+    return;
+  }
+  const auto now = Clock::now();
+  const bool is_first = own.asks_at == Clock::time_point{};
+  if (!is_first && now < own.asks_at) return;
+  own.asks_at = now + std::chrono::milliseconds(50);
+  if (!is_first && own.interrupted()) throw Interrupted();
+}
+
+void begin_piece(const std::atomic<bool>* given_up) {
+  if (!own.interrupted) own.given_up = given_up;
+}
+
+void end_piece() {
+  if (own.interrupted) return;
+  own.given_up = nullptr;
+  own.trim();
+}
+
 void* scratch(Slot slot, size_t bytes) {
-  struct Buffer {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  static thread_local Buffer buffers[kSlots];
-  Buffer& b = buffers[slot];
+  Buffer& b = own.buffers[slot];
   if (b.size < bytes) {
-    std::free(b.data);
-    b.size = 0;
+    b.release();
     const size_t size = (bytes + 4095) / 4096 * 4096;
     if (!(b.data = std::aligned_alloc(64, size))) throw std::bad_alloc();
     b.size = size;

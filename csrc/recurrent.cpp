@@ -100,6 +100,7 @@ void recurrent(const float* x, const int64_t* batch_sizes, size_t steps, const R
   for (size_t t = 0; t < steps; ++t) call.first.push_back(call.first[t] + static_cast<size_t>(batch_sizes[t]));
   const size_t width = layer.input.N, row_ops = width * layer.hidden.K;
   for (size_t done = 0, count; done < steps; done += count) {
+    if (done) poll();
     size_t rows = 0;
     for (count = 0; done + count < steps; ++count) {
       const size_t more = static_cast<size_t>(batch_sizes[layer.reverse ? steps - 1 - done - count : done + count]);

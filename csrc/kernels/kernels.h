@@ -43,6 +43,8 @@ constexpr float kLeastNormal = 1.1754943508222875e-38f;
 constexpr float kGreatest = 3.4028234663852886e38f;
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added to |v| < 2^22, it leaves rint(v) in the lowest bits
 constexpr size_t kMaxK = 66311;           // 255 * 127 * K < 2^31: longer sums of the INT8 product could overflow
+// The same of plain matrices, whose weights may be -128: 255 * 128 * K and 128 * 128 * K.
+constexpr size_t kMaxMatmulUnsigned = 65793, kMaxMatmulSigned = 131071;
 
 // A tensor seen as [outer, channels, inner] in row-major order; channel c has scale[c] and zero_point[c].
 // Per token and per group are outer = 1. Per tensor is channels = 1, and rounds once less (see Kernels::quantize).

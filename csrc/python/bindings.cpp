@@ -1,39 +1,12 @@
-// The Python module pyqkern._C: addresses and sizes in, nothing out. Python has checked them; here the GIL is released
-// and the operation called. Knows no torch, so one build serves every version of it.
-#include <pybind11/pybind11.h>
+// The Python module pyqkern._C: tensors in, nothing out but what is written to them. Every tensor, size and number is
+// checked here, with the GIL held; then it is released and the operation called.
 #include <pybind11/stl.h>
 
-#include <array>
-
-#include "api.h"
-#include "parallel.h"
 #include "python/tensors.h"
 
-namespace py = pybind11;
 using namespace pyqkern;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T> T* at(Address a) { return reinterpret_cast<T*>(a); }
-
-Weight4Bit weight_4bit(Address packed, Address absmax, Address nested, Address map, float offset, size_t N, size_t K,
-                       size_t blocksize, Address book) {
-  return {at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset}, N, K, blocksize,
-          at<Codebook>(book)};
-}
-
-// packed, scale, bias, its dtype, N, K; of 4 bits also nested absmax, map, offset (or 0), blocksize and codebook, else 0
-using Linear = std::array<Address, 11>;
-
-EncoderLinear linear_at(const Linear& a) {
-  EncoderLinear l{at<int8_t>(a[0]), at<float>(a[1]), at<void>(a[2]), static_cast<int>(a[3]), a[4], a[5], {}};
-  if (!a[9]) return l;
-  l.four = weight_4bit(a[0], a[1], a[6], a[7], a[8] ? *at<float>(a[8]) : 0.0f, a[4], a[5], a[9], a[10]);
-  l.packed = nullptr;
-  return l;
-}
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
@@ -42,196 +15,234 @@ std::vector<std::string> isas() {
   return names;
 }
 
+// The Qtype of codes of 8 or 4 bits.
+int qtype_of(const Tensor& q, int bits) {
+  if (bits != 8 && bits != 4) throw py::value_error("bits must be 8 or 4, got " + std::to_string(bits));
+  const int qtype = !q.is<int8_t>() && q.as<uint8_t>() ? kUInt8 : kInt8;
+  return qtype + (bits == 4 ? kInt4 : 0);
+}
+
+Channels channels_of(py::handle scale, py::handle zero_point, size_t channels, size_t inner, bool per_tensor) {
+  if (per_tensor && channels != 1) throw py::value_error("channels must be 1 per tensor");
+  return {channels,
+          inner,
+          Tensor("scale", scale).as<float>(channels),
+          nullptr,
+          zero_point.is_none() ? nullptr : Tensor("zero_point", zero_point).as<int32_t>(channels),
+          per_tensor};
+}
+
+// Row numbers of a weight of n rows.
+struct RowNumbers {
+  const int64_t* data;
+  size_t count;
+  RowNumbers(py::handle object, size_t n) {
+    const Tensor t("rows", object);
+    t.check_rank(1);
+    data = t.as<int64_t>();
+    count = t.elements();
+    for (size_t i = 0; i < count; ++i)
+      if (data[i] < 0 || static_cast<size_t>(data[i]) >= n)
+        throw py::value_error("rows must be within [0, " + std::to_string(n) + "), got " + std::to_string(data[i]));
+  }
+};
+
+void add_affine(py::module_& m) {
+  m.def("min_max", [](py::handle x, size_t outer, size_t channels, size_t inner, py::handle lo, py::handle hi) {
+    const Tensor from("x", x);
+    const int dtype = from.dtype();
+    from.check_elements(product({outer, channels, inner}));
+    float *least = Tensor("lo", lo).as<float>(channels), *greatest = Tensor("hi", hi).as<float>(channels);
+    without_gil([&] { min_max(from.data, dtype, outer, channels, inner, least, greatest); });
+  });
+  m.def("quantize", [](py::handle x, py::handle scale, py::handle zero_point, size_t outer, size_t channels,
+                       size_t inner, bool per_tensor, py::handle q, int bits) {
+    const Tensor from("x", x), to("q", q);
+    const int dtype = from.dtype(), qtype = qtype_of(to, bits);
+    const size_t n = product({outer, channels, inner});
+    from.check_elements(n);
+    to.check_elements(n);
+    const Channels c = channels_of(scale, zero_point, channels, inner, per_tensor);
+    without_gil([&] { quantize(from.data, dtype, outer, c, static_cast<uint8_t*>(to.data), qtype); });
+  });
+  m.def("dequantize", [](py::handle q, py::handle scale, py::handle zero_point, size_t outer, size_t channels,
+                         size_t inner, py::handle y) {
+    const Tensor from("q", q), to("y", y);
+    const int qtype = qtype_of(from, 8), dtype = to.dtype();
+    const size_t n = product({outer, channels, inner});
+    from.check_elements(n);
+    to.check_elements(n);
+    const Channels c = channels_of(scale, zero_point, channels, inner, false);
+    without_gil([&] { dequantize(static_cast<const uint8_t*>(from.data), qtype, outer, c, to.data, dtype); });
+  });
+  m.def(
+      "elementwise",
+      [](int function, py::handle x, py::handle y) {
+        if (function < kExp || function > kTanh) throw py::value_error("function must be from 0 to 4");
+        const Tensor from("x", x);
+        const size_t n = from.elements();
+        const float* values = from.as<float>();
+        float* to = Tensor("y", y).as<float>(n);
+        without_gil([&] { kernels().elementwise(function, values, n, to); });
+      },
+      "0: exp, 1: GELU, 2: rint(255 * 2^x) for x <= 0, 3: sigmoid, 4: tanh; for the tests.");
+}
+
+void add_int8(py::module_& m) {
+  m.def("pack_int8", [](py::handle w, py::handle packed) {
+    const Tensor from("w", w);
+    from.check_rank(2);
+    const int8_t* codes = from.as<int8_t>();
+    const size_t N = from.size(0), K = from.size(1);
+    int8_t* to = packed_int8(packed.ptr(), N, K);
+    without_gil([&] { int8_pack(codes, N, K, to); });
+  });
+  m.def("unpack_int8", [](py::handle packed, py::handle w) {
+    const Tensor to("w", w);
+    to.check_rank(2);
+    int8_t* codes = to.as<int8_t>();
+    const size_t N = to.size(0), K = to.size(1);
+    const int8_t* from = packed_int8(packed.ptr(), N, K);
+    without_gil([&] { int8_unpack(from, N, K, codes); });
+  });
+  m.def("int8_gather", [](py::handle packed, size_t n, py::handle rows, py::handle out) {
+    const Tensor to("out", out);
+    to.check_rank(2);
+    int8_t* codes = to.as<int8_t>();
+    const size_t K = to.size(1);
+    const int8_t* from = packed_int8(packed.ptr(), n, K);
+    const RowNumbers numbers(rows, n);
+    to.check_shape({numbers.count, K});
+    without_gil([&] { int8_gather(from, K, numbers.data, numbers.count, codes); });
+  });
+  m.def("int8_matmul", [](py::handle a, py::handle w, py::handle y) {
+    const Tensor left("a", a), right("w", w), to("y", y);
+    left.check_rank(2);
+    const size_t M = left.size(0), K = left.size(1);
+    const bool is_unsigned = qtype_of(left, 8) == kUInt8;
+    const int8_t* codes = right.as<int8_t>();
+    right.check_rank(2);
+    const size_t N = right.size(0);
+    right.check_shape({N, K});
+    int32_t* sums = to.as<int32_t>();
+    to.check_shape({M, N});
+    if (K > (is_unsigned ? kMaxMatmulUnsigned : kMaxMatmulSigned)) left.fail_shape("of sums that int32 holds");
+    without_gil([&] { int8_matmul(static_cast<const uint8_t*>(left.data), is_unsigned, codes, M, N, K, sums); });
+  });
+}
+
+void add_four_bit(py::module_& m) {
+  m.def("quantize_4bit", [](py::handle x, size_t blocksize, size_t book, py::handle packed, py::handle absmax) {
+    check_blocksize(blocksize);
+    const Tensor from("x", x);
+    const int dtype = from.dtype();
+    const size_t n = from.elements();
+    const Codebook* codes = codebook(book);
+    uint8_t* to = Tensor("packed", packed).as<uint8_t>((n + 1) / 2);
+    float* scales = Tensor("absmax", absmax).as<float>((n + blocksize - 1) / blocksize);
+    without_gil([&] { four_bit_quantize(from.data, dtype, n, blocksize, *codes, to, scales); });
+  });
+  m.def("dequantize_4bit", [](py::handle packed, py::handle absmax, py::handle nested, py::handle map,
+                              py::handle offset, size_t blocksize, size_t book, py::handle y) {
+    check_blocksize(blocksize);
+    const Tensor to("y", y);
+    const int dtype = to.dtype();
+    const size_t n = to.elements(), blocks = (n + blocksize - 1) / blocksize;
+    const uint8_t* codes = Tensor("packed", packed).as<uint8_t>((n + 1) / 2);
+    const Scales scales = scales_of(absmax.ptr(), nested.ptr(), map.ptr(), offset.ptr(), blocks, blocks);
+    const Codebook* values = codebook(book);
+    without_gil([&] { four_bit_dequantize(codes, scales, blocksize, *values, n, to.data, dtype); });
+  });
+  auto pack = [](py::handle flat, py::handle panelled, size_t N, size_t K, bool pack) {
+    if (K % 8 || N < kPanel) throw py::value_error("a weight in panels must have 16 rows or more and K % 8 == 0");
+    const size_t padded = product({panels(N) * kPanel, K});
+    uint8_t *codes = Tensor("flat", flat).as<uint8_t>(N * K / 2),
+            *lines = Tensor("panels", panelled).as<uint8_t>(padded / 2);
+    without_gil([&] { pack ? four_bit_pack(codes, N, K, lines) : four_bit_unpack(lines, N, K, codes); });
+  };
+  m.def("pack_4bit",
+        [pack](py::handle flat, size_t N, size_t K, py::handle panels) { pack(flat, panels, N, K, true); });
+  m.def("unpack_4bit",
+        [pack](py::handle panels, size_t N, size_t K, py::handle flat) { pack(flat, panels, N, K, false); });
+  m.def("weight_4bit", [](py::handle packed, py::handle absmax, py::handle nested, py::handle map, py::handle offset,
+                          size_t blocksize, size_t book, py::handle y) {
+    const Tensor to("y", y);
+    to.check_rank(2);
+    const int dtype = to.dtype();
+    const Weight4Bit w = weight_4bit(packed.ptr(), absmax.ptr(), nested.ptr(), map.ptr(), offset.ptr(), to.size(0),
+                                     to.size(1), blocksize, book);
+    without_gil([&] { four_bit_weight(w, to.data, dtype); });
+  });
+  m.def("finish_bf16", [](py::handle product, py::handle bias, py::handle y) {
+    const Tensor from("product", product), to("y", y);
+    if (from.dtype() != kBFloat16) throw py::type_error("product must be bfloat16");
+    if (!from.ndim) from.fail_shape("[..., N]");
+    const size_t N = from.size(from.ndim - 1), M = from.elements() / N;
+    const Floats b = bias_of(bias.ptr(), N);
+    const int dtype = to.dtype();
+    to.check_elements(M * N);
+    without_gil(
+        [&] { four_bit_finish_bf16(static_cast<const uint16_t*>(from.data), b.data, b.dtype, M, N, to.data, dtype); });
+  });
+  m.def("gather_4bit", [](py::handle packed, py::handle absmax, size_t N, size_t K, size_t blocksize, py::handle rows,
+                          py::handle codes, py::handle scales) {
+    check_blocksize(blocksize);
+    if (!in_panels(N, K, blocksize)) throw py::value_error("the weight must be in panels");
+    const size_t padded = product({panels(N) * kPanel, K});
+    const uint8_t* from = Tensor("packed", packed).as<uint8_t>(padded / 2);
+    const Tensor stored("absmax", absmax), gathered("scales", scales);
+    const bool is_nested = !stored.is<float>() && stored.as<uint8_t>();
+    stored.check_elements(padded / blocksize);
+    const RowNumbers numbers(rows, N);
+    uint8_t* to = Tensor("codes", codes).as<uint8_t>(product({numbers.count, K}) / 2);
+    void* to_scales = is_nested ? static_cast<void*>(gathered.as<uint8_t>()) : gathered.as<float>();
+    gathered.check_elements(numbers.count * (K / blocksize));
+    without_gil([&] {
+      four_bit_gather(from, static_cast<const uint8_t*>(stored.data), is_nested ? 1 : sizeof(float), N, K, blocksize,
+                      numbers.data, numbers.count, to, static_cast<uint8_t*>(to_scales));
+    });
+  });
+  m.def("dequantize_rows_4bit", [](py::handle packed, py::handle absmax, size_t N, size_t blocksize, size_t book,
+                                   py::handle rows, py::handle y) {
+    check_blocksize(blocksize);
+    const Tensor to("y", y);
+    to.check_rank(2);
+    const int dtype = to.dtype();
+    const size_t K = to.size(1), n = product({N, K});
+    const uint8_t* codes = Tensor("packed", packed).as<uint8_t>((n + 1) / 2);
+    const float* scales = Tensor("absmax", absmax).as<float>((n + blocksize - 1) / blocksize);
+    const Codebook* values = codebook(book);
+    const RowNumbers numbers(rows, N);
+    to.check_shape({numbers.count, K});
+    without_gil([&] {
+      four_bit_dequantize_rows(codes, scales, K, blocksize, *values, numbers.data, numbers.count, to.data, dtype);
+    });
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "C++ kernels of pyqkern. Addresses and sizes, unchecked: use the functions of pyqkern.";
-  if (!add_tensor_functions(m.ptr())) throw py::error_already_set();
-  const auto nogil = py::call_guard<py::gil_scoped_release>();
-
+  m.doc() =
+      "C++ kernels of pyqkern, on contiguous tensors on the CPU; results are written into tensors. What does not fit "
+      "raises TypeError or ValueError.";
   m.def("isas", &isas, "The ISAs that this CPU runs, best first.");
   m.def("isa", [] { return std::string(kernels().name); }, "The ISA in use.");
   m.def(
       "set_isa", [](const std::string& name) { return std::string(set_isa(name.c_str())); },
       "Switches the ISA, returns the previous one.", py::arg("name"));
-  m.def("threads", &threads, "Threads that the next call may use.");
+  m.def(
+      "threads",
+      [] {
+        use_torchs_threads();
+        return threads();
+      },
+      "Threads that the next call may use.");
   m.def("openmp", [] { return std::string(openmp_path()); }, "Path of the OpenMP runtime in use, or an empty string.");
-
-  m.def(
-      "min_max",
-      [](Address x, int dtype, size_t outer, size_t channels, size_t inner, Address lo, Address hi) {
-        min_max(at<void>(x), dtype, outer, channels, inner, at<float>(lo), at<float>(hi));
-      },
-      nogil);
-  m.def(
-      "quantize",
-      [](Address x, int dtype, Address scale, Address zero_point, size_t outer, size_t channels, size_t inner,
-         bool per_tensor, Address q, int qtype) {
-        quantize(at<void>(x), dtype, outer,
-                 {channels, inner, at<float>(scale), nullptr, at<int32_t>(zero_point), per_tensor}, at<uint8_t>(q),
-                 qtype);
-      },
-      nogil);
-  m.def(
-      "dequantize",
-      [](Address q, int qtype, Address scale, Address zero_point, size_t outer, size_t channels, size_t inner,
-         Address y, int dtype) {
-        dequantize(at<uint8_t>(q), qtype, outer,
-                   {channels, inner, at<float>(scale), nullptr, at<int32_t>(zero_point), false}, at<void>(y), dtype);
-      },
-      nogil);
-  m.def(
-      "pack_int8",
-      [](Address w, size_t N, size_t K, Address packed) { int8_pack(at<int8_t>(w), N, K, at<int8_t>(packed)); }, nogil);
-  m.def(
-      "unpack_int8",
-      [](Address packed, size_t N, size_t K, Address w) { int8_unpack(at<int8_t>(packed), N, K, at<int8_t>(w)); },
-      nogil);
-  m.def(
-      "int8_matmul",
-      [](Address a, bool is_unsigned, Address w, size_t M, size_t N, size_t K, Address y) {
-        int8_matmul(at<uint8_t>(a), is_unsigned, at<int8_t>(w), M, N, K, at<int32_t>(y));
-      },
-      nogil);
-  m.def(
-      "int8_linear",
-      [](Address x, int dtype, Address packed, Address w_scale, Address bias, int bias_dtype, size_t M, size_t N,
-         size_t K, Address y, int activation, bool symmetric, int bits) {
-        int8_linear(at<void>(x), dtype, at<int8_t>(packed), at<float>(w_scale), at<void>(bias), bias_dtype, M, N, K,
-                    at<void>(y), activation, symmetric, bits, nullptr, nullptr);
-      },
-      nogil);
-  m.def(
-      "int8_linear_static",
-      [](Address x, int dtype, Address packed, Address w_scale, Address bias, int bias_dtype, size_t M, size_t N,
-         size_t K, Address y, int activation, int bits, Address x_scale, Address x_zero) {
-        int8_linear(at<void>(x), dtype, at<int8_t>(packed), at<float>(w_scale), at<void>(bias), bias_dtype, M, N, K,
-                    at<void>(y), activation, false, bits, at<float>(x_scale), at<int32_t>(x_zero));
-      },
-      nogil);
-
-  m.def(
-      "elementwise",
-      [](int function, Address x, size_t n, Address y) {
-        kernels().elementwise(function, at<float>(x), n, at<float>(y));
-      },
-      nogil, "0: exp, 1: GELU, 2: rint(255 * 2^x) for x <= 0, 3: sigmoid, 4: tanh; for the tests.");
-
-  using Added = std::array<Address, 6>;  // data (or 0), whether bool, heads, strides of batch, head and query
-  m.def(
-      "encoder_layer",
-      [](Address x, int dtype, size_t batch, size_t length, const Added& mask, const Added& bias,
-         const std::array<Linear, 6>& linears, const std::array<Address, 4>& norms, int norm_dtype, float eps1,
-         float eps2, size_t heads, size_t head_size, float scaling, int activation, bool symmetric, int bits,
-         Address input_factor, Address up_factor, Address y) {
-        auto linear = [&](int i) { return linear_at(linears[i]); };
-        const EncoderLayer layer{linear(0),
-                                 linear(1),
-                                 linear(2),
-                                 linear(3),
-                                 linear(4),
-                                 linear(5),
-                                 {at<void>(norms[0]), at<void>(norms[1]), at<void>(norms[2]), at<void>(norms[3])},
-                                 norm_dtype,
-                                 {eps1, eps2},
-                                 heads,
-                                 head_size,
-                                 scaling,
-                                 activation,
-                                 symmetric,
-                                 bits,
-                                 at<float>(input_factor),
-                                 at<float>(up_factor)};
-        auto added = [](const Added& a) { return Mask{at<void>(a[0]), a[1] != 0, a[2], a[3], a[4], a[5]}; };
-        encoder_layer(at<void>(x), dtype, batch, length, added(mask), added(bias), layer, at<void>(y));
-      },
-      nogil);
-
-  m.def(
-      "recurrent",
-      [](Address x, Address batch_sizes, size_t steps, const std::array<Linear, 3>& linears, int cell, bool reverse,
-         bool symmetric, int bits, bool as_int8, Address h, Address c, Address y) {
-        const RecurrentLayer layer{linear_at(linears[0]),
-                                   linear_at(linears[1]),
-                                   linear_at(linears[2]),
-                                   cell,
-                                   reverse,
-                                   symmetric,
-                                   bits,
-                                   as_int8};
-        recurrent(at<float>(x), at<int64_t>(batch_sizes), steps, layer, at<float>(h), at<float>(c), at<float>(y));
-      },
-      nogil);
-
-  m.def(
-      "quantize_4bit",
-      [](Address x, int dtype, size_t n, size_t blocksize, Address book, Address packed, Address absmax) {
-        four_bit_quantize(at<void>(x), dtype, n, blocksize, *at<Codebook>(book), at<uint8_t>(packed),
-                          at<float>(absmax));
-      },
-      nogil);
-  m.def(
-      "dequantize_4bit",
-      [](Address packed, Address absmax, Address nested, Address map, float offset, size_t blocksize, Address book,
-         size_t n, Address y, int dtype) {
-        four_bit_dequantize(at<uint8_t>(packed), {at<void>(absmax), at<float>(nested), at<float>(map), offset},
-                            blocksize, *at<Codebook>(book), n, at<void>(y), dtype);
-      },
-      nogil);
-  m.def(
-      "pack_4bit",
-      [](Address flat, size_t N, size_t K, Address packed) {
-        four_bit_pack(at<uint8_t>(flat), N, K, at<uint8_t>(packed));
-      },
-      nogil);
-  m.def(
-      "unpack_4bit",
-      [](Address packed, size_t N, size_t K, Address flat) {
-        four_bit_unpack(at<uint8_t>(packed), N, K, at<uint8_t>(flat));
-      },
-      nogil);
-  m.def(
-      "weight_4bit",
-      [](Address packed, Address absmax, Address nested, Address map, float offset, size_t N, size_t K,
-         size_t blocksize, Address book, Address y, int dtype) {
-        four_bit_weight(weight_4bit(packed, absmax, nested, map, offset, N, K, blocksize, book), at<void>(y), dtype);
-      },
-      nogil);
-  m.def(
-      "finish_bf16",
-      [](Address product, Address bias, int bias_dtype, size_t M, size_t N, Address y, int dtype) {
-        four_bit_finish_bf16(at<uint16_t>(product), at<void>(bias), bias_dtype, M, N, at<void>(y), dtype);
-      },
-      nogil);
-  m.def(
-      "linear_4bit",
-      [](Address x, int dtype, Address packed, Address absmax, Address nested, Address map, float offset, size_t N,
-         size_t K, size_t blocksize, Address book, Address bias, int bias_dtype, size_t M, Address y, bool as_int8) {
-        const Weight4Bit w = weight_4bit(packed, absmax, nested, map, offset, N, K, blocksize, book);
-        four_bit_linear(at<void>(x), dtype, w, at<void>(bias), bias_dtype, M, at<void>(y), as_int8);
-      },
-      nogil);
-
-  m.def(
-      "int8_gather",
-      [](Address packed, size_t K, Address rows, size_t M, Address out) {
-        int8_gather(at<int8_t>(packed), K, at<int64_t>(rows), M, at<int8_t>(out));
-      },
-      nogil);
-  m.def(
-      "gather_4bit",
-      [](Address packed, Address scales, size_t scale_bytes, size_t N, size_t K, size_t blocksize, Address rows,
-         size_t M, Address codes, Address row_scales) {
-        four_bit_gather(at<uint8_t>(packed), at<uint8_t>(scales), scale_bytes, N, K, blocksize, at<int64_t>(rows), M,
-                        at<uint8_t>(codes), at<uint8_t>(row_scales));
-      },
-      nogil);
-  m.def(
-      "dequantize_rows_4bit",
-      [](Address packed, Address absmax, size_t K, size_t blocksize, Address book, Address rows, size_t M, Address y,
-         int dtype) {
-        four_bit_dequantize_rows(at<uint8_t>(packed), at<float>(absmax), K, blocksize, *at<Codebook>(book),
-                                 at<int64_t>(rows), M, at<void>(y), dtype);
-      },
-      nogil);
+  add_tensors(m);
+  add_affine(m);
+  add_int8(m);
+  add_four_bit(m);
+  add_linears(m);
+  add_layers(m);
 }

@@ -1,33 +1,15 @@
-// The shortest way from a Python tensor to a kernel: reading address, dtype, shape and strides of five tensors from
-// Python costs 3 us, as much as the product of one token; torch's DLPack exchange functions (torch >= 2.10) do it in
-// nanoseconds and without knowing torch. Every tensor is checked here; what does not fit is left to the Python way,
-// which says what is wrong with it.
-//
-// The structures are DLPack's ABI, https://dmlc.github.io/dlpack (C API, DLPackExchangeAPI, version 1).
-#include <Python.h>
-
-#include <exception>
-#include <new>
-#include <stdexcept>
-#include <string>
-
-#include "api.h"
+// Reading tensors: address, dtype, shape and strides of five tensors, asked for in Python, cost 3 us, as much as the
+// product of one token. torch's DLPack exchange functions (torch >= 2.10) give them in nanoseconds and without knowing
+// torch; older versions make a capsule of the same structure.
 #include "python/tensors.h"
+
+#include <cstring>
+#include <string>
 
 namespace pyqkern {
 namespace {
 
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-enum { kDLCPU = 1, kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4 };
-
+// DLPack's DLPackExchangeAPI, version 1.
 struct ExchangeApi {
   struct {
     uint32_t major, minor;
@@ -40,178 +22,229 @@ struct ExchangeApi {
   void* current_work_stream;
 };
 
-const ExchangeApi* api = nullptr;
-PyObject *tensor_type = nullptr, *parameter_type = nullptr, *is_neg = nullptr;  // torch.Tensor, nn.Parameter, "is_neg"
+// What torch gives, by use_torch.
+const ExchangeApi* exchange = nullptr;
+PyObject *tensor_type = nullptr, *parameter_type = nullptr, *to_capsule = nullptr, *num_threads = nullptr;
+PyObject *is_neg = nullptr, *untyped_storage = nullptr, *data_ptr = nullptr;  // names of methods
 
-// A contiguous tensor on the CPU.
-struct View : DLTensor {
-  // False for what is no plain tensor: another object, which the exchange function would take for one; a subclass,
-  // whose values may be elsewhere; a tensor whose values are to be negated when they are read.
-  bool read(PyObject* object) {
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != tensor_type && type != parameter_type) return false;
-    PyObject* negative = PyObject_CallMethodNoArgs(object, is_neg);
-    Py_XDECREF(negative);  // True and False outlive this
-    if (negative != Py_False) return PyErr_Clear(), false;
-    if (api->tensor_from_py_object(object, this)) return PyErr_Clear(), false;
-    if (device_type != kDLCPU || lanes != 1 || !data) return false;
-    data = static_cast<char*>(data) + byte_offset;
-    int64_t expected = 1;
-    for (int i = ndim - 1; i >= 0; --i) {
-      if (shape[i] != 1 && strides && strides[i] != expected) return false;
-      expected *= shape[i];
+constexpr size_t kMaxCodebooks = 16;
+Codebook codebooks[kMaxCodebooks];
+size_t codebook_count = 0;
+
+std::string dtype_name(int code, int bits) {
+  const char* kind = code == kDLInt      ? "int"
+                     : code == kDLUInt   ? "uint"
+                     : code == kDLFloat  ? "float"
+                     : code == kDLBfloat ? "bfloat"
+                     : code == kDLBool   ? "bool"
+                                         : "another type of ";
+  return kind + (code == kDLBool ? "" : std::to_string(bits));
+}
+
+std::string shape_text(const DLTensor& t) {
+  std::string text;
+  for (int i = 0; i < t.ndim; ++i) text += (i ? ", " : "") + std::to_string(t.shape[i]);
+  return "[" + text + "]";
+}
+
+// Fills `t`, and returns what owns its shape, or nullptr. False where torch cannot: no memory on a device of DLPack's.
+bool read(PyObject* object, DLTensor* t, PyObject** owner) {
+  *owner = nullptr;
+  if (exchange) {
+    if (!exchange->tensor_from_py_object(object, t)) return true;
+  } else if (PyObject* capsule = PyObject_CallOneArg(to_capsule, object)) {
+    // A DLManagedTensor starts with its DLTensor.
+    if (const auto* held = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule, "dltensor"))) {
+      *t = *held;
+      *owner = capsule;
+      return true;
     }
-    return expected > 0;
+    Py_DECREF(capsule);
   }
-  // The Dtype, or -1.
-  int dtype() const {
-    if (code == kDLFloat && bits == 32) return kFloat32;
-    if (bits != 16) return -1;
-    return code == kDLBfloat ? kBFloat16 : code == kDLFloat ? kFloat16 : -1;
-  }
-  size_t elements() const {
-    size_t n = 1;
-    for (int i = 0; i < ndim; ++i) n *= static_cast<size_t>(shape[i]);
-    return n;
-  }
-};
-
-// Runs it without the GIL; what it throws becomes Python's. Returns True.
-template <class Function> PyObject* without_gil(Function function) {
-  PyObject* error = nullptr;
-  std::string message;
-  PyThreadState* state = PyEval_SaveThread();
-  try {
-    function();
-  } catch (const std::bad_alloc&) { error = PyExc_MemoryError; } catch (const std::invalid_argument& e) {
-    error = PyExc_ValueError, message = e.what();
-  } catch (const std::exception& e) { error = PyExc_RuntimeError, message = e.what(); }
-  PyEval_RestoreThread(state);
-  if (!error) Py_RETURN_TRUE;
-  PyErr_SetString(error, message.c_str());
-  return nullptr;
+  PyErr_Clear();
+  return false;
 }
 
-// Whether object is None, or floats [n], which `bias` then views.
-bool bias_fits(PyObject* object, size_t n, View* bias) {
-  bias->data = nullptr;
-  return object == Py_None || (bias->read(object) && bias->dtype() >= 0 && bias->ndim == 1 && bias->elements() == n);
+// Whether the object's storage holds the bytes [begin, end): resizing a storage leaves its tensors as they were.
+bool holds(PyObject* object, const void* begin, const void* end) {
+  PyObject* storage = PyObject_CallMethodNoArgs(object, untyped_storage);
+  const Py_ssize_t bytes = storage ? PyObject_Size(storage) : -1;
+  PyObject* address = bytes < 0 ? nullptr : PyObject_CallMethodNoArgs(storage, data_ptr);
+  const auto start = address ? reinterpret_cast<uintptr_t>(PyLong_AsVoidPtr(address)) : 0;
+  Py_XDECREF(address);
+  Py_XDECREF(storage);
+  if (PyErr_Occurred()) return PyErr_Clear(), false;
+  return start <= reinterpret_cast<uintptr_t>(begin) &&
+         reinterpret_cast<uintptr_t>(end) <= start + static_cast<size_t>(bytes);
 }
-
-// int8_linear(x, packed, weight_scale, bias or None, y, activation, symmetric, bits[, x_scale, x_zero]) -> whether y
-// was written
-PyObject* int8_linear_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  View x, packed, scale, bias, y, x_scale, x_zero;
-  const bool is_static = count == 10;
-  if (!api || (count != 8 && !is_static) || !x.read(args[0]) || !packed.read(args[1]) || !scale.read(args[2]) ||
-      !y.read(args[4]))
-    Py_RETURN_FALSE;
-  if (x.ndim < 1 || scale.ndim != 1 || packed.ndim != 3 || x.dtype() < 0 || scale.dtype() != kFloat32) Py_RETURN_FALSE;
-  const size_t K = static_cast<size_t>(x.shape[x.ndim - 1]), M = x.elements() / K, N = scale.elements();
-  if (packed.code != kDLInt || packed.bits != 8 || static_cast<size_t>(packed.shape[0]) != panels(N) ||
-      static_cast<size_t>(packed.shape[1]) * kLine != panel_bytes(K) || packed.shape[2] != kLine || K > kMaxK)
-    Py_RETURN_FALSE;
-  if (y.dtype() != x.dtype() || y.elements() != M * N || !bias_fits(args[3], N, &bias)) Py_RETURN_FALSE;
-  const long activation = PyLong_AsLong(args[5]);
-  const int symmetric = PyObject_IsTrue(args[6]);
-  if (activation < kNone || activation > kGeluTanh || symmetric < 0) {
-    PyErr_Clear();
-    Py_RETURN_FALSE;
-  }
-  const long bits = PyLong_AsLong(args[7]);
-  if (bits != 8 && (bits != 7 || symmetric)) {
-    PyErr_Clear();
-    Py_RETURN_FALSE;
-  }
-  if (is_static && (!x_scale.read(args[8]) || x_scale.dtype() != kFloat32 || x_scale.elements() != 1 ||
-                    !x_zero.read(args[9]) || x_zero.code != kDLInt || x_zero.bits != 32 || x_zero.elements() != 1))
-    Py_RETURN_FALSE;
-  return without_gil([&] {
-    int8_linear(x.data, x.dtype(), static_cast<const int8_t*>(packed.data), static_cast<const float*>(scale.data),
-                bias.data, bias.data ? bias.dtype() : 0, M, N, K, y.data, static_cast<int>(activation), symmetric != 0,
-                static_cast<int>(bits), is_static ? static_cast<const float*>(x_scale.data) : nullptr,
-                is_static ? static_cast<const int32_t*>(x_zero.data) : nullptr);
-  });
-}
-
-// Reads absmax, nested_absmax, nested_map and nested_offset (or None, all three of them). count: absmax's elements;
-// blocks: without those that fill up the last rows of a panel.
-bool scales_fit(PyObject* const* args, size_t count, size_t blocks, Scales* scales) {
-  View absmax, nested, map, offset;
-  if (!absmax.read(args[0]) || absmax.elements() != count) return false;
-  *scales = {absmax.data, nullptr, nullptr, 0};
-  if (args[1] == Py_None) return absmax.dtype() == kFloat32 && args[2] == Py_None && args[3] == Py_None;
-  if (absmax.code != kDLUInt || absmax.bits != 8) return false;
-  if (!nested.read(args[1]) || nested.dtype() != kFloat32 ||
-      nested.elements() != (blocks + kNestedBlock - 1) / kNestedBlock)
-    return false;
-  if (!map.read(args[2]) || map.dtype() != kFloat32 || map.elements() != 256) return false;
-  if (!offset.read(args[3]) || offset.dtype() != kFloat32 || offset.elements() != 1) return false;
-  *scales = {absmax.data, static_cast<const float*>(nested.data), static_cast<const float*>(map.data),
-             *static_cast<const float*>(offset.data)};
-  return true;
-}
-
-// linear_4bit(x, packed, absmax, nested_absmax, nested_map, nested_offset (or None, all three), bias or None, y,
-// codebook, blocksize, as_int8) -> whether y was written. `codebook` is the address of a Codebook.
-PyObject* linear_4bit_tensors(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  View x, packed, bias, y;
-  if (!api || count != 11 || !x.read(args[0]) || !packed.read(args[1]) || !y.read(args[7])) Py_RETURN_FALSE;
-  if (x.ndim < 1 || y.ndim < 1 || x.dtype() < 0 || y.dtype() != x.dtype()) Py_RETURN_FALSE;
-  const size_t K = static_cast<size_t>(x.shape[x.ndim - 1]), N = static_cast<size_t>(y.shape[y.ndim - 1]),
-               M = x.elements() / K;
-  const void* book = PyLong_AsVoidPtr(args[8]);
-  const size_t blocksize = PyErr_Occurred() ? 0 : PyLong_AsSize_t(args[9]);
-  const int as_int8 = PyErr_Occurred() ? -1 : PyObject_IsTrue(args[10]);
-  if (as_int8 < 0 || !book || blocksize < 32 || blocksize > 4096 || blocksize & (blocksize - 1)) {
-    PyErr_Clear();
-    Py_RETURN_FALSE;
-  }
-  const bool panelled = in_panels(N, K, blocksize);
-  const size_t blocks = (N * K + blocksize - 1) / blocksize, rows = panels(N) * kPanel;
-  // Codes in panels have two dimensions and flat ones have one: another device's form is not taken for this one's.
-  if (packed.code != kDLUInt || packed.bits != 8 || packed.ndim != (panelled ? 2 : 1) ||
-      packed.elements() != (panelled ? rows * K / 2 : (N * K + 1) / 2))
-    Py_RETURN_FALSE;
-  Scales scales;
-  if (!scales_fit(args + 2, panelled ? rows * K / blocksize : blocks, blocks, &scales)) Py_RETURN_FALSE;
-  if (y.elements() != M * N || !bias_fits(args[6], N, &bias)) Py_RETURN_FALSE;
-  const Weight4Bit w{static_cast<const uint8_t*>(packed.data), scales, N, K, blocksize,
-                     static_cast<const Codebook*>(book)};
-  return without_gil(
-      [&] { four_bit_linear(x.data, x.dtype(), w, bias.data, bias.data ? bias.dtype() : 0, M, y.data, as_int8 != 0); });
-}
-
-// use_exchange(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter). Another major version is
-// another ABI.
-PyObject* use_exchange(PyObject*, PyObject* args) {
-  PyObject *capsule, *tensor, *parameter;
-  if (!PyArg_ParseTuple(args, "OO!O!", &capsule, &PyType_Type, &tensor, &PyType_Type, &parameter)) return nullptr;
-  const auto* given = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  if (!given || !(is_neg = PyUnicode_InternFromString("is_neg"))) return nullptr;
-  Py_INCREF(tensor_type = tensor);
-  Py_INCREF(parameter_type = parameter);
-  api = given->header.major == 1 && given->tensor_from_py_object ? given : nullptr;
-  return PyBool_FromLong(api != nullptr);
-}
-
-PyMethodDef methods[] = {
-    {"int8_linear_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(int8_linear_tensors)),
-     METH_FASTCALL,
-     "(x, packed, weight_scale, bias or None, y, activation, symmetric, bits[, x_scale, x_zero]) -> whether y was "
-     "written; "
-     "False: take the other way."},
-    {"linear_4bit_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_4bit_tensors)),
-     METH_FASTCALL,
-     "(x, packed, absmax, nested_absmax, nested_map, offset, bias or None, y, codebook, blocksize, as_int8) -> whether "
-     "y was written."},
-    {"use_exchange", use_exchange, METH_VARARGS,
-     "(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter) -> whether it can be used."},
-    {nullptr, nullptr, 0, nullptr},
-};
 
 }  // namespace
 
-bool add_tensor_functions(PyObject* module) { return PyModule_AddFunctions(module, methods) == 0; }
+Tensor::Tensor(const char* name, PyObject* object, bool strided, bool trusted) : name(name), owner(nullptr) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (!tensor_type || (type != tensor_type && type != parameter_type))
+    throw py::type_error(std::string(name) + " must be a torch.Tensor, and no subclass, got " +
+                         Py_TYPE(object)->tp_name);
+  PyObject* negative = PyObject_CallMethodNoArgs(object, is_neg);
+  Py_XDECREF(negative);  // True and False outlive this
+  if (negative != Py_False) {
+    PyErr_Clear();
+    throw py::value_error(std::string(name) + " must not have the negative bit; use resolve_neg()");
+  }
+  if (!read(object, this, &owner) || device_type != kDLCPU)
+    throw py::value_error(std::string(name) + " must be on the CPU");
+  if (!data || lanes != 1) throw py::value_error(std::string(name) + " must have elements");
+  data = static_cast<char*>(data) + byte_offset;
+  int64_t expected = 1, last = 0;  // elements, and the place of the last one
+  for (int i = ndim - 1; i >= 0; --i) {
+    last += (shape[i] - 1) * (strides ? strides[i] : expected);
+    if (!strided && shape[i] != 1 && strides && strides[i] != expected)
+      throw py::value_error(std::string(name) + " must be contiguous");
+    expected *= shape[i];
+  }
+  if (expected <= 0) throw py::value_error(std::string(name) + " must have elements");
+  if (!trusted && !holds(object, data, static_cast<char*>(data) + (static_cast<size_t>(last) + 1) * (bits / 8)))
+    throw py::value_error(std::string(name) + " must not be larger than its storage");
+}
+
+void Tensor::check_shape(std::initializer_list<size_t> sizes) const {
+  int i = 0;
+  bool same = static_cast<size_t>(ndim) == sizes.size();
+  std::string wanted;
+  for (size_t n : sizes) same = same && size(i++) == n;
+  if (same) return;
+  for (size_t n : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(n);
+  fail_shape("[" + wanted + "]");
+}
+
+void Tensor::fail_shape(const std::string& rule) const {
+  throw py::value_error(std::string(name) + " must be " + rule + ", got " + shape_text(*this));
+}
+void Tensor::fail_type(int wanted_code, int wanted_bits) const {
+  throw py::type_error(std::string(name) + " must be " + dtype_name(wanted_code, wanted_bits) + ", got " +
+                       dtype_name(code, bits));
+}
+void Tensor::fail_floats() const {
+  throw py::type_error(std::string(name) + " must be float32, bfloat16 or float16, got " + dtype_name(code, bits));
+}
+
+Floats bias_of(PyObject* object, size_t n, bool trusted) {
+  if (object == Py_None) return {};
+  const Tensor bias("bias", object, false, trusted);
+  if (bias.ndim != 1 || bias.elements() != n) bias.check_shape({n});
+  return {bias.data, bias.dtype()};
+}
+
+size_t product(std::initializer_list<size_t> sizes) {
+  size_t n = 1;
+  for (size_t size : sizes)
+    if (__builtin_mul_overflow(n, size, &n) || n > size_t{1} << 60)
+      throw py::value_error("sizes must be of a tensor that memory can hold");
+  return n;
+}
+
+void check_blocksize(size_t blocksize) {
+  if (blocksize < 32 || blocksize > 4096 || (blocksize & (blocksize - 1)))
+    throw py::value_error("blocksize must be a power of two from 32 to 4096, got " + std::to_string(blocksize));
+}
+
+const Codebook* codebook(size_t number) {
+  if (number >= codebook_count)
+    throw py::value_error("codebook must be what add_codebook returned, got " + std::to_string(number));
+  return &codebooks[number];
+}
+
+Scales scales_of(PyObject* absmax, PyObject* nested, PyObject* map, PyObject* offset, size_t count, size_t blocks,
+                 bool trusted) {
+  const Tensor a("absmax", absmax, false, trusted);
+  if (nested == Py_None && map == Py_None && offset == Py_None) return {a.as<float>(count), nullptr, nullptr, 0};
+  return {a.as<uint8_t>(count),
+          Tensor("nested_absmax", nested, false, trusted).as<float>((blocks + kNestedBlock - 1) / kNestedBlock),
+          Tensor("nested_map", map, false, trusted).as<float>(256),
+          *Tensor("nested_offset", offset, false, trusted).as<float>(1)};
+}
+
+Weight4Bit weight_4bit(PyObject* packed, PyObject* absmax, PyObject* nested, PyObject* map, PyObject* offset, size_t N,
+                       size_t K, size_t blocksize, size_t book, bool trusted) {
+  check_blocksize(blocksize);
+  const size_t elements = product({panels(N) * kPanel, K}), blocks = (N * K + blocksize - 1) / blocksize;
+  const bool panelled = in_panels(N, K, blocksize);
+  // Codes in panels have two dimensions and flat ones have one: another device's form is not taken for this one's.
+  const Tensor codes("packed", packed, false, trusted);
+  codes.check_rank(panelled ? 2 : 1);
+  return {codes.as<uint8_t>(panelled ? elements / 2 : (N * K + 1) / 2),
+          scales_of(absmax, nested, map, offset, panelled ? elements / blocksize : blocks, blocks, trusted),
+          N,
+          K,
+          blocksize,
+          codebook(book)};
+}
+
+int8_t* packed_int8(PyObject* packed, size_t N, size_t K, bool trusted) {
+  const Tensor t("packed", packed, false, trusted);
+  if (t.ndim != 3 || t.size(0) != panels(N) || t.size(1) != panel_bytes(K) / kLine || t.size(2) != kLine)
+    t.check_shape({panels(N), panel_bytes(K) / kLine, kLine});
+  return t.as<int8_t>();
+}
+
+void check_activation(long activation) {
+  if (activation < kNone || activation > kGeluTanh)
+    throw py::value_error("activation must be from 0 to 3, got " + std::to_string(activation));
+}
+
+void check_bits(long bits, bool symmetric) {
+  if (bits != 8 && (bits != 7 || symmetric))
+    throw py::value_error("bits must be 8, or 7 for asymmetric codes, got " + std::to_string(bits));
+}
+
+bool interrupted() {
+  py::gil_scoped_acquire acquired;
+  return PyErr_CheckSignals() != 0;  // on Python's main thread; on others it answers 0
+}
+
+void use_torchs_threads() {
+  // OpenMP keeps the number for each thread, and torch sets it in a thread where it first runs or is asked.
+  static thread_local bool asked = false;
+  if (asked || !num_threads) return;
+  PyObject* number = PyObject_CallNoArgs(num_threads);
+  if (!number) throw py::error_already_set();
+  Py_DECREF(number);
+  asked = true;
+}
+
+void add_tensors(py::module_& m) {
+  m.def(
+      "use_torch",
+      [](py::type tensor, py::type parameter, py::object to_dlpack, py::object get_num_threads, py::object capsule) {
+        const ExchangeApi* given = nullptr;
+        if (!capsule.is_none()) {
+          given = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+          if (!given) throw py::error_already_set();
+        }
+        // Another major version is another ABI.
+        exchange = given && given->header.major == 1 && given->tensor_from_py_object ? given : nullptr;
+        is_neg = PyUnicode_InternFromString("is_neg");
+        untyped_storage = PyUnicode_InternFromString("untyped_storage");
+        data_ptr = PyUnicode_InternFromString("data_ptr");
+        if (!is_neg || !untyped_storage || !data_ptr) throw py::error_already_set();
+        to_capsule = to_dlpack.release().ptr();
+        num_threads = get_num_threads.release().ptr();
+        parameter_type = parameter.release().ptr();
+        tensor_type = tensor.release().ptr();
+        return exchange != nullptr;
+      },
+      "(torch.Tensor, torch.nn.Parameter, torch._C._to_dlpack, torch.get_num_threads, "
+      "torch.Tensor.__dlpack_c_exchange_api__ or None) -> whether tensors are read the fast way. Comes first.");
+  m.def(
+      "add_codebook",
+      [](py::handle record) {
+        const Tensor t("record", record);
+        const void* bytes = t.as<uint8_t>(sizeof(Codebook));
+        if (codebook_count == kMaxCodebooks) throw py::value_error("there is no room for another codebook");
+        memcpy(&codebooks[codebook_count], bytes, sizeof(Codebook));
+        return codebook_count++;
+      },
+      "The number of a codebook, given as the bytes of struct Codebook.");
+}
 
 }  // namespace pyqkern

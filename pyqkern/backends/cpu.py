@@ -1,8 +1,8 @@
 """The C++ kernels, behind the functions of `pyqkern.backends.Kernels`.
 
-Everything that C++ is given has been checked by `pyqkern.ops`: dtypes, device, contiguity and shapes. It takes
-addresses and sizes, uses torch's own OpenMP pool and releases the GIL. The functions of SHORT_WAY are the exception:
-C++ checks what they are given.
+C++ takes plain tensors and checks all of them, dtypes, device, contiguity and shapes, before it releases the GIL: no
+call of `pyqkern._C` reads or writes past a tensor. Only the linears and the encoder layer do not ask whether a storage
+was resized to less than its tensor. It uses torch's own OpenMP pool.
 
 Memory is asked for by `new_empty`, or by name of the device: torch's default device may be another.
 """
@@ -15,19 +15,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyqkern import _C
-from pyqkern.backends import ACTIVATIONS, GATES, PANEL, QRANGE, Shape, Sizes, Weight4bit, Weight8bit
+from pyqkern.backends import ACTIVATIONS, GATES, PANEL, Shape, Sizes, Weight4bit, Weight8bit
 from pyqkern.backends.reference.four_bit import CODEBOOKS, block_scales, nested_scales, plain
 from pyqkern.schemes import COMPUTE
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-QTYPE_CODES = {dtype: code for code, dtype in enumerate(QRANGE)}
+_exchange: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
+READS_FAST: bool = _C.use_torch(Tensor, torch.nn.Parameter, torch._C._to_dlpack, torch.get_num_threads, _exchange)
+
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
 def min_max(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     channels = sizes[1]
     lo, hi = x.new_empty((2, channels), dtype=torch.float32).unbind()
-    _C.min_max(x.data_ptr(), DTYPE_CODES[x.dtype], *sizes, lo.data_ptr(), hi.data_ptr())
+    _C.min_max(x, *sizes, lo, hi)
     return lo, hi
 
 
@@ -35,25 +36,19 @@ def quantize(
     x: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, fused: bool, bits: int
 ) -> Tensor:
     q = torch.empty_like(x, dtype=dtype)
-    zero = 0 if zero_point is None else zero_point.data_ptr()
-    _C.quantize(
-        x.data_ptr(), DTYPE_CODES[x.dtype], scale.data_ptr(), zero, *sizes, fused, q.data_ptr(),
-        QTYPE_CODES[dtype] + (2 if bits == 4 else 0),
-    )  # fmt: skip
+    _C.quantize(x, scale, zero_point, *sizes, fused, q, bits)
     return q
 
 
 def dequantize(q: Tensor, sizes: Sizes, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     y = torch.empty_like(q, dtype=dtype)
-    zero = 0 if zero_point is None else zero_point.data_ptr()
-    _C.dequantize(q.data_ptr(), QTYPE_CODES[q.dtype], scale.data_ptr(), zero, *sizes, y.data_ptr(), DTYPE_CODES[dtype])
+    _C.dequantize(q, scale, zero_point, *sizes, y)
     return y
 
 
 def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
-    (m, k), n = a.shape, w.shape[0]
-    y = a.new_empty((m, n), dtype=torch.int32)
-    _C.int8_matmul(a.data_ptr(), a.dtype is torch.uint8, w.data_ptr(), m, n, k, y.data_ptr())
+    y = a.new_empty((a.shape[0], w.shape[0]), dtype=torch.int32)
+    _C.int8_matmul(a, w, y)
     return y
 
 
@@ -67,38 +62,28 @@ def packed_shape(n: int, k: int) -> Shape:
 
 
 def int8_pack(weight: Tensor) -> Tensor:
-    n, k = weight.shape
-    packed = weight.new_empty(packed_shape(n, k))
-    _C.pack_int8(weight.data_ptr(), n, k, packed.data_ptr())
+    packed = weight.new_empty(packed_shape(*weight.shape))
+    _C.pack_int8(weight, packed)
     return packed
 
 
 def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
     weight = packed.new_empty((n, k))
-    _C.unpack_int8(packed.data_ptr(), n, k, weight.data_ptr())
+    _C.unpack_int8(packed, weight)
     return weight
 
 
 def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
     codes = packed.new_empty((rows.numel(), k))
-    _C.int8_gather(packed.data_ptr(), k, rows.data_ptr(), rows.numel(), codes.data_ptr())
+    _C.int8_gather(packed, n, rows, codes)
     return codes
-
-
-def _bias(bias: Tensor | None) -> tuple[int, int]:
-    """Address and type; zeros where there is none."""
-    return (0, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
 
 
 def int8_linear(
     x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool, bits: int
 ) -> Tensor:
-    n, k = weight_scale.shape[0], x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], n))
-    _C.int8_linear(
-        x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), weight_scale.data_ptr(), *_bias(bias),
-        x.numel() // k, n, k, y.data_ptr(), ACTIVATION_CODES[activation], symmetric, bits,
-    )  # fmt: skip
+    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+    _C.int8_linear(x, packed, weight_scale, bias, y, ACTIVATION_CODES[activation], symmetric, bits)
     return y
 
 
@@ -112,13 +97,9 @@ def int8_linear_static(
     input_zero_point: Tensor,
     bits: int,
 ) -> Tensor:
-    n, k = weight_scale.shape[0], x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], n))
-    _C.int8_linear_static(
-        x.data_ptr(), DTYPE_CODES[x.dtype], packed.data_ptr(), weight_scale.data_ptr(), *_bias(bias),
-        x.numel() // k, n, k, y.data_ptr(), ACTIVATION_CODES[activation], bits,
-        input_scale.data_ptr(), input_zero_point.data_ptr(),
-    )  # fmt: skip
+    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+    code = ACTIVATION_CODES[activation]
+    _C.int8_linear(x, packed, weight_scale, bias, y, code, False, bits, input_scale, input_zero_point)
     return y
 
 
@@ -131,7 +112,7 @@ AS_INT8 = ("int8", "auto")
 
 # compute="bf16": up to this many rows keep the weights in fp32, more of them go through torch's bf16 product.
 BF16_FROM = 4
-_RECORDS = {name: book.record.data_ptr() for name, book in CODEBOOKS.items()}
+_BOOKS: dict[str, int] = {name: _C.add_codebook(book.record) for name, book in CODEBOOKS.items()}
 
 
 def in_panels(n: int, k: int, blocksize: int) -> bool:
@@ -151,7 +132,7 @@ def pack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     if not in_panels(n, k, blocksize):
         return packed.clone()
     panels = packed.new_empty(packed_shapes_4bit(n, k, blocksize)[0])
-    _C.pack_4bit(packed.data_ptr(), n, k, panels.data_ptr())
+    _C.pack_4bit(packed, n, k, panels)
     return panels
 
 
@@ -159,7 +140,7 @@ def unpack_4bit(packed: Tensor, n: int, k: int, blocksize: int) -> Tensor:
     if not in_panels(n, k, blocksize):
         return packed.clone()
     flat = packed.new_empty(n * k // 2)
-    _C.unpack_4bit(packed.data_ptr(), n, k, flat.data_ptr())
+    _C.unpack_4bit(packed, n, k, flat)
     return flat
 
 
@@ -186,55 +167,34 @@ def quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, T
     numel = x.numel()
     packed = x.new_empty((numel + 1) // 2, dtype=torch.uint8)
     absmax = x.new_empty(-(-numel // blocksize), dtype=torch.float32)
-    _C.quantize_4bit(
-        x.data_ptr(), DTYPE_CODES[x.dtype], numel, blocksize, _RECORDS[quant_type], packed.data_ptr(), absmax.data_ptr()
-    )
+    _C.quantize_4bit(x, blocksize, _BOOKS[quant_type], packed, absmax)
     return packed, absmax
-
-
-def _scales(weight: Weight4bit) -> tuple[int, int, int, float]:
-    """Addresses of absmax, nested_absmax and nested_map, and nested_offset."""
-    absmax, nested, values, offset = weight[1:5]
-    if nested is None or values is None or offset is None:
-        return absmax.data_ptr(), 0, 0, 0.0
-    return absmax.data_ptr(), nested.data_ptr(), values.data_ptr(), offset.item()
 
 
 def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     y = weight.packed.new_empty(tuple(weight.shape), dtype=dtype)
-    _C.dequantize_4bit(
-        weight.packed.data_ptr(), *_scales(weight), weight.blocksize, _RECORDS[weight.quant_type], y.numel(),
-        y.data_ptr(), DTYPE_CODES[dtype],
-    )  # fmt: skip
+    _C.dequantize_4bit(*weight[:5], weight.blocksize, _BOOKS[weight.quant_type], y)
     return y
 
 
 def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
     n, k = weight.shape
-    rows = x.numel() // k
-    if compute == "bf16" and rows > BF16_FROM:
+    if compute == "bf16" and x.numel() // k > BF16_FROM:
         return _linear_bf16(x, weight, bias)
     y = x.new_empty((*x.shape[:-1], n))
-    _C.linear_4bit(
-        x.data_ptr(), DTYPE_CODES[x.dtype], weight.packed.data_ptr(), *_scales(weight), n, k, weight.blocksize,
-        _RECORDS[weight.quant_type], *_bias(bias), rows, y.data_ptr(), compute in AS_INT8,
-    )  # fmt: skip
+    _C.linear_4bit(x, *weight[:5], bias, y, _BOOKS[weight.quant_type], weight.blocksize, compute in AS_INT8)
     return y
 
 
 def _linear_bf16(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
     """torch's bf16 product with a dequantized copy of the weight, which lives as long as the call."""
-    n, k = weight.shape
-    values = x.new_empty((n, k), dtype=torch.bfloat16)
-    _C.weight_4bit(
-        weight.packed.data_ptr(), *_scales(weight), n, k, weight.blocksize, _RECORDS[weight.quant_type],
-        values.data_ptr(), DTYPE_CODES[values.dtype],
-    )  # fmt: skip
+    values = x.new_empty(tuple(weight.shape), dtype=torch.bfloat16)
+    _C.weight_4bit(*weight[:5], weight.blocksize, _BOOKS[weight.quant_type], values)
     product = functional.linear(x.to(torch.bfloat16), values)
     if bias is None and x.dtype is torch.bfloat16:
         return product
     y = x.new_empty(product.shape)
-    _C.finish_bf16(product.data_ptr(), *_bias(bias), y.numel() // n, n, y.data_ptr(), DTYPE_CODES[x.dtype])
+    _C.finish_bf16(product, bias, y)
     return y
 
 
@@ -243,11 +203,8 @@ def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     if in_panels(n, k, weight.blocksize):
         return dequantize_4bit(_gather_panels(weight, rows), dtype)
     y = weight.packed.new_empty((rows.numel(), k), dtype=dtype)
-    scales = block_scales(weight)
-    _C.dequantize_rows_4bit(
-        weight.packed.data_ptr(), scales.data_ptr(), k, weight.blocksize, _RECORDS[weight.quant_type], rows.data_ptr(),
-        rows.numel(), y.data_ptr(), DTYPE_CODES[dtype],
-    )  # fmt: skip
+    book = _BOOKS[weight.quant_type]
+    _C.dequantize_rows_4bit(weight.packed, block_scales(weight), n, weight.blocksize, book, rows, y)
     return y
 
 
@@ -257,56 +214,42 @@ def _gather_panels(weight: Weight4bit, rows: Tensor) -> Weight4bit:
     each = k // weight.blocksize
     codes = weight.packed.new_empty(m * k // 2)
     scales = weight.absmax.new_empty((m, each))
-    _C.gather_4bit(
-        weight.packed.data_ptr(), weight.absmax.data_ptr(), scales.element_size(), n, k, weight.blocksize,
-        rows.data_ptr(), m, codes.data_ptr(), scales.data_ptr(),
-    )  # fmt: skip
+    _C.gather_4bit(weight.packed, weight.absmax, n, k, weight.blocksize, rows, codes, scales)
     if weight.nested_absmax is not None:
-        blocks = rows.unsqueeze(1) * each + torch.arange(each, device=rows.device)
+        blocks = rows.unsqueeze(1) * each + torch.arange(each, device=rows.device, dtype=torch.int64)
         scales = nested_scales(scales, blocks, weight)
     return plain(codes, scales.view(-1), weight, (m, k))
 
 
-# ---- linears as the encoder layer and recurrent layers take them; the encoder layer, which no other backend has
-
-
-def encoder_linear(packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> tuple[int, ...]:
-    """An INT8 linear as C++ takes it: addresses, so that it must not outlive the tensors."""
-    return packed.data_ptr(), scale.data_ptr(), *_bias(bias), n, k, 0, 0, 0, 0, 0
-
-
-def encoder_linear_4bit(weight: Weight4bit, bias: Tensor | None) -> tuple[int, ...]:
-    """The same of a weight in panels."""
-    nested = (0 if tensor is None else tensor.data_ptr() for tensor in weight[2:5])
-    ends = weight.blocksize, _RECORDS[weight.quant_type]
-    return weight.packed.data_ptr(), weight.absmax.data_ptr(), *_bias(bias), *weight.shape, *nested, *ends
+# ---- the encoder layer, which no other backend has
 
 
 def encoder_layer(
     x: Tensor,
-    mask: tuple[int, ...],
-    position_bias: tuple[int, ...],
-    linears: Sequence[tuple[int, ...]],
-    norms: Sequence[int],
-    norm_dtype: int,
-    eps: Sequence[float],
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    nested: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    features: Sequence[int],
     heads: int,
-    head_size: int,
+    eps: Sequence[float],
     scaling: float,
     activation: str,
     symmetric: bool,
     bits: int,
-    factors: Sequence[int],
+    quant_type: str | None,
+    blocksize: int,
 ) -> Tensor:
-    """mask, position_bias: address, or 0, whether bool, heads, strides in elements of batch, head and query.
-
-    factors: addresses, or 0, of what the inputs of query, key and value, and of up, are multiplied by.
-    """
+    """features: rows of the query's weight and of the feed-forward's. quant_type: None for INT8, blocksize then 0."""
     y = torch.empty_like(x)
+    book = -1 if quant_type is None else _BOOKS[quant_type]
     _C.encoder_layer(
-        x.data_ptr(), DTYPE_CODES[x.dtype], x.shape[0], x.shape[1], mask, position_bias, linears, norms, norm_dtype,
-        *eps, heads, head_size, scaling, ACTIVATION_CODES[activation], symmetric, bits, *factors,
-        y.data_ptr(),
+        x, mask, position_bias, weights, scales, biases, nested, norms, factors, *features, heads, *eps, scaling,
+        ACTIVATION_CODES[activation], symmetric, bits, book, blocksize, y,
     )  # fmt: skip
     return y
 
@@ -314,7 +257,6 @@ def encoder_layer(
 # ---- recurrent layers
 
 CELL_CODES = {name: code for code, name in enumerate(GATES)}
-_NO_LINEAR = (0,) * 11
 
 
 def recurrent(
@@ -330,28 +272,23 @@ def recurrent(
     bits: int,
     compute: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    widths = (x.shape[-1], h.shape[-1], h.shape[-1] if c is None else c.shape[-1])
-    linears = []
-    for i, (weight, k) in enumerate(zip(weights, widths, strict=False)):
-        bias = biases[i] if i < len(biases) else None
-        if isinstance(weight, Weight4bit):
-            linears.append(encoder_linear_4bit(weight, bias))
-        else:
-            linears.append(encoder_linear(weight.packed, weight.scale, bias, weight.scale.shape[0], k))
     y = x.new_empty((x.shape[0], h.shape[-1]))
     h, c = h.clone(), None if c is None else c.clone()
+    book, blocksize, nested = -1, 0, []
+    first = weights[0]
+    if isinstance(first, Weight4bit):
+        book, blocksize, symmetric, bits = _BOOKS[first.quant_type], first.blocksize, True, 8
+        nested = [tensor for weight in weights for tensor in weight[2:5] if tensor is not None]
     _C.recurrent(
-        x.data_ptr(), batch_sizes.data_ptr(), batch_sizes.numel(), (*linears, *[_NO_LINEAR] * (3 - len(linears))),
-        CELL_CODES[cell], reverse, symmetric or isinstance(weights[0], Weight4bit), bits, compute in AS_INT8,
-        h.data_ptr(), 0 if c is None else c.data_ptr(), y.data_ptr(),
+        x, batch_sizes, [weight[0] for weight in weights], [weight[1] for weight in weights], biases, nested,
+        CELL_CODES[cell], reverse, symmetric, bits, compute in AS_INT8, book, blocksize, h, c, y,
     )  # fmt: skip
     return y, h, c
 
 
-# ---- the short way: plain CPU tensors that C++ itself checks; None where it found something that does not fit
+# ---- the short way: None where something does not fit; C++ says so, or new_empty (RuntimeError), or a table
 
-_exchange: Any = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
-_HAS_EXCHANGE: bool = _exchange is not None and _C.use_exchange(_exchange, Tensor, torch.nn.Parameter)
+UNFIT = (TypeError, ValueError, KeyError, IndexError, RuntimeError)
 
 
 def _short_int8(
@@ -363,11 +300,12 @@ def _short_int8(
     symmetric: bool,
     bits: int = 8,
 ) -> Tensor | None:
-    if not x.dim() or not weight_scale.dim():
+    try:
+        y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+        _C.int8_linear(x, packed, weight_scale, bias, y, ACTIVATION_CODES[activation], symmetric, bits)
+    except UNFIT:
         return None
-    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-    code = ACTIVATION_CODES.get(activation, -1)
-    return y if _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, symmetric, bits) else None
+    return y
 
 
 def _short_int8_static(
@@ -380,31 +318,35 @@ def _short_int8_static(
     input_zero_point: Tensor,
     bits: int = 8,
 ) -> Tensor | None:
-    if not x.dim() or not weight_scale.dim():
+    try:
+        y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+        code = ACTIVATION_CODES[activation]
+        _C.int8_linear(x, packed, weight_scale, bias, y, code, False, bits, input_scale, input_zero_point)
+    except UNFIT:
         return None
-    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-    code = ACTIVATION_CODES.get(activation, -1)
-    written = _C.int8_linear_tensors(x, packed, weight_scale, bias, y, code, False, bits, input_scale, input_zero_point)
-    return y if written else None
+    return y
 
 
 def _short_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor | None:
     packed, absmax, nested_absmax, nested_map, nested_offset, quant_type, blocksize, (n, k) = weight
     shape = x.shape
-    if not shape or shape[-1] != k or n <= 0 or compute not in COMPUTE or quant_type not in _RECORDS:
+    if not shape or shape[-1] != k or compute not in COMPUTE:
         return None
     if compute == "bf16" and x.numel() > BF16_FROM * k:
         return None
-    y = x.new_empty((*shape[:-1], n))
-    written = _C.linear_4bit_tensors(
-        x, packed, absmax, nested_absmax, nested_map, nested_offset, bias, y, _RECORDS[quant_type], blocksize,
-        compute in AS_INT8,
-    )  # fmt: skip
-    return y if written else None
+    try:
+        y = x.new_empty((*shape[:-1], n))
+        _C.linear_4bit(
+            x, packed, absmax, nested_absmax, nested_map, nested_offset, bias, y, _BOOKS[quant_type], blocksize,
+            compute in AS_INT8,
+        )  # fmt: skip
+    except UNFIT:
+        return None
+    return y
 
 
 SHORT_WAY: dict[str, Callable[..., Tensor | None]] = (
     {"int8_linear": _short_int8, "int8_linear_static": _short_int8_static, "linear_4bit": _short_4bit}
-    if _HAS_EXCHANGE
+    if READS_FAST
     else {}
 )

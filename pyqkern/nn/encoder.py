@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyqkern.nn.encoder_parts import Family, Layout, Parts, dtypes_reason, family_of, find_parts, listener
 from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.encoder import MAX_LENGTH, encoder_layer
 
 _EXCHANGED = Parts("a part was exchanged, and torch.compile cannot look at it; call the model once without it")
 GRADIENT = "a gradient is asked for, and the operator has none; use torch.inference_mode()"
@@ -86,6 +87,8 @@ class QEncoderLayer(nn.Module):
             return "in training"
         if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS:
             return "the input is no floats [batch, length, hidden size]"
+        if x.shape[1] > MAX_LENGTH:
+            return f"longer than {MAX_LENGTH} tokens"
         if not x.is_cpu or not parts.linears[0]._buffers["packed"].is_cpu:
             return "not on the CPU"
         if torch.is_autocast_enabled("cpu"):
@@ -110,7 +113,7 @@ class QEncoderLayer(nn.Module):
         vectors, biases = parts.tensors()
         eps = [norm.eps for norm in norms]
         features = [linears[0].out_features, linears[4].out_features]
-        return parts.short_way(
+        return encoder_layer(
             x, mask, weights, scales, biases, vectors, parts.heads, parts.scaling, eps, parts.activation,
             form.symmetric, form.quant_type, form.blocksize, features, nested, position_bias, parts.factors(),
         )  # fmt: skip

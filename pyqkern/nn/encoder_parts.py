@@ -19,7 +19,6 @@ from pyqkern.backends import cpu
 from pyqkern.nn.four_bit import NESTED, FP4Linear, Int4Linear, NF4Linear
 from pyqkern.nn.int8 import Int8Linear
 from pyqkern.ops.checks import FLOATS
-from pyqkern.ops.encoder import ShortWay
 
 Path = tuple[str, ...]
 
@@ -246,7 +245,6 @@ class Parts:
     scaled: list[tuple[dict[int, Any], InputScale]] = field(default_factory=list)  # hooks that the operator stands for
     input_scale: InputScale | None = None
     up_scale: InputScale | None = None
-    short_way: ShortWay = field(default_factory=ShortWay)
 
     def __post_init__(self) -> None:
         self.of_linears = [linear._parameters for linear in self.linears]

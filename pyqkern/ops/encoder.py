@@ -23,7 +23,7 @@ number of threads, and for a sentence alone or in any batch. Raises ValueError f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,39 +31,43 @@ from torch import Tensor
 from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, Kernels, Weight4bit, cpu
 from pyqkern.ops.checks import FLOATS
 from pyqkern.ops.four_bit import check_format, check_weight
-from pyqkern.ops.registry import is_plain, nobody_listens, operator
+from pyqkern.ops.registry import nobody_listens, operator
 
 LINEARS = ("query", "key", "value", "output", "up", "down")
 
-
-@dataclass(frozen=True)
-class Prepared:
-    """The parts of a layer, checked, as C++ takes them: addresses, so that it must not outlive the tensors."""
-
-    linears: list[tuple[int, ...]]
-    norms: list[int]
-    norm_dtype: int
-    hidden: int
-    head_size: int
-    bits: int  # of the codes of the linears' activations
-    factors: tuple[int, ...]
+# The most tokens of a sentence: the codes of probabilities are up to 255 and those of values up to 127, so that the
+# exact sums are as long as those of a linear may be.
+MAX_LENGTH = INT8_LINEAR_MAX_K
 
 
-def prepare(
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    norms: Sequence[Tensor],
-    heads: int,
-    activation: str,
-    symmetric: bool,
-    quant_type: str = "int8",
-    blocksize: int = 0,
-    features: Sequence[int] = (),
-    nested: Sequence[Tensor] = (),
-    factors: Sequence[Tensor] = (),
-) -> Prepared:
-    """Checks all that does not depend on the input. Raises ValueError."""
+class Form(NamedTuple):
+    """How the linears are stored. blocksize, features and nested are those of 4 bits."""
+
+    quant_type: str = "int8"
+    blocksize: int = 0
+    features: Sequence[int] = ()
+    nested: Sequence[Tensor] = ()
+
+    @property
+    def is_int8(self) -> bool:
+        return self.quant_type in ("int8", "int8-a7")
+
+    def rows(self, scales: Sequence[Tensor]) -> tuple[int, int]:
+        """Rows of the query's weight, and of the feed-forward's."""
+        if not self.is_int8:
+            if len(self.features) != 2:
+                raise ValueError(f"features must be [width, wide] for 4-bit linears, got {list(self.features)}")
+            return self.features[0], self.features[1]
+        if any(scale.dim() != 1 for scale in scales):
+            raise ValueError("scales must have one dimension")
+        return scales[0].shape[0], scales[4].shape[0]
+
+
+def _check_parts(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None], norms: Sequence[Tensor],
+    nested: Sequence[Tensor], factors: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """How many parts there are, and where."""
     for name, tensors, count in (
         ("weights", weights, 6),
         ("scales", scales, 6),
@@ -77,64 +81,81 @@ def prepare(
         for tensor in tensors:
             if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous()):
                 raise ValueError(f"{name} must be contiguous and on the CPU, got a tensor on {tensor.device}")
-    is_int8 = quant_type in ("int8", "int8-a7")
-    if any(tensor.dim() != 1 for tensor in (*norms, *(scales if is_int8 else ()))):
-        raise ValueError("scales and norms must have one dimension")
-    hidden = norms[0].shape[0]
-    if is_int8:
-        features = scales[0].shape[0], scales[4].shape[0]
-    elif len(features) != 2:
-        raise ValueError(f"features must be [width, wide] for 4-bit linears, got {list(features)}")
-    attention, wide = features
-    if heads < 1 or attention % heads or not attention or not wide:
+
+
+def _check_vectors(norms: Sequence[Tensor], factors: Sequence[Tensor]) -> int:
+    """Dtypes and shapes of what lies along the hidden size, which is returned."""
+    if any(norm.dim() != 1 for norm in norms):
+        raise ValueError("norms must have one dimension")
+    hidden, dtype = norms[0].shape[0], norms[0].dtype
+    for norm in norms:
+        if norm.dtype not in FLOATS or norm.dtype is not dtype:
+            raise TypeError(f"norms must be floats [{hidden}] of one dtype, got {norm.dtype} {tuple(norm.shape)}")
+        if norm.shape != (hidden,):
+            raise ValueError(f"norms must be floats [{hidden}] of one dtype, got {norm.dtype} {tuple(norm.shape)}")
+    for factor in factors:
+        _check_dtype("factors", factor, hidden, factor.dtype is torch.float32, "float32")
+    return hidden
+
+
+def _check_dtype(name: str, tensor: Tensor, n: int, is_right: bool, wanted: str) -> None:
+    """A vector [n] of the wanted dtype."""
+    message = f"{name} must be {wanted} [{n}], got {tensor.dtype} {tuple(tensor.shape)}"
+    if not is_right:
+        raise TypeError(message)
+    if tensor.shape != (n,):
+        raise ValueError(message)
+
+
+def _check_format(heads: int, attention: int, wide: int, activation: str, symmetric: bool, form: Form) -> None:
+    if heads < 1 or attention < 1 or attention % heads or wide < 1:
         raise ValueError(f"heads must divide the {attention} rows of the query's weight, got {heads}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    dtype = norms[0].dtype
-    for norm in norms:
-        if norm.dtype not in FLOATS or norm.dtype is not dtype or norm.shape != (hidden,):
-            raise ValueError(f"norms must be floats [{hidden}] of one dtype, got {norm.dtype} {tuple(norm.shape)}")
-    sizes = (*((attention, hidden),) * 3, (hidden, attention), (wide, hidden), (hidden, wide))
-    if not is_int8:
-        check_format(quant_type, blocksize)
+    if not form.is_int8:
+        check_format(form.quant_type, form.blocksize)
         if not symmetric:
             raise ValueError("symmetric must be True for 4-bit linears, got False")
-    if quant_type == "int8-a7" and symmetric:
+    if form.quant_type == "int8-a7" and symmetric:
         raise ValueError("symmetric must be False for int8-a7, got True")
-    linears = []
+
+
+def check(
+    weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None], norms: Sequence[Tensor],
+    heads: int, activation: str, symmetric: bool, form: Form, factors: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Checks all that does not depend on the input. Raises TypeError and ValueError."""
+    _check_parts(weights, scales, biases, norms, form.nested, factors)
+    hidden = _check_vectors(norms, factors)
+    attention, wide = form.rows(scales)
+    _check_format(heads, attention, wide, activation, symmetric, form)
+    sizes = (*((attention, hidden),) * 3, (hidden, attention), (wide, hidden), (hidden, wide))
     for i, (name, (n, k)) in enumerate(zip(LINEARS, sizes, strict=True)):
         bias = biases[i]
-        if bias is not None and not bias.numel():
-            bias = None
-        if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
-            raise ValueError(f"the bias of {name} must be floats [{n}], got {bias.dtype} {tuple(bias.shape)}")
-        if is_int8:
-            linears.append(_int8(name, weights[i], scales[i], bias, n, k))
+        if bias is not None:
+            _check_dtype(f"the bias of {name}", bias, n, bias.dtype in FLOATS, "floats")
+        if form.is_int8:
+            _check_int8(name, weights[i], scales[i], n, k)
         else:
-            nested_i = tuple(nested[3 * i : 3 * i + 3]) or (None, None, None)
-            weight = Weight4bit._make((weights[i], scales[i], *nested_i, quant_type, blocksize, (n, k)))
-            linears.append(_4bit(name, weight, bias))
-    for factor in factors:
-        if factor.dtype is not torch.float32 or factor.shape != (hidden,):
-            raise ValueError(f"factors must be float32 [{hidden}], got {factor.dtype} {tuple(factor.shape)}")
-    bits = 7 if quant_type == "int8-a7" else 8
-    addresses = [norm.data_ptr() for norm in norms], tuple(factor.data_ptr() for factor in factors) or (0, 0)
-    return Prepared(linears, addresses[0], cpu.DTYPE_CODES[dtype], hidden, attention // heads, bits, addresses[1])
+            nested = tuple(form.nested[3 * i : 3 * i + 3]) or (None, None, None)
+            _check_4bit(
+                name, Weight4bit._make((weights[i], scales[i], *nested, form.quant_type, form.blocksize, (n, k)))
+            )
 
 
-def _int8(name: str, packed: Tensor, scale: Tensor, bias: Tensor | None, n: int, k: int) -> tuple[int, ...]:
+def _check_int8(name: str, packed: Tensor, scale: Tensor, n: int, k: int) -> None:
     if k > INT8_LINEAR_MAX_K:
         raise ValueError(f"in_features must be at most {INT8_LINEAR_MAX_K}, got {k} in {name}")
-    if packed.dtype is not torch.int8 or packed.shape != cpu.packed_shape(n, k):
+    if packed.dtype is not torch.int8:
+        raise TypeError(f"the weight of {name} must be int8, got {packed.dtype}")
+    if packed.shape != cpu.packed_shape(n, k):
         raise ValueError(
-            f"the weight of {name} must be what int8_pack makes of [{n}, {k}], got {packed.dtype} {tuple(packed.shape)}"
+            f"the weight of {name} must be what int8_pack makes of [{n}, {k}], got shape {tuple(packed.shape)}"
         )
-    if scale.dtype is not torch.float32 or scale.shape != (n,):
-        raise ValueError(f"the scale of {name} must be float32 [{n}], got {scale.dtype} {tuple(scale.shape)}")
-    return cpu.encoder_linear(packed, scale, bias, n, k)
+    _check_dtype(f"the scale of {name}", scale, n, scale.dtype is torch.float32, "float32")
 
 
-def _4bit(name: str, weight: Weight4bit, bias: Tensor | None) -> tuple[int, ...]:
+def _check_4bit(name: str, weight: Weight4bit) -> None:
     (n, k), blocksize = weight.shape, weight.blocksize
     if not cpu.in_panels(n, k, blocksize):
         raise ValueError(f"the rows of {name} must be whole blocks of {blocksize}, and 16 or more, got [{n}, {k}]")
@@ -142,7 +163,6 @@ def _4bit(name: str, weight: Weight4bit, bias: Tensor | None) -> tuple[int, ...]
         check_weight(weight, cpu.packed_shapes_4bit(n, k, blocksize), weight.packed.device)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
-    return cpu.encoder_linear_4bit(weight, bias)
 
 
 def _readable(mask: Tensor | None) -> Tensor | None:
@@ -152,10 +172,9 @@ def _readable(mask: Tensor | None) -> Tensor | None:
     return mask.float() if mask is not None and mask.dtype in (torch.bfloat16, torch.float16) else mask
 
 
-def _added(name: str, mask: Tensor | None, batch: int, heads: int, length: int) -> tuple[int, ...]:
-    """The same as C++ takes it: address, whether bool, heads, strides in elements, 0 where it is broadcast."""
+def _check_added(name: str, mask: Tensor | None, batch: int, heads: int, length: int) -> None:
     if mask is None:
-        return (0, False, 1, 0, 0, 0)
+        return
     allowed = ((1, batch), (1, heads), (1, length), (length,))
     if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
         way = "; give the model its usual mask, [batch, length] with 1 for tokens and 0 for padding"
@@ -167,29 +186,37 @@ def _added(name: str, mask: Tensor | None, batch: int, heads: int, length: int) 
         raise TypeError(f"{name} must be bool or a float added to the scores, got {mask.dtype}")
     if not mask.is_cpu:
         raise ValueError(f"{name} must be on the CPU, where x is, got {mask.device}")
-    strides = (0 if size == 1 else stride for size, stride in zip(mask.shape[:3], mask.stride()[:3], strict=True))
-    return (mask.data_ptr(), mask.dtype is torch.bool, mask.shape[1], *strides)
 
 
-def run(
-    x: Tensor, mask: Tensor | None, parts: Prepared, heads: int, scaling: float, eps: Sequence[float], activation: str,
-    symmetric: bool, position_bias: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The layer on parts that are checked; x on the CPU."""
-    if x.dtype not in FLOATS or x.dim() != 3 or x.shape[2] != parts.hidden:
+def _check_input(
+    x: Tensor, mask: Tensor | None, position_bias: Tensor | None, hidden: int, heads: int, eps: Sequence[float]
+) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be fp32, bf16 or fp16 [batch, length, {hidden}], got {x.dtype} {tuple(x.shape)}")
+    if x.dim() != 3 or x.shape[2] != hidden:
+        raise ValueError(f"x must be fp32, bf16 or fp16 [batch, length, {hidden}], got {x.dtype} {tuple(x.shape)}")
+    if x.shape[1] > MAX_LENGTH:
         raise ValueError(
-            f"x must be fp32, bf16 or fp16 [batch, length, {parts.hidden}], got {x.dtype} {tuple(x.shape)}"
+            f"length must be at most {MAX_LENGTH}, so that attention's int32 sums do not wrap, got {x.shape[1]}; "
+            "split the text"
         )
     if len(eps) != 2:
         raise ValueError(f"eps must be two numbers, one for each LayerNorm, got {len(eps)}")
-    mask, position_bias = _readable(mask), _readable(position_bias)
-    sizes = (x.shape[0], heads, x.shape[1])
-    added = _added("attention_mask", mask, *sizes), _added("position_bias", position_bias, *sizes)
-    if not x.numel():
-        return _fake(x)
+    _check_added("attention_mask", mask, x.shape[0], heads, x.shape[1])
+    _check_added("position_bias", position_bias, x.shape[0], heads, x.shape[1])
+
+
+def _run(
+    x: Tensor, mask: Tensor | None, weights: Sequence[Tensor], scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None], norms: Sequence[Tensor], heads: int, scaling: float, eps: Sequence[float],
+    activation: str, symmetric: bool, form: Form, position_bias: Tensor | None, factors: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
+    """The C++ kernel, which checks what it is given once more."""
+    bits = 7 if form.quant_type == "int8-a7" else 8
     return cpu.encoder_layer(
-        x.contiguous(), *added, parts.linears, parts.norms, parts.norm_dtype, eps, heads, parts.head_size, scaling,
-        activation, symmetric, parts.bits, parts.factors,
+        x.contiguous(), _readable(mask), _readable(position_bias), weights, scales, biases, form.nested, norms, factors,
+        form.rows(scales), heads, eps, scaling, activation, symmetric, bits,
+        None if form.is_int8 else form.quant_type, form.blocksize,
     )  # fmt: skip
 
 
@@ -225,69 +252,47 @@ def _encoder_layer(
     position_bias: Tensor | None = None,
     factors: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    quantized = (symmetric, quant_type, blocksize, features, nested or (), factors or ())
-    parts = prepare(weights, scales, biases, norms, heads, activation, *quantized)
-    return run(x, mask, parts, heads, scaling, eps, activation, symmetric, position_bias)
+    form = Form(quant_type, blocksize, features, nested or ())
+    biases = [bias if bias is not None and bias.numel() else None for bias in biases]
+    check(weights, scales, biases, norms, heads, activation, symmetric, form, factors or ())
+    _check_input(x, mask, position_bias, norms[0].shape[0], heads, eps)
+    if not x.numel():
+        return _fake(x)
+    parts = (weights, scales, biases, norms, heads, scaling, eps, activation, symmetric, form)
+    return _run(x, mask, *parts, position_bias, factors or ())
 
 
-class ShortWay:
-    """torch.ops.pyqkern.encoder_layer by the shortest way, for one layer: what was checked is remembered.
+def encoder_layer(
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: Sequence[Tensor],
+    heads: int,
+    scaling: float,
+    eps: Sequence[float],
+    activation: str,
+    symmetric: bool,
+    quant_type: str = "int8",
+    blocksize: int = 0,
+    features: Sequence[int] = (),
+    nested: Sequence[Tensor] = (),
+    position_bias: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
+) -> Tensor:
+    """torch.ops.pyqkern.encoder_layer by the shortest way; biases may be None.
 
-    It stays so while the tensors are the same and at their addresses: one that changes its dtype moves.
+    C++ checks that its arguments are plain CPU tensors that fit; what it does not take goes to the operator, which says
+    what is wrong.
     """
-
-    def __init__(self) -> None:
-        self._checked: tuple[tuple[object, ...], list[int], Prepared] | None = None
-
-    def __reduce__(self) -> tuple[type["ShortWay"], tuple[()]]:
-        """Addresses mean nothing in a copy or in another process."""
-        return ShortWay, ()
-
-    def __call__(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weights: Sequence[Tensor],
-        scales: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        norms: Sequence[Tensor],
-        heads: int,
-        scaling: float,
-        eps: Sequence[float],
-        activation: str,
-        symmetric: bool,
-        quant_type: str = "int8",
-        blocksize: int = 0,
-        features: Sequence[int] = (),
-        nested: Sequence[Tensor] = (),
-        position_bias: Tensor | None = None,
-        factors: Sequence[Tensor] = (),
-    ) -> Tensor:
-        quantized = (symmetric, quant_type, blocksize, features, nested)
-        parts = None
-        if nobody_listens() and all(t is None or is_plain(t) for t in (x, mask, position_bias)):
-            parts = self._prepared(weights, scales, biases, norms, heads, activation, *quantized, factors)
-        if parts is None:
-            rest = (heads, scaling, eps, activation, *quantized, position_bias, factors)
-            given = [x.new_empty(0) if bias is None else bias for bias in biases]
-            return torch.ops.pyqkern.encoder_layer.default(x, mask, weights, scales, given, norms, *rest)
-        return run(x, mask, parts, heads, scaling, eps, activation, symmetric, position_bias)
-
-    def _prepared(
-        self, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None],
-        norms: Sequence[Tensor], heads: int, activation: str, symmetric: bool, quant_type: str, blocksize: int,
-        features: Sequence[int], nested: Sequence[Tensor], factors: Sequence[Tensor],
-    ) -> Prepared | None:  # fmt: skip
-        """None where C++ may not read one of the tensors."""
-        parts = (*weights, *scales, *biases, *norms, *nested, *factors)
-        tensors = [tensor for tensor in parts if tensor is not None]
-        given = (*map(id, tensors), heads, activation, symmetric, quant_type, blocksize, *features)
-        checked = self._checked
-        if checked and checked[0] == given and checked[1] == [tensor.data_ptr() for tensor in tensors]:
-            return checked[2]
-        if not all(is_plain(tensor) for tensor in tensors):
-            return None
-        how = (heads, activation, symmetric, quant_type, blocksize, features, nested, factors)
-        prepared = prepare(weights, scales, biases, norms, *how)
-        self._checked = (given, [tensor.data_ptr() for tensor in tensors], prepared)
-        return prepared
+    if cpu.READS_FAST and nobody_listens():
+        form = Form(quant_type, blocksize, features, nested)
+        parts = (weights, scales, biases, norms, heads, scaling, eps, activation, symmetric, form)
+        try:
+            return _run(x, mask, *parts, position_bias, factors)
+        except (*cpu.UNFIT, AttributeError):
+            pass
+    given = [x.new_empty(0) if bias is None else bias for bias in biases]
+    rest = (heads, scaling, eps, activation, symmetric, quant_type, blocksize, features, nested, position_bias, factors)
+    return torch.ops.pyqkern.encoder_layer.default(x, mask, weights, scales, given, norms, *rest)

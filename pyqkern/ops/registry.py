@@ -49,6 +49,7 @@ def operator(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def implementation(device: torch.device, *given: Any) -> Any:
+            given = tuple(map(_plain, given))
             return function(kernels_of(device), *(arguments(*given) if arguments else given))
 
         def meta(*given: Any) -> Any:
@@ -66,6 +67,17 @@ def operator(
         return function
 
     return register
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _plain(given: Any) -> Any:
+    """A tensor, or a list of them, as C++ takes it: no subclass. One without memory does not come so far."""
+    if isinstance(given, Tensor) and type(given) not in _PLAIN:
+        with torch._C.DisableTorchFunctionSubclass():
+            return given.as_subclass(Tensor)
+    return [_plain(each) for each in given] if isinstance(given, list) else given
 
 
 def _autocast(device_type: str, key: Any, name: str, x: Tensor, *rest: Any) -> Tensor:
@@ -112,20 +124,6 @@ def nobody_listens() -> bool:
         and peek_interpreter_stack() is None
         and not torch.is_autocast_enabled("cpu")
         and not _profiler_enabled()
-    )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether C++ may read the tensor's memory: on the CPU, no subclass, which may have none, and not to be negated."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
     )
 
 

@@ -9,7 +9,7 @@ from pyqkern import _C
 
 def elementwise(function: int, x: Tensor) -> Tensor:
     y = torch.empty_like(x)
-    _C.elementwise(function, x.data_ptr(), x.numel(), y.data_ptr())
+    _C.elementwise(function, x, y)
     return y
 
 

@@ -194,3 +194,96 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 """
     )
     assert result.stdout.strip() == "True", result.stderr
+
+
+# ---- calls that take long, and what they leave behind
+
+LONG = {
+    "int8_matmul": """
+codes = torch.ones(20_000, 20_000, dtype=torch.int8); call = lambda: pyqkern.int8_matmul(codes, codes)""",
+    "the linear": """
+layer = pyqkern.QLinear.from_linear(torch.nn.Linear(8192, 8192)).requires_grad_(False)
+x = torch.randn(100_000, 8192, dtype=torch.bfloat16); call = lambda: layer(x)""",
+    "attention": """
+sys.path.insert(0, TESTS + "/support")
+from encoder_layer import Layer
+layer = Layer(); x = torch.randn(1, 60_000, 48); call = lambda: layer(x)""",
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("what", LONG)
+def test_control_c_ends_a_long_call(what: str, threads: int) -> None:
+    """The scalar kernels: each of these calls takes a minute with them."""
+    code = f"""
+import os, signal, sys, threading, time, torch, pyqkern
+TESTS = {str(Path(__file__).parent.parent)!r}
+torch.set_num_threads({threads})
+{LONG[what]}
+threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    call()
+except KeyboardInterrupt:
+    print("interrupted", time.monotonic() - start < 20)
+x = torch.ones(2, 2, dtype=torch.int8)
+assert pyqkern.int8_matmul(x, x).tolist() == [[2, 2], [2, 2]], "the next call"
+"""
+    assert python(code, PYQKERN_ISA="scalar").stdout.strip() == "interrupted True"
+
+
+def test_the_number_of_threads_holds_in_every_python_thread() -> None:
+    """OpenMP keeps it for each thread, and torch has not run in this one."""
+    result = python(
+        """import threading, torch, pyqkern
+from pyqkern import _C
+torch.set_num_threads(2)
+told, tasks = [], lambda: len(__import__("os").listdir("/proc/self/task"))
+a = torch.ones(512, 512, dtype=torch.int8)
+y = torch.empty(512, 512, dtype=torch.int32)
+def work():
+    before = tasks()
+    _C.int8_matmul(a, a, y)
+    told.extend([tasks() - before, _C.threads()])
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(told)
+""",
+        OMP_NUM_THREADS="5",
+    )
+    assert result.stdout.strip() == "[1, 2]", result.stderr
+
+
+BIG = {
+    "int8_matmul": "a, w = ones(16, 20_000), ones(20_000, 20_000); call = lambda: pyqkern.int8_matmul(a, w)",
+    "the INT8 linear": "layer, x = linear(64, 16, 'int8'), torch.randn(2_000_000, 64); call = lambda: layer(x)",
+    "the 4-bit linear": "layer, x = linear(64, 16, 'nf4'), torch.randn(4_000_000, 64); call = lambda: layer(x)",
+    "the flat 4-bit linear": """
+layer, x = linear(72, 3, "nf4"), torch.ones(1_000_000, 72).half(); call = lambda: layer(x)""",
+    "double quantization": """
+n = 2**28
+packed, absmax = torch.zeros(n // 2, dtype=torch.uint8), torch.zeros(n // 32, dtype=torch.uint8)
+scales = torch.ones(n // 32 // 256), torch.ones(256), torch.tensor(0.0)
+call = lambda: torch.ops.pyqkern.dequantize_4bit(packed, absmax, *scales, "nf4", 32, [n], torch.bfloat16)""",
+}
+
+
+@pytest.mark.parametrize("what", BIG)
+def test_a_large_call_leaves_no_memory_behind(what: str) -> None:
+    """Scratch of 32 MB and more, by the resident memory after the call: 4 MiB a buffer may stay."""
+    code = f"""
+import torch, pyqkern
+torch.set_num_threads(2)
+ones = lambda *shape: torch.ones(shape, dtype=torch.int8)
+linear = lambda k, n, scheme: pyqkern.QLinear.from_linear(torch.nn.Linear(k, n), scheme).requires_grad_(False)
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20
+{BIG[what]}
+small = linear(64, 16, "int8"); small(torch.randn(4, 64))
+before = resident()
+y = call()
+del y
+print(resident() - before)
+"""
+    result = python(code)
+    assert int(result.stdout) < 20, result.stdout + result.stderr

@@ -9,77 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from encoder_layer import Layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import FLOATS, generator, seeds
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyqkern import _C, QLinear, choose_qparams_affine, isas, quantize_affine
+from pyqkern import _C, isas
 from pyqkern.backends.reference import encoder
 from pyqkern.backends.reference.encoder import attention, seen_keys
-from pyqkern.backends.reference.encoder import encoder_layer as reference_layer
 from pyqkern.ops import encoder as ops_encoder
 from pyqkern.schemes import FP4, NF4, Int4, Scheme
 
 encoder_layer = torch.ops.pyqkern.encoder_layer
-
-
-class Layer:
-    """Random parts of a layer, packed for the operator and plain for the reference."""
-
-    def __init__(
-        self,
-        seed: int = 0,
-        hidden: int = 48,
-        heads: int = 3,
-        head_size: int = 16,
-        wide: int = 80,
-        dtype: torch.dtype = torch.float32,
-        activation: str = "gelu",
-        symmetric: bool = False,
-        bias: bool = True,
-        scheme: Scheme | None = None,
-        bits: int = 8,
-    ) -> None:
-        g, width = generator(seed), heads * head_size
-        self.hidden, self.dtype, self.heads = hidden, dtype, heads
-        self.codes, self.packed, self.scales = [], [], []
-        self.flat_scales = self.scales if scheme is None else []
-        self.biases: list[Tensor] = []
-        four, nested = ("int8-a7",) * (bits == 7), []
-        sizes = [(width, hidden)] * 3 + [(hidden, width), (wide, hidden), (hidden, wide)]
-        for n, k in sizes:
-            weight = torch.randn(n, k, generator=g) * k**-0.5 * 2
-            if scheme is None:
-                scale, _ = choose_qparams_affine(weight, axis=0, symmetric=True)
-                codes = quantize_affine(weight, scale, axis=0)
-                packed = torch.ops.pyqkern.int8_pack(codes)
-            else:
-                linear = nn.Linear(k, n)
-                linear.weight.data = weight
-                quantized = QLinear.from_linear(linear, scheme)
-                codes, packed, scale = quantized._plain("weight").view(-1), quantized.packed, quantized.absmax
-                self.flat_scales.append(quantized._plain("absmax"))
-                nested += [t for t in quantized._weight4bit()[2:5] if t is not None]
-                four = (quantized.quant_type, quantized.blocksize, [width, wide], nested)
-            self.codes.append(codes)
-            self.packed.append(packed)
-            self.scales.append(scale)
-            self.biases.append((torch.randn(n, generator=g) * 0.1).to(dtype) if bias else torch.empty(0))
-        norms = [1 + 0.1 * torch.randn(hidden, generator=g), 0.1 * torch.randn(hidden, generator=g)]
-        self.norms = [norm.to(dtype) for norm in (norms * 2)]
-        self.rest = (heads, head_size**-0.5, [1e-12, 1e-5], activation, symmetric or scheme is not None, *four)
-
-    def input(self, batch: int, length: int, seed: int = 1) -> Tensor:
-        return torch.randn(batch, length, self.hidden, generator=generator(seed)).to(self.dtype)
-
-    def __call__(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-        return encoder_layer(x, mask, self.packed, self.scales, self.biases, self.norms, *self.rest, **options)
-
-    def reference(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-        biases = [bias if bias.numel() else None for bias in self.biases]
-        parts = (self.codes, self.flat_scales, biases, self.norms)
-        return reference_layer(x, mask, *parts, *self.rest, **options)
 
 
 def assert_close(y: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32, bits: int = 8) -> None:
@@ -386,80 +328,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, bool(y.isfini
     assert done.returncode == 0, done.stderr
     kilobytes, finite = done.stdout.split()
     assert int(kilobytes) < 40_000 and finite == "True"
-
-
-# ---- bad input
-
-
-def test_bad_masks() -> None:
-    layer = Layer()
-    x = layer.input(2, 8)
-    nan = torch.zeros(2, 1, 8, 8)
-    nan[1, 0, 3, 3] = torch.nan
-    with pytest.raises(ValueError, match="attention_mask must not hold NaN"):
-        layer(x, nan)
-    for shape in ((2, 8), (2, 1, 8, 7), (3, 1, 8, 8), (2, 2, 8, 8), (2, 1, 2, 8)):
-        with pytest.raises(ValueError, match=r"attention_mask must be \[2 or 1, 3 or 1, 8 or 1, 8\], got"):
-            layer(x, torch.ones(shape, dtype=torch.bool))
-    with pytest.raises(TypeError, match="attention_mask must be bool or a float"):
-        layer(x, torch.ones(2, 1, 8, 8, dtype=torch.int64))
-
-
-FOUR = ("int8", 0, [], None)
-
-
-def test_bad_parts() -> None:
-    def call(x: Tensor | None = None, **changed: Any) -> Tensor:
-        layer = Layer()
-        for name, value in changed.items():
-            setattr(layer, name, value(getattr(layer, name)))
-        return layer(layer.input(2, 8) if x is None else x)
-
-    for message, x, changed in (
-        (r"x must be fp32, bf16 or fp16 \[batch, length, 48\]", torch.zeros(2, 8, 47), {}),
-        (r"x must be fp32, bf16 or fp16", torch.zeros(2, 48), {}),
-        (r"x must be fp32, bf16 or fp16", torch.zeros(2, 8, 48, dtype=torch.float64), {}),
-        ("weights must be 6, got 5", None, {"packed": lambda p: p[:5]}),
-        ("factors must be 2, got 1", None, {"rest": lambda r: (*r, *FOUR, None, [torch.ones(48)])}),
-        (r"factors must be float32 \[48\]", None, {"rest": lambda r: (*r, *FOUR, None, [torch.ones(47)] * 2)}),
-        ("norms must be 4, got 3", None, {"norms": lambda p: p[:3]}),
-        ("the weight of query must be what int8_pack makes of", None, {"packed": lambda p: [p[4], *p[1:]]}),
-        ("the scale of key must be float32", None, {"scales": lambda p: [p[0], p[1].double(), *p[2:]]}),
-        ("the bias of up must be floats", None, {"biases": lambda p: [*p[:4], p[4][1:], p[5]]}),
-        ("norms must be floats", None, {"norms": lambda p: [p[0].double(), *p[1:]]}),
-        ("heads must divide the 48 rows", None, {"rest": lambda r: (5, *r[1:])}),
-        ("heads must divide the 48 rows", None, {"rest": lambda r: (0, *r[1:])}),
-        ("eps must be two numbers", None, {"rest": lambda r: (*r[:2], [1e-5], *r[3:])}),
-        ("activation must be one of none, relu", None, {"rest": lambda r: (*r[:3], "silu", r[4])}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(x, **changed)
-
-
-def test_bad_parts_of_four_bits() -> None:
-    def call(**changed: Any) -> Tensor:
-        layer = Layer(0, 64, 2, 32, 128, scheme=NF4(blocksize=32, double_quant=True))
-        for name, value in changed.items():
-            setattr(layer, name, value(getattr(layer, name)))
-        return layer(layer.input(2, 8))
-
-    assert call().isfinite().all()
-    for message, changed in (
-        ("symmetric must be True for 4-bit linears", {"rest": lambda r: (*r[:4], False, *r[5:])}),
-        ("quant_type must be one of .*, got 'nf5'", {"rest": lambda r: (*r[:5], "nf5", *r[6:])}),
-        ("blocksize must be .*, got 48", {"rest": lambda r: (*r[:6], 48, *r[7:])}),
-        ("rows of query must be whole blocks of 128", {"rest": lambda r: (*r[:6], 128, *r[7:])}),
-        (r"features must be \[width, wide\] .*, got \[64\]", {"rest": lambda r: (*r[:7], [64], r[8])}),
-        ("the bias of up must be floats \\[96\\]", {"rest": lambda r: (*r[:7], [64, 96], r[8])}),
-        ("heads must divide the 65 rows", {"rest": lambda r: (*r[:7], [65, 128], r[8])}),
-        ("nested must be 18, got 17", {"rest": lambda r: (*r[:8], r[8][:17])}),
-        ("query: absmax must be torch.float32, got torch.uint8", {"rest": lambda r: (*r[:8], [])}),
-        (r"query: nested_map must be .*\[256\]", {"rest": lambda r: (*r[:8], [r[8][0], r[8][0], *r[8][2:]])}),
-        ("query: packed must be ", {"packed": lambda p: [p[0][1:], *p[1:]]}),
-        ("key: absmax must be torch.uint8, got torch.float32", {"scales": lambda s: [s[0], s[1].float(), *s[2:]]}),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            call(**changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

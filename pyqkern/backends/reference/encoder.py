@@ -23,7 +23,7 @@ def seen_keys(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     mask: [batch or 1, heads or 1, length or 1, length], bool (true: seen) or added to the scores (0, or -1e4 and less).
     """
     if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool)
+        return torch.ones(batch, length, dtype=torch.bool, device="cpu")
     seen = mask if mask.dtype == torch.bool else mask == 0
     whole = seen if mask.dtype == torch.bool else seen | (mask <= -1e4)
     keys = seen[:, 0, 0]
@@ -49,7 +49,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: T
     if mask is not None:
         scores = (scores + mask * LOG2_E).clamp(min=torch.finfo(torch.float32).min)
     probabilities = 255 * torch.exp2((scores - scores.amax(2, keepdim=True)).clamp(min=-30))
-    codes = torch.round(probabilities + DITHER[torch.arange(tokens) % 64])
+    codes = torch.round(probabilities + DITHER[torch.arange(tokens, device="cpu") % 64])
     absmax = value.abs().amax(0)  # [heads, d]
     v_scale = torch.where(absmax == 0, 1.0, (absmax / 127).clamp(min=FLT_MIN))
     v = torch.round(value * (1 / v_scale)).clamp(-127, 127)
@@ -104,7 +104,7 @@ def encoder_layer(
         lowest = torch.finfo(torch.float32).min
         general = torch.where(mask, 0.0, lowest) if mask.dtype == torch.bool else mask.float()
         general = general.expand(batch, mask.shape[1], length, length)
-        seen = torch.ones(batch, length, dtype=torch.bool)
+        seen = torch.ones(batch, length, dtype=torch.bool, device="cpu")
     norms = [norm.float() for norm in norms]
     y = torch.zeros_like(x)
     for b in range(batch):

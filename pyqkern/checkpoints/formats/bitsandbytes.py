@@ -82,7 +82,7 @@ class BitsAndBytes(Format):
     def encode(self, layer: QLinear, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(layer, Linear4bit):
             return _encode_4bit(layer, state)
-        weight_format = torch.tensor(ROW_MAJOR, dtype=torch.uint8)
+        weight_format = torch.tensor(ROW_MAJOR, dtype=torch.uint8, device="cpu")
         return weight_and_bias(state) | {"SCB": state["weight_scale"] * 127, "weight_format": weight_format}
 
     def config(self, own: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +191,9 @@ def _encode_4bit(layer: Linear4bit, state: Mapping[str, Tensor]) -> dict[str, Te
         stored["weight.nested_quant_map"] = state["nested_map"]
         offset = state["nested_offset"].item()
         said |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": offset}
-    stored[f"{STATE}{layer.quant_type}"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+    stored[f"{STATE}{layer.quant_type}"] = torch.tensor(
+        list(json.dumps(said).encode()), dtype=torch.uint8, device="cpu"
+    )
     return stored
 
 
