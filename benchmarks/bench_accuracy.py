@@ -172,6 +172,7 @@ def own(calibration: Batches) -> dict[str, Callable[[nn.Module], nn.Module]]:
         "int8, clipped weights": lambda model: pyqkern.replace_linear(model, Int8(clip_weights=True)),
         "int8, smoothed": lambda model: pyqkern.replace_linear(smoothed(model)),
         "int8, smoothed in V only": lambda model: pyqkern.replace_linear(smoothed(model, shared=False)),
+        "int8-a7": lambda model: pyqkern.replace_linear(model, "int8-a7"),
         "int8-outlier": lambda model: pyqkern.replace_linear(model, "int8-outlier"),
         "int8-weight-only": lambda model: pyqkern.replace_linear(model, "int8-weight-only"),
     }
