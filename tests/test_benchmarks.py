@@ -39,8 +39,9 @@ for call in calls:
 
 
 def calls_of(script: str) -> list[str]:
-    """Those of the README, without --peers (which others have to be installed for), then the rest."""
-    listed = [options.replace("--peers", "").strip() for name, options in IN_README if name == script]
+    """Those of the README, then the rest; in one process, and without --peers, which must be installed for."""
+    found = [options for name, options in IN_README if name == script]
+    listed = [re.sub(r"--peers( (?!--)\S+)?|--isolate", "", options).strip() for options in found]
     return list(dict.fromkeys([*listed, *WAYS[script]]))
 
 
