@@ -220,6 +220,7 @@ import os, signal, sys, threading, time, torch, pyqkern
 TESTS = {str(Path(__file__).parent.parent)!r}
 torch.set_num_threads({threads})
 {LONG[what]}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with SIGINT ignored
 threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 start = time.monotonic()
 try:

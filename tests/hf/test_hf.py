@@ -337,7 +337,8 @@ def test_a_config_that_is_not_what_the_model_is(classifier: Path, tmp_path: Path
         with pytest.raises((ValueError, TypeError), match=message):
             AutoModelForSequenceClassification.from_pretrained(folder)
 
-    check(lambda c: c.update(layers=None), "must name the quantized layers")
+    check(lambda c: c.update(layers=None), "config.json.*: layers must be a list of objects")
+    check(lambda c: c.update(layers=[]), "is of a quantized layer, but config.json")
     check(lambda c: c["layers"][0].update(linears=["a", "b"]), "a.weight is missing from the files")
     check(lambda c: c["layers"][0].update(scheme={"name": "nf4"}), "weight must be uint8")
     check(lambda c: c.update(colour="blue"), "colour")
