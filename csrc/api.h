@@ -1,6 +1,6 @@
 // The operations on whole tensors: affine.cpp, int8.cpp, four_bit.cpp, embedding.cpp, encoder.cpp and recurrent.cpp cut
-// them into pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix two ISAs. Pointers are
-// to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
+// them into pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix two ISAs.
+// Pointers are to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -47,8 +47,8 @@ struct Weight4Bit {
 };
 bool in_panels(size_t N, size_t K, size_t blocksize);
 
-// One linear of an encoder layer or of a recurrent one: an INT8 weight [N, K] as int8_pack makes it with one scale per row, or, where
-// `packed` is nullptr, one of 4 bits in panels; bias [N] of bias_dtype or nullptr.
+// One linear of an encoder layer or of a recurrent one: an INT8 weight [N, K] as int8_pack makes it with one scale per
+// row, or, where `packed` is nullptr, one of 4 bits (in panels for the encoder); bias [N] of bias_dtype or nullptr.
 struct EncoderLinear {
   const int8_t* packed;
   const float* scale;

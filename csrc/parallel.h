@@ -27,12 +27,12 @@ struct CallScope {
   ~CallScope();
 };
 
-// Throws Interrupted where the call is to be given up. Where a loop may take seconds, its steps of a microsecond or more
-// call this.
+// Throws Interrupted where the call is to be given up. Where a loop may take seconds, its steps of a microsecond or
+// more call this.
 void poll();
 
-// Around what a thread does of a parallel region; the caller's own thread is in its CallScope and takes no notice. Others
-// see by `given_up` that the caller was interrupted, and free large scratch buffers at the end.
+// Around what a thread does of a parallel region; the caller's own thread is in its CallScope and takes no notice.
+// Others see by `given_up` that the caller was interrupted, and free large scratch buffers at the end.
 void begin_piece(const std::atomic<bool>* given_up);
 void end_piece();
 
@@ -77,10 +77,10 @@ template <class Work> void parallel_for(size_t n, int count, const Work& work) {
 // Multiply-adds of the INT8 product: below this a second thread costs more than it brings.
 constexpr size_t kSerialInt8Ops = 1 << 21;
 
-// A buffer of this thread that lives on between calls where it is small (kKept): allocating 100 KB and more each time
-// costs page faults. Slots keep the buffers of one call apart.
-constexpr size_t kKept =
-    4 << 20;  // bytes: what is larger belongs to a call that takes much longer than its page faults
+// A buffer of this thread that lives on between calls where it is small (kKept bytes): allocating 100 KB and more each
+// time costs page faults. What is larger belongs to a call that takes much longer than those. Slots keep the buffers of
+// one call apart.
+constexpr size_t kKept = 4 << 20;
 enum Slot {
   kRows,
   kRowScales,

@@ -1,8 +1,8 @@
 """The C++ kernels, behind the functions of `pyqkern.backends.Kernels`.
 
 C++ takes plain tensors and checks all of them, dtypes, device, contiguity and shapes, before it releases the GIL: no
-call of `pyqkern._C` reads or writes past a tensor. Only the linears and the encoder layer do not ask whether a storage
-was resized to less than its tensor. It uses torch's own OpenMP pool.
+call of `pyqkern._C` reads or writes past a tensor. Only the linears, the encoder layer and recurrent layers do not ask
+whether a storage was resized to less than its tensor. It uses torch's own OpenMP pool.
 
 Memory is asked for by `new_empty`, or by name of the device: torch's default device may be another.
 """
@@ -80,7 +80,13 @@ def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
 
 
 def int8_linear(
-    x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str, symmetric: bool, bits: int
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    symmetric: bool,
+    bits: int = 8,
 ) -> Tensor:
     y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
     _C.int8_linear(x, packed, weight_scale, bias, y, ACTIVATION_CODES[activation], symmetric, bits)
@@ -95,7 +101,7 @@ def int8_linear_static(
     activation: str,
     input_scale: Tensor,
     input_zero_point: Tensor,
-    bits: int,
+    bits: int = 8,
 ) -> Tensor:
     y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
     code = ACTIVATION_CODES[activation]
@@ -286,67 +292,29 @@ def recurrent(
     return y, h, c
 
 
-# ---- the short way: None where something does not fit; C++ says so, or new_empty (RuntimeError), or a table
+# ---- the short way; what does not fit raises one of UNFIT: C++ says so, or new_empty (RuntimeError), or a table
 
 UNFIT = (TypeError, ValueError, KeyError, IndexError, RuntimeError)
 
 
-def _short_int8(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    symmetric: bool,
-    bits: int = 8,
-) -> Tensor | None:
-    try:
-        y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-        _C.int8_linear(x, packed, weight_scale, bias, y, ACTIVATION_CODES[activation], symmetric, bits)
-    except UNFIT:
-        return None
-    return y
-
-
-def _short_int8_static(
-    x: Tensor,
-    packed: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-    bits: int = 8,
-) -> Tensor | None:
-    try:
-        y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-        code = ACTIVATION_CODES[activation]
-        _C.int8_linear(x, packed, weight_scale, bias, y, code, False, bits, input_scale, input_zero_point)
-    except UNFIT:
-        return None
-    return y
-
-
 def _short_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor | None:
+    """None where the operator has another way."""
     packed, absmax, nested_absmax, nested_map, nested_offset, quant_type, blocksize, (n, k) = weight
     shape = x.shape
     if not shape or shape[-1] != k or compute not in COMPUTE:
         return None
     if compute == "bf16" and x.numel() > BF16_FROM * k:
         return None
-    try:
-        y = x.new_empty((*shape[:-1], n))
-        _C.linear_4bit(
-            x, packed, absmax, nested_absmax, nested_map, nested_offset, bias, y, _BOOKS[quant_type], blocksize,
-            compute in AS_INT8,
-        )  # fmt: skip
-    except UNFIT:
-        return None
+    y = x.new_empty((*shape[:-1], n))
+    _C.linear_4bit(
+        x, packed, absmax, nested_absmax, nested_map, nested_offset, bias, y, _BOOKS[quant_type], blocksize,
+        compute in AS_INT8,
+    )  # fmt: skip
     return y
 
 
 SHORT_WAY: dict[str, Callable[..., Tensor | None]] = (
-    {"int8_linear": _short_int8, "int8_linear_static": _short_int8_static, "linear_4bit": _short_4bit}
+    {"int8_linear": int8_linear, "int8_linear_static": int8_linear_static, "linear_4bit": _short_4bit}
     if READS_FAST
     else {}
 )

@@ -1,5 +1,6 @@
 """The linears, embeddings and recurrent layers of a model: where they are, and why one cannot be replaced."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -99,34 +100,41 @@ def _walk(
 # ---- which of them are replaced
 
 
+def _with_patterns(
+    layers: list[Layer],
+    structural: Callable[[nn.Module], str | None],
+    include: Pattern | None,
+    exclude: Pattern,
+    kind: str,
+) -> list[str | None]:
+    """Why each layer is kept: what it is, or else what the patterns say; None where it is to be replaced."""
+    included = [True] * len(layers) if include is None else _matches("include", include, layers, kind)
+    excluded = _matches("exclude", exclude, layers, kind)
+    return [
+        structural(layer.module) or (EXCLUDED if leave else None if take else NOT_INCLUDED)
+        for layer, take, leave in zip(layers, included, excluded, strict=True)
+    ]
+
+
 def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, exclude: Pattern) -> list[str | None]:
     """Why each linear is kept; None where it is to be replaced."""
-    included = [True] * len(linears) if include is None else _matches("include", include, linears)
-    excluded = _matches("exclude", exclude, linears)
     owners, kept = weight_owners(model), kept_modules(model)
     named = {one for one in _listed(include) if isinstance(one, type)}
-    return [
-        structural_reason(linear.module, owners, kept, named) or (EXCLUDED if leave else None if take else NOT_INCLUDED)
-        for linear, take, leave in zip(linears, included, excluded, strict=True)
-    ]
+    structural = functools.partial(structural_reason, owners=owners, kept=kept, named=named)
+    return _with_patterns(linears, structural, include, exclude, "a linear")
 
 
 def embedding_reasons(
     model: nn.Module, embeddings: list[Layer], include: Pattern | None, exclude: Pattern
 ) -> list[str | None]:
     """Why each embedding is kept; None where it is to be replaced."""
-    included = [True] * len(embeddings) if include is None else _matches("include", include, embeddings, "an embedding")
-    excluded = _matches("exclude", exclude, embeddings, "an embedding")
     owners, kept = weight_owners(model, (*EMBEDDINGS, *linear_types())), kept_modules(model)
     for layer in find_linears(model):
         weight = layer.module._parameters.get("weight")
         if weight is not None and structural_reason(layer.module, {}) is not None:
             owners.setdefault(_key(weight), (f"{layer.names[0]}.weight", layer.module))
-    return [
-        _embedding_structural_reason(layer.module, owners, kept)
-        or (EXCLUDED if leave else None if take else NOT_INCLUDED)
-        for layer, take, leave in zip(embeddings, included, excluded, strict=True)
-    ]
+    structural = functools.partial(_embedding_structural_reason, owners=owners, kept=kept)
+    return _with_patterns(embeddings, structural, include, exclude, "an embedding")
 
 
 def _embedding_structural_reason(
@@ -153,15 +161,9 @@ def recurrent_reasons(
     model: nn.Module, layers: list[Layer], include: Pattern | None, exclude: Pattern
 ) -> list[str | None]:
     """Why each recurrent layer or cell is kept; None where it is to be replaced."""
-    kind = "a recurrent layer"
-    included = [True] * len(layers) if include is None else _matches("include", include, layers, kind)
-    excluded = _matches("exclude", exclude, layers, kind)
     owners, kept = weight_owners(model, RECURRENT), kept_modules(model)
-    return [
-        _recurrent_structural_reason(layer.module, owners, kept)
-        or (EXCLUDED if leave else None if take else NOT_INCLUDED)
-        for layer, take, leave in zip(layers, included, excluded, strict=True)
-    ]
+    structural = functools.partial(_recurrent_structural_reason, owners=owners, kept=kept)
+    return _with_patterns(layers, structural, include, exclude, "a recurrent layer")
 
 
 def _recurrent_structural_reason(
@@ -188,7 +190,7 @@ def _base_name(module: nn.Module) -> str:
     return next(f"nn.{kind.__name__}" for kind in (*RECURRENT, *EMBEDDINGS) if isinstance(module, kind))
 
 
-def _matches(argument: str, pattern: Pattern, linears: list[Layer], kind: str = "a linear") -> list[bool]:
+def _matches(argument: str, pattern: Pattern, linears: list[Layer], kind: str) -> list[bool]:
     """Which linears a pattern picks. A pattern that picks none is a mistake and raises."""
     if callable(pattern) and not isinstance(pattern, type):
         return [any(pattern(name, linear.module) for name in linear.names) for linear in linears]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyqkern.nn.linear import QLinear
+from pyqkern.nn.linear import QLinear, as_linear
 from pyqkern.schemes import SCHEMES, Scheme, get_scheme
 
 
@@ -150,9 +150,7 @@ EMBEDDINGS: dict[type[nn.Module], type[QEmbedding]] = {nn.Embedding: QEmbedding,
 
 def quantized_table(embedding: Any, scheme: str | Scheme) -> QLinear:
     """The weight of an embedding as a QLinear."""
-    linear = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
-    linear.weight = embedding.weight
-    return QLinear.from_linear(linear, scheme)
+    return QLinear.from_linear(as_linear(embedding.weight), scheme)
 
 
 def check_embedding_scheme(scheme: str | Scheme) -> Scheme:

@@ -333,3 +333,10 @@ class _StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, None
+
+
+def as_linear(weight: nn.Parameter) -> nn.Linear:
+    """A weight [out_features, in_features] as an nn.Linear without bias, the same Parameter."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = weight
+    return linear

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pyqkern.backends import GATES
 from pyqkern.nn.four_bit import Linear4bit
-from pyqkern.nn.linear import QLinear
+from pyqkern.nn.linear import QLinear, as_linear
 from pyqkern.ops.checks import check_float
 from pyqkern.schemes import SCHEMES, Int8, Scheme, get_scheme
 
@@ -66,9 +66,7 @@ class QRecurrent(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             self = kind(**options, scheme=scheme, device="meta")
             for name, empty in self._linears():
-                linear = nn.Linear(empty.in_features, empty.out_features, bias=False, device="meta")
-                linear.weight = getattr(module, f"weight_{name}")
-                quantized = QLinear.from_linear(linear, scheme)
+                quantized = QLinear.from_linear(as_linear(getattr(module, f"weight_{name}")), scheme)
                 quantized.bias = getattr(module, f"bias_{name}") if empty.bias is not None else None
                 self._modules[name] = quantized
         return self.train(module.training)
