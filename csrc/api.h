@@ -14,16 +14,19 @@ void min_max(const void* x, int dtype, size_t outer, size_t channels, size_t inn
 // A bias [n] in fp32: as it is, or widened into a buffer of this thread until the next call. nullptr stays nullptr.
 const float* widened(const Kernels& k, const void* bias, int dtype, size_t n);
 
-// w int8 [N, K] to and from packed int8 [panels(N), panel_bytes(K) / 64, 64], marked for codes of 7 bits.
-void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed);
-void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w);
+// w int8 [N, K] to and from its panels, marked for codes of 7 bits, and, where there is room for it, its excess.
+void int8_pack(const int8_t* w, size_t N, size_t K, const Packed& packed);
+void int8_unpack(const Packed& packed, size_t N, size_t K, int8_t* w);
+
+// Writes the excess of a packed panel (kernels.h) to excess_bytes(K) bytes, and returns how many pairs of lines it is of.
+size_t split_panel(const int8_t* panel, size_t K, uint8_t* excess);
 
 // y int32 [M, N] = a [M, K] (int8 or uint8) times the transpose of w int8 [N, K].
 void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, size_t N, size_t K, int32_t* y);
 
 // y [M, N] = the INT8 linear of x [M, K], both of `dtype`; bias [N] of bias_dtype or nullptr. x_scale, x_zero: one
 // scale and zero point for all of x; nullptr: every row its own. bits: of the codes, 8 or 7; symmetric ones have 8.
-void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_scale, const void* bias, int bias_dtype,
+void int8_linear(const void* x, int dtype, const Packed& w, const float* w_scale, const void* bias, int bias_dtype,
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, int bits, const float* x_scale,
                  const int32_t* x_zero);
 
@@ -48,9 +51,9 @@ struct Weight4Bit {
 bool in_panels(size_t N, size_t K, size_t blocksize);
 
 // One linear of an encoder layer or of a recurrent one: an INT8 weight [N, K] as int8_pack makes it with one scale per
-// row, or, where `packed` is nullptr, one of 4 bits (in panels for the encoder); bias [N] of bias_dtype or nullptr.
+// row, or, where packed.panels is nullptr, one of 4 bits (in panels for the encoder); bias [N] of bias_dtype or nullptr.
 struct EncoderLinear {
-  const int8_t* packed;
+  Packed packed;
   const float* scale;
   const void* bias;
   int bias_dtype;
@@ -134,7 +137,7 @@ void four_bit_rows(const Kernels& k, const QRows& q, size_t rows, const Weight4B
 // Rows of a packed weight: out[m] = W[rows[m]], every rows[m] < N. K > 0. int8 [M, K]; 4-bit, for weights in panels,
 // flat codes [M, K / 2] and scales [M, K / blocksize] of scale_bytes each; four_bit_dequantize_rows, for flat ones, y
 // [M, K].
-void int8_gather(const int8_t* packed, size_t K, const int64_t* rows, size_t M, int8_t* out);
+void int8_gather(const Packed& w, size_t K, const int64_t* rows, size_t M, int8_t* out);
 void four_bit_gather(const uint8_t* packed, const uint8_t* scales, size_t scale_bytes, size_t N, size_t K,
                      size_t blocksize, const int64_t* rows, size_t M, uint8_t* codes, uint8_t* row_scales);
 void four_bit_dequantize_rows(const uint8_t* packed, const float* absmax, size_t K, size_t blocksize,

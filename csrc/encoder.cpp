@@ -19,9 +19,8 @@
 namespace pyqkern {
 namespace {
 
-constexpr size_t kGroupTokens = 128;      // tokens per thread and group: what lies between the steps stays near
-constexpr size_t kBlockRows = 64;         // tokens of a block, whose feed-forward activations are 12 KB each
-constexpr size_t kBlockRows4Bit = 128;    // more of them: each block turns the codes of all weights into integers
+constexpr size_t kGroupTokens = 128;  // tokens per thread and group: what lies between the steps stays near
+constexpr size_t kBlockRows = 128;  // tokens of a block: each reads every weight anew, as integers or as main + excess
 constexpr size_t kScoreBytes = 24 << 10;  // scores of some rows of one head
 constexpr size_t kTileRows = 8;
 
@@ -160,19 +159,27 @@ void find_tokens(Call& c, size_t batch) {
   c.is_whole = c.row_of.size() == batch * c.length;
 }
 
-void gemm(const Kernels& k, const QRows& rows, size_t n, size_t K, const int8_t* packed, const Tail& t) {
-  (n <= k.gemv_rows ? k.int8_gemv : k.int8_gemm)(rows, 0, n, K, packed, 0, panels(t.N), t);
+void gemm(const Kernels& k, const QRows& rows, size_t n, size_t K, const Packed& w, const Tail& t) {
+  (n <= k.gemv_rows && !rows.columns ? k.int8_gemv : k.int8_gemm)(rows, 0, n, K, w, 0, panels(t.N), t);
 }
 
 // out [n, N] = activation(the linear of n quantized rows).
 void product(const Call& c, const Linear& l, const QRows& rows, size_t n, int activation, float* out) {
   const EncoderLinear& w = l.weight;
-  if (!w.packed) return four_bit_rows(c.kernels, rows, n, w.four, l.bias, activation, out);
+  if (!w.packed.panels) return four_bit_rows(c.kernels, rows, n, w.four, l.bias, activation, out);
   gemm(c.kernels, rows, n, w.K, w.packed, Tail{w.scale, l.bias, activation, kFloat32, out, w.N, w.N});
 }
 
 void quantize(const Call& c, const float* from, size_t n, size_t K, const QRows& out) {
   c.kernels.int8_quantize_rows(from, kFloat32, K, n, K, c.layer.symmetric, out);
+}
+
+// Room for n quantized rows of K, in the form that all of these linears take.
+QRows rows(const Call& c, Arena& arena, size_t n, size_t K, std::initializer_list<const Linear*> linears) {
+  const int bits = c.layer.bits;
+  for (const Linear* l : linears)
+    if (!splits(c.kernels, n, l->weight.packed, bits)) return arena.rows(n, row_bytes(c.kernels, K, bits), bits);
+  return arena.rows_with_columns(n, K);
 }
 
 // n rows times a factor for each column, in `out`; without a factor the rows themselves.
@@ -201,9 +208,9 @@ void output(const Call& c, float* a, const float* residual, size_t t, size_t n) 
 }
 
 // work(t, n) for blocks of the group's tokens, shared by the threads.
-template <class Work> void for_blocks(const Call& c, const Group& g, const Work& work) {
-  const size_t most = c.layer.query.packed ? kBlockRows : kBlockRows4Bit, threads = g.threads;
-  const size_t wanted = (g.tokens + most * threads - 1) / (most * threads) * threads;
+template <class Work> void for_blocks(const Group& g, const Work& work) {
+  const size_t threads = g.threads, most = kBlockRows * threads;
+  const size_t wanted = (g.tokens + most - 1) / most * threads;
   const size_t height = (g.tokens + wanted * kTileRows - 1) / (wanted * kTileRows) * kTileRows;
   parallel_for((g.tokens + height - 1) / height, g.threads,
                [&](size_t i) { work(i * height, std::min(height, g.tokens - i * height)); });
@@ -225,7 +232,7 @@ void project(const Call& c, const Group& g, size_t t, size_t n) {
   };
   const Block b = carve(kEncoderBlock, [&](Arena& a) {
     return Block{a.take<float>(n * c.hidden), a.take<float>(n * c.attention),
-                 a.rows(n, row_bytes(k, c.hidden, c.layer.bits), c.layer.bits)};
+                 rows(c, a, n, c.hidden, {&c.query, &c.key, &c.value})};
   });
   const float* x = input(c, g.first + t, n, b.copy);
   quantize(c, scaled(x, n, c.hidden, c.layer.input_factor, b.copy), n, c.hidden, b.x);
@@ -296,13 +303,13 @@ void attend(const Call& c, const Group& g, const Sentence& s, size_t head) {
     if (m) poll();
     rows = std::min(most, n - m);
     const QRows q = queries_at(c, g, head, t + m);
-    gemm(k, q, rows, d, p.keys, Tail{p.key_scale, nullptr, kNone, kFloat32, p.scores, n, ld});
+    gemm(k, q, rows, d, Packed{p.keys, nullptr}, Tail{p.key_scale, nullptr, kNone, kFloat32, p.scores, n, ld});
     for (size_t r = 0; r < rows; ++r) p.bad[r] = q.scale[r] * 0 + poison;
     if (c.adds_mask) add(c, c.mask, s, head, m, rows, ld, p.scores, p.bad);
     if (c.position_bias.data) add(c, c.position_bias, s, head, m, rows, ld, p.scores, p.bad);
     k.softmax_codes(p.scores, ld, rows, n, p.probabilities);
     for (size_t r = 0; r < rows; ++r) p.probabilities.scale[r] += p.bad[r];
-    gemm(k, p.probabilities, rows, n, p.values,
+    gemm(k, p.probabilities, rows, n, Packed{p.values, nullptr},
          Tail{p.value_scale, nullptr, kNone, kFloat32, context + m * c.attention, d, c.attention});
   }
 }
@@ -311,21 +318,21 @@ void attend(const Call& c, const Group& g, const Sentence& s, size_t head) {
 void feed_forward(const Call& c, const Group& g, size_t t, size_t n) {
   const Norm& norm = c.attention_norm;
   const size_t H = c.hidden, F = c.feed_forward;
-  const int bits = c.layer.bits;
   struct Block {
     float *copy, *sum, *hidden, *wide;
-    QRows rows, wide_rows;
+    QRows context, rows, wide_rows;
   };
   const Block b = carve(kEncoderBlock, [&](Arena& a) {
     return Block{a.take<float>(n * H),
                  a.take<float>(n * H),
                  a.take<float>(n * H),
                  a.take<float>(n * F),
-                 a.rows(n, row_bytes(c.kernels, std::max(H, c.attention), bits), bits),
-                 a.rows(n, row_bytes(c.kernels, F, bits), bits)};
+                 rows(c, a, n, c.attention, {&c.output}),
+                 rows(c, a, n, H, {&c.up}),
+                 rows(c, a, n, F, {&c.down})};
   });
-  quantize(c, g.values + t * c.attention, n, c.attention, b.rows);
-  product(c, c.output, b.rows, n, kNone, b.sum);
+  quantize(c, g.values + t * c.attention, n, c.attention, b.context);
+  product(c, c.output, b.context, n, kNone, b.sum);
   c.kernels.add_layer_norm(b.sum, input(c, g.first + t, n, b.copy), n, H, norm.weight, norm.bias, norm.eps, b.hidden,
                            kFloat32);
   quantize(c, scaled(b.hidden, n, H, c.layer.up_factor, b.sum), n, H, b.rows);
@@ -347,10 +354,10 @@ void run_group(const Call& c, size_t begin, size_t end, size_t tokens, int threa
                  a.take<float>(heads * tokens),
                  a.take<float>(tokens * c.attention)};
   });
-  for_blocks(c, g, [&](size_t t, size_t n) { project(c, g, t, n); });
+  for_blocks(g, [&](size_t t, size_t n) { project(c, g, t, n); });
   parallel_for((end - begin) * heads, threads,
                [&](size_t i) { attend(c, g, c.sentences[begin + i / heads], i % heads); });
-  for_blocks(c, g, [&](size_t t, size_t n) { feed_forward(c, g, t, n); });
+  for_blocks(g, [&](size_t t, size_t n) { feed_forward(c, g, t, n); });
 }
 
 }  // namespace

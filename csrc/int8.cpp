@@ -1,5 +1,6 @@
 // The INT8 product and linear on whole tensors: who quantizes which rows, who computes which columns.
 #include <algorithm>
+#include <atomic>
 
 #include "api.h"
 #include "parallel.h"
@@ -7,35 +8,59 @@
 namespace pyqkern {
 namespace {
 
-constexpr size_t kBlockBytes = 288 << 10;  // quantized rows that stay in L2 beside a strip of the weight
-constexpr size_t kStripPanels = 12;        // columns of a piece: a multiple of every tile width
-constexpr size_t kDotColumns = 64;         // columns of a piece where nothing is packed
-constexpr size_t kTileRows = 24;           // rows of a block: a multiple of every tile height
+constexpr size_t kBlockBytes = 288 << 10;       // quantized rows that stay in L2 beside a strip of the weight
+constexpr size_t kSplitBlockBytes = 512 << 10;  // the same with their columns, for 128 rows at least: each block splits
+                                                // the weight anew
+constexpr size_t kStripPanels = 12;             // columns of a piece: a multiple of every tile width
+constexpr size_t kDotColumns = 64;              // columns of a piece where nothing is packed
+constexpr size_t kTileRows = 24;                // rows of a block: a multiple of every tile height
 
-QRows rows_at(const QRows& r, size_t m, size_t row_bytes) {
-  return {static_cast<char*>(r.q) + m * row_bytes, r.scale + m, r.correction + m, r.bits};
+// How the rows of one product are stored, and cut into blocks.
+struct RowForm {
+  size_t K, bytes;  // of a row
+  int bits;
+  bool has_columns;
+  size_t multiple, most;  // rows of a block: a multiple, and at most so many
+};
+
+RowForm form_of(const Kernels& k, size_t M, size_t K, const Packed& w, int bits) {
+  if (splits(k, M, w, bits)) {
+    const size_t bytes = split_row_bytes(K);
+    return {K,    bytes,      bits,
+            true, kSplitRows, std::max(kSplitBlockBytes / (2 * bytes), size_t{128}) / kSplitRows * kSplitRows};
+  }
+  const size_t bytes = row_bytes(k, K, bits);
+  return {K, bytes, bits, false, kTileRows, std::max(kBlockBytes / bytes / kTileRows, size_t{1}) * kTileRows};
+}
+
+QRows rows_at(const QRows& r, size_t m, const RowForm& form) {
+  return {static_cast<char*>(r.q) + m * form.bytes, r.scale + m, r.correction + m, r.bits,
+          r.columns ? r.columns + m * form.bytes : nullptr};
 }
 
 // Room for `rows` quantized rows, kept by this thread.
-QRows row_buffer(size_t rows, size_t row_bytes, int bits = 8) {
+QRows row_buffer(size_t rows, const RowForm& form) {
   char* scales = static_cast<char*>(scratch(kRowScales, rows * 8));
-  return {scratch(kRows, rows * row_bytes), reinterpret_cast<float*>(scales),
-          reinterpret_cast<int32_t*>(scales + rows * 4), bits};
+  const size_t bytes = (rows * form.bytes + 63) / 64 * 64;
+  char* q = static_cast<char*>(scratch(kRows, bytes + (form.has_columns ? column_bytes(rows, form.K) : 0)));
+  return {q, reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(scales + rows * 4), form.bits,
+          form.has_columns ? reinterpret_cast<uint8_t*>(q + bytes) : nullptr};
 }
 
 // fill(m, rows, out) quantizes rows [m, m + rows) into out, to codes of `bits`; the product and the tail follow.
 template <class Fill>
-void product(const Kernels& k, size_t M, size_t N, size_t K, const int8_t* packed, const Tail& tail, int bits,
+void product(const Kernels& k, size_t M, size_t N, size_t K, const Packed& w, const Tail& tail, int bits,
              const Fill& fill) {
   if (M == 0 || N == 0 || K == 0) return;  // Python answers these
-  const size_t row_bytes = pyqkern::row_bytes(k, K, bits), all = panels(N);
+  const size_t all = panels(N);
+  const RowForm form = form_of(k, M, K, w, bits);
   auto columns = [&](const QRows& q, const Tail& t, size_t rows_from, size_t rows, size_t begin, size_t end) {
-    auto f = rows <= k.gemv_rows ? k.int8_gemv : k.int8_gemm;
-    f(q, rows_from, rows, K, packed + begin * panel_bytes(K), begin, end, t);
+    auto f = rows <= k.gemv_rows && !q.columns ? k.int8_gemv : k.int8_gemm;
+    f(q, rows_from, rows, K, w, begin, end, t);
   };
   // Rows [m, m + rows), by one thread, in a buffer of its own.
   auto block = [&](size_t m, size_t rows) {
-    const QRows q = row_buffer(rows, row_bytes, bits);
+    const QRows q = row_buffer(rows, form);
     fill(m, rows, q);
     Tail t = tail;
     t.y = static_cast<char*>(tail.y) + m * N * (tail.w_scale ? dtype_size(tail.dtype) : sizeof(int32_t));
@@ -43,9 +68,8 @@ void product(const Kernels& k, size_t M, size_t N, size_t K, const int8_t* packe
   };
 
   const int count = M * N * K <= kSerialInt8Ops ? 1 : threads();
-  const size_t most = std::max<size_t>(1, kBlockBytes / row_bytes / kTileRows) * kTileRows;
-  const size_t blocks = (M + most - 1) / most;
-  const size_t height = (M + blocks * kTileRows - 1) / (blocks * kTileRows) * kTileRows;
+  const size_t blocks = (M + form.most - 1) / form.most;
+  const size_t height = (M + blocks * form.multiple - 1) / (blocks * form.multiple) * form.multiple;
   if (count == 1 || blocks >= 2 * static_cast<size_t>(count)) {
     parallel_for(blocks, count, [&](size_t i) {
       if (i * height < M) block(i * height, std::min(height, M - i * height));
@@ -53,11 +77,11 @@ void product(const Kernels& k, size_t M, size_t N, size_t K, const int8_t* packe
     return;
   }
   // Too few blocks for the threads: they quantize all rows together, then share the columns (and the rows, if many).
-  const QRows q = row_buffer(M, row_bytes, bits);
-  const size_t groups = (M + 15) / 16;
-  parallel_for(groups, count, [&](size_t i) {
-    const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
-    fill(m, rows, rows_at(q, m, row_bytes));
+  const QRows q = row_buffer(M, form);
+  const size_t group = form.has_columns ? kSplitRows : 16;
+  parallel_for((M + group - 1) / group, count, [&](size_t i) {
+    const size_t m = i * group;
+    fill(m, std::min(group, M - m), rows_at(q, m, form));
   });
   const size_t strips = (all + kStripPanels - 1) / kStripPanels;
   const size_t pieces = std::min(all, std::max<size_t>(strips, 4 * count / blocks));
@@ -82,17 +106,21 @@ const float* widened(const Kernels& k, const void* bias, int dtype, size_t n) {
   return values;
 }
 
-void int8_pack(const int8_t* w, size_t N, size_t K, int8_t* packed) {
+void int8_pack(const int8_t* w, size_t N, size_t K, const Packed& packed) {
   const Kernels& k = kernels();
-  for_panels(N, K, packed, [&](size_t p, int8_t* panel) {
+  std::atomic<size_t> split{0};
+  for_panels(N, K, packed.panels, [&](size_t p, int8_t* panel) {
     k.int8_pack(w, N, K, p, panel);
     k.int8_mark(K, panel);
+    if (packed.excess) split += split_panel(panel, K, reinterpret_cast<uint8_t*>(packed.excess + p * excess_bytes(K)));
   });
+  const size_t pairs = panels(N) * ((quads(K) + 1) / 2);
+  if (packed.excess) packed.excess[sizeof(uint32_t)] = 10 * split >= 9 * pairs;
 }
 
-void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w) {
+void int8_unpack(const Packed& packed, size_t N, size_t K, int8_t* w) {
   parallel_for(N, N * K <= kSerialInt8Ops ? 1 : threads(), [&](size_t n) {
-    const int8_t* column = packed + n / kPanel * panel_bytes(K) + n % kPanel * 4;
+    const int8_t* column = packed.panels + n / kPanel * panel_bytes(K) + n % kPanel * 4;
     for (size_t k = 0; k < K; ++k) w[n * K + k] = column[k / 4 * kLine + k % 4];
   });
 }
@@ -100,7 +128,7 @@ void int8_unpack(const int8_t* packed, size_t N, size_t K, int8_t* w) {
 void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, size_t N, size_t K, int32_t* y) {
   const Kernels& k = kernels();
   if (M <= k.dot_rows) {
-    const QRows q = row_buffer(M, 4 * quads(K) * k.row_element_bytes);
+    const QRows q = row_buffer(M, form_of(k, M, K, Packed{}, 8));
     k.int8_load_rows(a, is_unsigned, M, K, q);
     const size_t pieces = (N + kDotColumns - 1) / kDotColumns;
     return parallel_for(pieces, M * N * K <= kSerialInt8Ops ? 1 : threads(), [&](size_t i) {
@@ -109,15 +137,15 @@ void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, 
   }
   int8_t* packed = static_cast<int8_t*>(scratch(kPacked, panels(N) * panel_bytes(K)));
   for_panels(N, K, packed, [&](size_t p, int8_t* panel) { k.int8_pack(w, N, K, p, panel); });
-  product(k, M, N, K, packed, Tail{nullptr, nullptr, kNone, kFloat32, y, N, N}, 8,
+  product(k, M, N, K, Packed{packed, nullptr}, Tail{nullptr, nullptr, kNone, kFloat32, y, N, N}, 8,
           [&](size_t m, size_t rows, const QRows& q) { k.int8_load_rows(a + m * K, is_unsigned, rows, K, q); });
 }
 
-void int8_linear(const void* x, int dtype, const int8_t* packed, const float* w_scale, const void* bias, int bias_dtype,
+void int8_linear(const void* x, int dtype, const Packed& w, const float* w_scale, const void* bias, int bias_dtype,
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, int bits, const float* x_scale,
                  const int32_t* x_zero) {
   const Kernels& k = kernels();
-  product(k, M, N, K, packed, Tail{w_scale, widened(k, bias, bias_dtype, N), activation, dtype, y, N, N}, bits,
+  product(k, M, N, K, w, Tail{w_scale, widened(k, bias, bias_dtype, N), activation, dtype, y, N, N}, bits,
           [&](size_t m, size_t rows, const QRows& q) {
             const char* from = static_cast<const char*>(x) + m * K * dtype_size(dtype);
             if (x_scale) k.int8_quantize_rows_static(from, dtype, rows, K, *x_scale, *x_zero, q);

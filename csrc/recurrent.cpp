@@ -35,7 +35,7 @@ struct Chunk {
 
 // out [rows, N] = the linear of x [rows, K], by all threads.
 void linear(const RecurrentLayer& layer, const EncoderLinear& w, const float* x, size_t rows, float* out) {
-  if (!w.packed) return four_bit_linear(x, kFloat32, w.four, w.bias, w.bias_dtype, rows, out, layer.as_int8);
+  if (!w.packed.panels) return four_bit_linear(x, kFloat32, w.four, w.bias, w.bias_dtype, rows, out, layer.as_int8);
   int8_linear(x, kFloat32, w.packed, w.scale, w.bias, w.bias_dtype, rows, w.N, w.K, out, kNone, layer.symmetric,
               layer.bits, nullptr, nullptr);
 }
@@ -51,16 +51,16 @@ void step_linear(const Call& call, const EncoderLinear& w, const float* x, size_
                  float* out) {
   const Kernels& k = call.kernels;
   const RecurrentLayer& layer = call.layer;
-  if (!w.packed && !(layer.as_int8 && in_panels(w.N, w.K, w.four.blocksize))) return linear(layer, w, x, rows, out);
+  if (!w.packed.panels && !(layer.as_int8 && in_panels(w.N, w.K, w.four.blocksize)))
+    return linear(layer, w, x, rows, out);
   k.int8_quantize_rows(x, kFloat32, w.K, rows, w.K, layer.symmetric, b.q);
   const float* bias = static_cast<const float*>(w.bias);
-  if (!w.packed) return four_bit_rows(k, b.q, rows, w.four, bias, kNone, out);
+  if (!w.packed.panels) return four_bit_rows(k, b.q, rows, w.four, bias, kNone, out);
   const Tail tail{w.scale, bias, kNone, kFloat32, out, w.N, w.N};
   const size_t all = panels(w.N), pieces = threads > 1 ? (all + kColumnPanels - 1) / kColumnPanels : 1;
   parallel_for(pieces, threads, [&](size_t i) {
     const size_t from = all * i / pieces, to = all * (i + 1) / pieces;
-    (rows <= k.gemv_rows ? k.int8_gemv : k.int8_gemm)(b.q, 0, rows, w.K, w.packed + from * panel_bytes(w.K), from, to,
-                                                      tail);
+    (rows <= k.gemv_rows ? k.int8_gemv : k.int8_gemm)(b.q, 0, rows, w.K, w.packed, from, to, tail);
   });
 }
 

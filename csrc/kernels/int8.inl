@@ -69,7 +69,7 @@ static_assert(VECTORS == 1 || VECTORS % NV == 0, "tile");
 struct ColumnSums { i32 sum, pairs; };
 INLINE ColumnSums load_sums(const int8_t* column_sums) {
   ColumnSums k;
-  if (!CENTERED || Codes7::FOLDED) k.sum = load((const int32_t*)column_sums);
+  if (!CENTERED || Bytes::FOLDED) k.sum = load((const int32_t*)column_sums);
   if (PAIRED) k.pairs = load((const int32_t*)(column_sums + kLine));
   return k;
 }
@@ -146,9 +146,9 @@ static TailFunction tail_of(const Tail& t) {
 
 // ---- the product
 
-// Where vector v of the packed weight starts, counted from the panel that `packed` points at.
-INLINE const int8_t* vector_at(const int8_t* packed, size_t K, size_t v) {
-  return packed + v / VECTORS * panel_bytes(K) + v % VECTORS * COLS * 4;
+// Where vector v of the packed weight starts.
+INLINE const int8_t* vector_at(const Packed& w, size_t K, size_t v) {
+  return w.panels + v / VECTORS * panel_bytes(K) + v % VECTORS * COLS * 4;
 }
 
 // c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. On the
@@ -243,22 +243,27 @@ template <class Wide> INLINE const Wide* widen_strip(const int8_t* b, size_t Q, 
   return wide;
 }
 
-template <class Codes>
-static void folded_gemm(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+template <class B>
+static void folded_gemm(const QRows&, size_t m0, size_t rows, size_t K, const Packed&, size_t begin, size_t end,
                         const Tail&);  // int8_a7.inl
+template <class B>
+static void split_gemm(const QRows&, size_t m0, size_t rows, size_t K, const Packed&, size_t begin, size_t end,
+                       const Tail&);  // int8_split.inl
 
-static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const Packed& w, size_t begin, size_t end,
                       const Tail& t) {
-  if constexpr (Codes7::FOLDED)
-    if (is_folded(a)) return folded_gemm<Codes7>(a, m0, rows, K, packed, begin, end, t);
-  const size_t stop = end * kPanel < t.N ? end * kPanel : t.N;
+  if constexpr (Bytes::FOLDED) {
+    if (a.columns) return split_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
+    if (is_folded(a)) return folded_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
+  }
+  const size_t first = begin * VECTORS, stop = end * kPanel < t.N ? end * kPanel : t.N;
   const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
   const bool widen = WIDE_QUADS && quads(K) <= WIDE_QUADS && rows >= 8 * MR_WIDE;
   const size_t most = widen ? MR_WIDE : MR, tiles = (rows + most - 1) / most;
   const size_t per_tile = (STRIP_PANELS + tiles - 1) / tiles;  // the next strip is asked for by this one's first tiles
   alignas(64) wide_t wide[WIDE_QUADS ? WIDE_QUADS * NV * WIDE_B : 1];
   for (size_t v = 0, width; v < vectors; v += width) {
-    const int8_t* b = vector_at(packed, K, v);
+    const int8_t* b = vector_at(w, K, first + v);
     const wide_t* widened = widen ? widen_strip(b, quads(K), wide) : nullptr;
     const Strip strip{a, K, b, widened, begin * kPanel + v * COLS, t, tail_of(t)};
     const size_t left = vectors - v;
@@ -266,7 +271,7 @@ static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const in
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
       height = rows / tiles + (i < rows % tiles);  // differing by one at most: a tile of one row wastes the machine
       const size_t next = v + width + i * per_tile * VECTORS;
-      const Ahead ahead{vector_at(packed, K, next), i * per_tile < STRIP_PANELS && next < vectors ? per_tile : 0};
+      const Ahead ahead{vector_at(w, K, first + next), i * per_tile < STRIP_PANELS && next < vectors ? per_tile : 0};
       if (VECTORS > 1 || width == NV) tile_rows<NV>(height, strip, m, ahead);
       else if (NV > 2 && width == 2) tile_rows<2>(height, strip, m, ahead);
       else tile_rows<1>(height, strip, m, ahead);
@@ -314,13 +319,14 @@ static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed
   }
 }
 
-static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const Packed& w, size_t begin, size_t end,
                       const Tail& t) {
-  if constexpr (Codes7::FOLDED)
-    if (is_folded(a)) return folded_gemm<Codes7>(a, m0, rows, K, packed, begin, end, t);
+  if constexpr (Bytes::FOLDED)
+    if (is_folded(a)) return folded_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
   const TailFunction tail = tail_of(t);
-  for (size_t panel = begin; panel < end; ++panel, packed += panel_bytes(K)) {
+  for (size_t panel = begin; panel < end; ++panel) {
     const size_t n0 = panel * kPanel;
+    const int8_t* packed = w.panels + panel * panel_bytes(K);
     if (rows == 1) gemv_panel<1>(a, m0, K, packed, n0, t, tail);
     else if (rows == 2) gemv_panel<2>(a, m0, K, packed, n0, t, tail);
     else if (rows == 3) gemv_panel<3>(a, m0, K, packed, n0, t, tail);

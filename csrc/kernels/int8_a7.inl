@@ -35,31 +35,29 @@ static void int8_mark(size_t K, int8_t* packed) {
 // How many of the lowest bits are zero.
 INLINE size_t zeros(uint64_t word) { return word ? (size_t)__builtin_ctzll(word) : 64; }
 
-constexpr int V7 = kPanel / LANES;  // vectors of columns in a panel
-
-// c[R rows][V7 vectors] += a [R rows, stride lda] * b, a panel of Q quads. On the way it asks for the lines at `ahead`.
-template <class Codes, int R, bool AHEAD>
-INLINE void folded_tile(acc_t (&c)[R][V7], const uint8_t* __restrict a, size_t lda, const int8_t* __restrict b,
+// c[R rows][VECTORS vectors] += a [R rows, stride lda] * b, a panel of Q quads. On the way it asks for the lines at `ahead`.
+template <class B, int R, bool AHEAD>
+INLINE void folded_tile(acc_t (&c)[R][VECTORS], const uint8_t* __restrict a, size_t lda, const int8_t* __restrict b,
                         size_t Q, const int8_t* ahead) {
-  typedef typename Codes::quad_t quad_t;
+  typedef typename B::quad_t quad_t;
   const int8_t* marks = b + (Q + 2) * kLine;
   auto single = [&]() INLINE_LAMBDA {
-    quad_t bv[V7];
-    unroll<V7>([&](auto v) INLINE_LAMBDA { bv[v] = Codes::load_b(b + v * LANES * 4); });
+    quad_t bv[VECTORS];
+    unroll<VECTORS>([&](auto v) INLINE_LAMBDA { bv[v] = B::load_b(b + v * LANES * 4); });
     unroll<R>([&](auto r) INLINE_LAMBDA {
-      const quad_t av = Codes::load_a(a + r * lda);
-      unroll<V7>([&](auto v) INLINE_LAMBDA { c[r][v] = Codes::dot(c[r][v], av, bv[v]); });
+      const quad_t av = B::load_a(a + r * lda);
+      unroll<VECTORS>([&](auto v) INLINE_LAMBDA { c[r][v] = B::dot(c[r][v], av, bv[v]); });
     });
   };
   auto folded = [&]() INLINE_LAMBDA {
-    quad_t b0[V7], b1[V7];
-    unroll<V7>([&](auto v) INLINE_LAMBDA {
-      b0[v] = Codes::load_b(b + v * LANES * 4);
-      b1[v] = Codes::load_b(b + v * LANES * 4 + kLine);
+    quad_t b0[VECTORS], b1[VECTORS];
+    unroll<VECTORS>([&](auto v) INLINE_LAMBDA {
+      b0[v] = B::load_b(b + v * LANES * 4);
+      b1[v] = B::load_b(b + v * LANES * 4 + kLine);
     });
     unroll<R>([&](auto r) INLINE_LAMBDA {
-      const quad_t a0 = Codes::load_a(a + r * lda), a1 = Codes::load_a(a + r * lda + 4);
-      unroll<V7>([&](auto v) INLINE_LAMBDA { c[r][v] = Codes::dot(c[r][v], a0, b0[v], a1, b1[v]); });
+      const quad_t a0 = B::load_a(a + r * lda), a1 = B::load_a(a + r * lda + 4);
+      unroll<VECTORS>([&](auto v) INLINE_LAMBDA { c[r][v] = B::dot(c[r][v], a0, b0[v], a1, b1[v]); });
     });
   };
   auto next = [&](size_t lines) INLINE_LAMBDA {
@@ -87,28 +85,29 @@ INLINE void folded_tile(acc_t (&c)[R][V7], const uint8_t* __restrict a, size_t l
   if (Q % 2) single();
 }
 
-template <class Codes, int R = Codes::MR>
+template <class B, int R = B::MR>
 static void folded_rows(size_t rows, const Strip& s, size_t m, const int8_t* ahead) {
   if constexpr (R > 1)
-    if (rows < R) return folded_rows<Codes, R - 1>(rows, s, m, ahead);
+    if (rows < R) return folded_rows<B, R - 1>(rows, s, m, ahead);
   const size_t Q = quads(s.K);
   const uint8_t* a = (const uint8_t*)s.a.q + m * 4 * Q;
-  acc_t c[R][V7];
+  acc_t c[R][VECTORS];
   clear(c);
-  if (ahead) folded_tile<Codes, R, true>(c, a, 4 * Q, s.b, Q, ahead);
-  else folded_tile<Codes, R, false>(c, a, 4 * Q, s.b, Q, nullptr);
-  finish<R, V7>(c, s.b + Q * kLine, 0, s.a, m, s.n0, s.t, s.tail);
+  if (ahead) folded_tile<B, R, true>(c, a, 4 * Q, s.b, Q, ahead);
+  else folded_tile<B, R, false>(c, a, 4 * Q, s.b, Q, nullptr);
+  finish<R, VECTORS>(c, s.b + Q * kLine, 0, s.a, m, s.n0, s.t, s.tail);
 }
 
-template <class Codes>
-static void folded_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin,
-                        size_t end, const Tail& t) {
-  const size_t tiles = (rows + Codes::MR - 1) / Codes::MR;
-  for (size_t panel = begin; panel < end; ++panel, packed += panel_bytes(K)) {
-    const Strip strip{a, K, packed, nullptr, panel * kPanel, t, tail_of(t)};
+template <class B>
+static void folded_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const Packed& w, size_t begin, size_t end,
+                        const Tail& t) {
+  const size_t tiles = (rows + B::MR - 1) / B::MR;
+  for (size_t panel = begin; panel < end; ++panel) {
+    const int8_t* b = w.panels + panel * panel_bytes(K);
+    const Strip strip{a, K, b, nullptr, panel * kPanel, t, tail_of(t)};
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
       height = rows / tiles + (i < rows % tiles);
-      folded_rows<Codes>(height, strip, m, i == 0 && panel + 1 < end ? packed + panel_bytes(K) : nullptr);
+      folded_rows<B>(height, strip, m, i == 0 && panel + 1 < end ? b + panel_bytes(K) : nullptr);
     }
   }
 }

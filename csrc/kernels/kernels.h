@@ -68,6 +68,28 @@ static inline size_t panels(size_t N) { return (N + kPanel - 1) / kPanel; }
 static inline size_t mark_lines(size_t K) { return (quads(K) / 2 + 8 * kLine - 1) / (8 * kLine); }
 static inline size_t panel_bytes(size_t K) { return (quads(K) + 2 + mark_lines(K)) * kLine; }
 
+// A weight may be split for int8_split.inl, W = main + excess: behind all panels it then has the excess of each,
+//   a line: uint32 pairs, how many pairs of lines are split, from the first on; for the first panel also uint8 pays,
+//           whether enough of the weight is
+//   uint8 fours[16][segments(K)]: for each column and kSegment k of it how many times four entries there are, some zero
+//   uint8 k % kSegment [excess_capacity(K)], int8 value [excess_capacity(K)]: the entries, one behind the other
+// filled up to whole lines. Only for K in [kSplitLeast, kSplitMost].
+constexpr size_t kSegment = 256, kSplitLeast = 256, kSplitMost = 4096;
+static inline size_t segments(size_t K) { return (K + kSegment - 1) / kSegment; }
+// Of Gaussian weights 5 % at K = 384, and 3 % at 3072, are entries.
+static inline size_t excess_capacity(size_t K) { return (K / 2 + 320) / 4 * 4; }
+static inline size_t excess_bytes(size_t K) {
+  if (K < kSplitLeast || K > kSplitMost) return 0;
+  return (1 + (kPanel * segments(K) + 2 * excess_capacity(K) + kLine - 1) / kLine) * kLine;
+}
+
+// A packed weight [N, K].
+struct Packed {
+  int8_t* panels;
+  int8_t* excess;  // or nullptr
+};
+static inline bool pays_split(const Packed& w) { return w.excess && w.excess[sizeof(uint32_t)]; }
+
 // The softmax takes this many scores at a time; it overwrites those past the last.
 constexpr size_t kSoftmaxStep = 64;
 static inline size_t softmax_width(size_t n) { return (n + kSoftmaxStep - 1) / kSoftmaxStep * kSoftmaxStep; }
@@ -88,7 +110,13 @@ struct QRows {
   float* scale;  // [rows]
   int32_t* correction;  // [rows], what the ISA's product takes off its sums for a row (simd.h)
   int bits = 8;         // of the codes; 7: asymmetric codes in [0, 127], a form of their own where that is faster
+  // [rows / kSplitRows][4 * ceil(K/4)][kSplitRows]: the codes once more, by column (column_bytes). Given for the product with a split weight, for which q are plain bytes; else nullptr.
+  uint8_t* columns = nullptr;
 };
+constexpr size_t kSplitRows = 32;
+static inline size_t column_bytes(size_t rows, size_t K) {
+  return (rows + kSplitRows - 1) / kSplitRows * kSplitRows * 4 * quads(K) + kSegment * kSplitRows;
+}
 
 // A 4-bit code: what its sixteen codes stand for, in units of a block's scale.
 struct Codebook {
@@ -127,6 +155,7 @@ struct Kernels {
   size_t row_element_bytes;     // 1: u8 codes; 2: i16 codes with the zero point already taken off
   size_t row_element_bytes_a7;  // the same of rows of 7 bits, at most as many
   size_t gemv_rows;             // int8_gemv takes up to this many rows
+  size_t split_rows;            // rows from which a split weight is faster than a plain one; 0: never
   size_t dot_rows;              // int8_dot too; 0 where it does not pay
   bool short_sums;              // the 4-bit product of integers pays to be summed in int16 where a fold is long enough
 
@@ -169,12 +198,12 @@ struct Kernels {
   void (*int8_load_rows)(const uint8_t* a, bool is_unsigned, size_t rows, size_t K, const QRows&);
 
   // y[m0 + m][n] = tail(sum_k q[m][k] * W[n][k] - zero[m] * sum_k W[n][k]) for m in [0, rows), n in panels [begin,
-  // end). `packed` points at panel `begin`.
-  void (*int8_gemm)(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+  // end). m0 is a multiple of kSplitRows where the rows have columns.
+  void (*int8_gemm)(const QRows&, size_t m0, size_t rows, size_t K, const Packed&, size_t begin, size_t end,
                     const Tail&);
 
   // The same for few rows: reads the weight once, front to back, prefetching.
-  void (*int8_gemv)(const QRows&, size_t m0, size_t rows, size_t K, const int8_t* packed, size_t begin, size_t end,
+  void (*int8_gemv)(const QRows&, size_t m0, size_t rows, size_t K, const Packed&, size_t begin, size_t end,
                     const Tail&);
 
   // y[m][n] = sum_k q[m][k] * w[n][k] - zero[m] * sum_k w[n][k] for all rows and n in [begin, end), begin a multiple of
@@ -261,9 +290,15 @@ struct Kernels {
   void (*four_bit_finish_bf16)(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype);
 };
 
-// Bytes of one quantized row.
+// Bytes of one quantized row; and of one that has columns.
 static inline size_t row_bytes(const Kernels& k, size_t K, int bits = 8) {
   return 4 * quads(K) * (bits == 7 ? k.row_element_bytes_a7 : k.row_element_bytes);
+}
+static inline size_t split_row_bytes(size_t K) { return 4 * quads(K); }
+
+// Whether `rows` rows are quantized for the split form of a weight.
+static inline bool splits(const Kernels& k, size_t rows, const Packed& w, int bits) {
+  return k.split_rows && rows >= k.split_rows && bits == 8 && pays_split(w);
 }
 
 // The tables that were built, best first.

@@ -7,13 +7,10 @@
 namespace pyqkern {
 namespace PYQKERN_ISA {
 
-// Rows of codes of BITS bits. Those of 7 have a form of their own where int8_a7.inl multiplies them: plain codes, whose
-// correction is the zero point.
-template <int BITS> struct RowOf { typedef ROW_T type; };
-template <> struct RowOf<7> { typedef Codes7::row_t type; };
-template <int BITS> using row_t = typename RowOf<BITS>::type;
-template <int BITS> constexpr bool is_paired = PAIRED && !(BITS == 7 && Codes7::FOLDED);
-INLINE bool is_folded(const QRows& rows) { return Codes7::FOLDED && rows.bits == 7; }
+// Codes of 8 bits are ROW_T, except in plain bytes for the product with a split weight; those of 7 bits are Bytes::row_t.
+// Plain bytes have the zero point for their correction.
+template <class Q> constexpr bool is_paired = PAIRED && sizeof(Q) == sizeof(ROW_T);
+INLINE bool is_folded(const QRows& rows) { return Bytes::FOLDED && (rows.bits == 7 || rows.columns); }
 
 struct RowScale {
   float scale;
@@ -36,8 +33,8 @@ INLINE RowScale row_scale(float least, float greatest, bool symmetric, int bits)
 // Codes of one row, filled up to a multiple of four by that of 0 (the weight is zero there, so any code does). Returns
 // the row's correction. Rounding can carry a code one past its range, x * (1/scale) + zero having three roundings:
 // store_codes limits those of 8 bits.
-template <int BITS = 8, class T>
-INLINE int32_t quantize_row(const T* x, size_t K, float inverse, int32_t zero_point, row_t<BITS>* q) {
+template <int BITS = 8, class T, class Q>
+INLINE int32_t quantize_row(const T* x, size_t K, float inverse, int32_t zero_point, Q* q) {
   const size_t block = 4 * LANES;
   const f32 inv_scale = set1(inverse), zero = set1((float)zero_point);
   i32 pairs{};
@@ -45,22 +42,22 @@ INLINE int32_t quantize_row(const T* x, size_t K, float inverse, int32_t zero_po
     const i32 rounded = round(load(p) * inv_scale + zero);
     return BITS == 7 ? min(rounded, set1(127)) : rounded;
   };
-  auto codes = [&](const T* p, row_t<BITS>* out) {
+  auto codes = [&](const T* p, Q* out) {
     store_codes(out, code(p), code(p + LANES), code(p + 2 * LANES), code(p + 3 * LANES), set1(zero_point), pairs);
   };
   size_t k = 0;
   for (; k + block <= K; k += block) codes(x + k, q + k);
   if (k < K) {
     T rest[block] = {};
-    row_t<BITS> last[block];
+    Q last[block];
     memcpy(rest, x + k, (K - k) * sizeof(T));
     codes(rest, last);
     memcpy(q + k, last, (4 * quads(K) - k) * sizeof *q);
   }
-  return is_paired<BITS> ? total(pairs) : zero_point;
+  return is_paired<Q> ? total(pairs) : zero_point;
 }
 
-template <int BITS, class T>
+template <int BITS, class Q, class T>
 static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows& out) {
   float least, greatest;
   range_of(x, K, &least, &greatest);
@@ -68,7 +65,7 @@ static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool
     const RowScale s = row_scale(least, greatest, symmetric, BITS);
     if (m + 1 < rows)
       range_of(x + ldx, K, &least, &greatest);  // the next row's, while the divisions for this one are under way
-    auto* q = (row_t<BITS>*)out.q + m * 4 * quads(K);
+    Q* q = (Q*)out.q + m * 4 * quads(K);
     out.scale[m] = s.scale;
     if (s.scale == s.scale) {
       out.correction[m] = quantize_row<BITS>(x, K, 1.0f / s.scale, s.zero, q);
@@ -79,10 +76,28 @@ static void quantize_rows_of(const T* x, size_t ldx, size_t rows, size_t K, bool
   }
 }
 
+// fill(m, n, out, BITS, Q) quantizes rows [m, m + n) to `out`, codes of BITS bits in elements of Q's type.
+template <class B = Bytes, class Fill> INLINE void fill_rows(size_t rows, size_t K, const QRows& out,
+                                                             const Fill& fill) {
+  if (out.bits == 7) return fill(0, rows, out, Index<7>{}, typename B::row_t{});
+  if constexpr (B::FOLDED)
+    if (out.columns) {
+      for (size_t m = 0; m < rows; m += kSplitRows) {
+        const size_t n = rows - m < kSplitRows ? rows - m : kSplitRows, width = 4 * quads(K);
+        uint8_t* q = (uint8_t*)out.q + m * width;
+        fill(m, n, QRows{q, out.scale + m, out.correction + m}, Index<8>{}, typename B::row_t{});
+        B::transpose_rows(q, n, width, out.columns + m * width);
+      }
+      return;
+    }
+  fill(0, rows, out, Index<8>{}, ROW_T{});
+}
+
 template <class T>
 INLINE void quantize_rows_as(const T* x, size_t ldx, size_t rows, size_t K, bool symmetric, const QRows& out) {
-  if (out.bits == 7) quantize_rows_of<7>(x, ldx, rows, K, symmetric, out);
-  else quantize_rows_of<8>(x, ldx, rows, K, symmetric, out);
+  fill_rows(rows, K, out, [&](size_t m, size_t n, const QRows& to, auto bits, auto element) {
+    quantize_rows_of<bits, decltype(element)>(x + m * ldx, ldx, n, K, symmetric, to);
+  });
 }
 
 static void int8_quantize_rows(const void* x, int dtype, size_t ldx, size_t rows, size_t K, bool symmetric,
@@ -94,8 +109,8 @@ static void int8_quantize_rows(const void* x, int dtype, size_t ldx, size_t rows
 
 // Codes of one row under a given scale: values beyond its range saturate before they are rounded, since they may be too
 // large for an int32. False where the row holds NaN or an infinity.
-template <int BITS, class T>
-INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, row_t<BITS>* q, int32_t* correction) {
+template <int BITS, class T, class Q>
+INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, Q* q, int32_t* correction) {
   const size_t block = 4 * LANES;
   const f32 inv_scale = set1(1.0f / s.scale), zero = set1((float)s.zero);
   const f32 top = set1(BITS == 7 ? 127.0f : 255.0f);
@@ -107,7 +122,7 @@ INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, row_t<BITS>* q
     nan = nan_if_not_finite(v, nan);
     return round(clamp(v * inv_scale + zero, f32{}, top));
   };
-  auto codes = [&](const T* p, row_t<BITS>* out) {
+  auto codes = [&](const T* p, Q* out) {
     const i32 a = code(p, bad[0]), b = code(p + LANES, bad[1]), c = code(p + 2 * LANES, bad[2]),
               d = code(p + 3 * LANES, bad[3]);
     store_codes(out, a, b, c, d, set1(s.zero), pairs);
@@ -116,12 +131,12 @@ INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, row_t<BITS>* q
   for (; k + block <= K; k += block) codes(x + k, q + k);
   if (k < K) {
     T rest[block] = {};
-    row_t<BITS> last[block];
+    Q last[block];
     memcpy(rest, x + k, (K - k) * sizeof(T));
     codes(rest, last);
     memcpy(q + k, last, (4 * quads(K) - k) * sizeof *q);
   }
-  *correction = is_paired<BITS> ? total(pairs) : s.zero;
+  *correction = is_paired<Q> ? total(pairs) : s.zero;
   float lanes[LANES];
   store(lanes, (bad[0] + bad[1]) + (bad[2] + bad[3]));
   for (int i = 0; i < LANES; ++i)
@@ -129,10 +144,10 @@ INLINE bool quantize_row_static(const T* x, size_t K, RowScale s, row_t<BITS>* q
   return true;
 }
 
-template <int BITS, class T>
+template <int BITS, class Q, class T>
 static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale s, const QRows& out) {
   for (size_t m = 0; m < rows; ++m, x += K) {
-    auto* q = (row_t<BITS>*)out.q + m * 4 * quads(K);
+    Q* q = (Q*)out.q + m * 4 * quads(K);
     const bool finite = quantize_row_static<BITS>(x, K, s, q, out.correction + m);
     out.scale[m] = finite ? s.scale : __builtin_nanf("");
   }
@@ -140,8 +155,9 @@ static void quantize_rows_static_of(const T* x, size_t rows, size_t K, RowScale 
 
 template <class T> INLINE void quantize_rows_static_as(const T* x, size_t rows, size_t K, RowScale s,
                                                        const QRows& out) {
-  if (out.bits == 7) quantize_rows_static_of<7>(x, rows, K, s, out);
-  else quantize_rows_static_of<8>(x, rows, K, s, out);
+  fill_rows(rows, K, out, [&](size_t m, size_t n, const QRows& to, auto bits, auto element) {
+    quantize_rows_static_of<bits, decltype(element)>(x + m * K, n, K, s, to);
+  });
 }
 
 static void int8_quantize_rows_static(const void* x, int dtype, size_t rows, size_t K, float scale, int32_t zero,

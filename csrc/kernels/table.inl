@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/four_bit_int8.inl"
-#include "kernels/int8_a7.inl"
+#include "kernels/int8_split.inl"
 #include "kernels/recurrent.inl"
 
 namespace pyqkern {
@@ -13,8 +13,9 @@ const Kernels table = {
     PYQKERN_STRING(PYQKERN_ISA),
     NEEDS,
     sizeof(ROW_T),
-    sizeof(Codes7::row_t),
+    sizeof(Bytes::row_t),
     GEMV_ROWS,
+    SPLIT_ROWS,
     DOT_ROWS,
     SHORT_SUMS,
     quantize,

@@ -89,12 +89,13 @@ void add_affine(py::module_& m) {
 }
 
 void add_int8(py::module_& m) {
+  m.def("splits", [] { return kernels().split_rows != 0; });
   m.def("pack_int8", [](py::handle w, py::handle packed) {
     const Tensor from("w", w);
     from.check_rank(2);
     const int8_t* codes = from.as<int8_t>();
     const size_t N = from.size(0), K = from.size(1);
-    int8_t* to = packed_int8(packed.ptr(), N, K);
+    const Packed to = packed_int8(packed.ptr(), N, K);
     without_gil([&] { int8_pack(codes, N, K, to); });
   });
   m.def("unpack_int8", [](py::handle packed, py::handle w) {
@@ -102,7 +103,7 @@ void add_int8(py::module_& m) {
     to.check_rank(2);
     int8_t* codes = to.as<int8_t>();
     const size_t N = to.size(0), K = to.size(1);
-    const int8_t* from = packed_int8(packed.ptr(), N, K);
+    const Packed from = packed_int8(packed.ptr(), N, K);
     without_gil([&] { int8_unpack(from, N, K, codes); });
   });
   m.def("int8_gather", [](py::handle packed, size_t n, py::handle rows, py::handle out) {
@@ -110,7 +111,7 @@ void add_int8(py::module_& m) {
     to.check_rank(2);
     int8_t* codes = to.as<int8_t>();
     const size_t K = to.size(1);
-    const int8_t* from = packed_int8(packed.ptr(), n, K);
+    const Packed from = packed_int8(packed.ptr(), n, K);
     const RowNumbers numbers(rows, n);
     to.check_shape({numbers.count, K});
     without_gil([&] { int8_gather(from, K, numbers.data, numbers.count, codes); });

@@ -63,7 +63,7 @@ EncoderLinear linear(const Format& f, size_t i, py::handle packed, py::handle sc
   auto nested = [&](size_t j) { return f.nested.empty() ? Py_None : f.nested[3 * i + j].ptr(); };
   const Weight4Bit four = weight_4bit(packed.ptr(), scale.ptr(), nested(0), nested(1), nested(2), N, K, f.blocksize,
                                       static_cast<size_t>(f.book), kTrusted);
-  return {nullptr, nullptr, b.data, b.dtype, N, K, four};
+  return {{}, nullptr, b.data, b.dtype, N, K, four};
 }
 
 void encoder_layer_call(py::handle x, const py::object& mask, const py::object& position_bias, const Objects& weights,

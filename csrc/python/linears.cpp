@@ -56,7 +56,7 @@ PyObject* int8_linear_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const bool is_static = count == 10;
     const Rows r(args[0], args[4]);
     if (r.K > kMaxK) r.x.fail_shape("of at most " + std::to_string(kMaxK) + " columns");
-    const int8_t* packed = packed_int8(args[1], r.N, r.K, kTrusted);
+    const Packed packed = packed_int8(args[1], r.N, r.K, kTrusted);
     const float* scale = Tensor("weight_scale", args[2], false, kTrusted).as<float>(r.N);
     const Floats bias = bias_of(args[3], r.N, kTrusted);
     const long activation = integer(args[5]), bits = integer(args[7]);

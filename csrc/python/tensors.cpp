@@ -180,11 +180,15 @@ Weight4Bit weight_4bit(PyObject* packed, PyObject* absmax, PyObject* nested, PyO
           codebook(book)};
 }
 
-int8_t* packed_int8(PyObject* packed, size_t N, size_t K, bool trusted) {
+Packed packed_int8(PyObject* packed, size_t N, size_t K, bool trusted) {
   const Tensor t("packed", packed, false, trusted);
-  if (t.ndim != 3 || t.size(0) != panels(N) || t.size(1) != panel_bytes(K) / kLine || t.size(2) != kLine)
-    t.check_shape({panels(N), panel_bytes(K) / kLine, kLine});
-  return t.as<int8_t>();
+  // [panels][lines], the lines of all panels first and those of their excess behind them.
+  const size_t lines = panel_bytes(K) / kLine, given = t.ndim == 3 ? t.size(1) : 0;
+  if (t.ndim != 3 || t.size(0) != panels(N) || t.size(2) != kLine ||
+      (given != lines && given != lines + excess_bytes(K) / kLine))
+    t.check_shape({panels(N), lines, kLine});
+  int8_t* first = t.as<int8_t>();
+  return {first, given > lines ? first + panels(N) * panel_bytes(K) : nullptr};
 }
 
 void check_activation(long activation) {

@@ -117,7 +117,7 @@ Weight4Bit weight_4bit(PyObject* packed, PyObject* absmax, PyObject* nested, PyO
                        size_t K, size_t blocksize, size_t book, bool trusted = false);
 
 // An INT8 weight [N, K] as int8_pack makes it.
-int8_t* packed_int8(PyObject* packed, size_t N, size_t K, bool trusted = false);
+Packed packed_int8(PyObject* packed, size_t N, size_t K, bool trusted = false);
 
 void check_activation(long activation);
 void check_bits(long bits, bool symmetric);

@@ -76,14 +76,25 @@ INLINE void load_codes(const ROW_T* q, int8_t* codes) {
   _mm_storeu_si128((__m128i*)codes, _mm_shuffle_epi8(v, order));
 }
 
-// ---- the INT8 product of codes of 7 bits
-// vpmaddubsw cannot saturate: 2*127*128 < 2^15. 8 accumulators, two quads of a panel, ones, and the rows' quads take the
-// 16 registers.
+// ---- the INT8 products of plain bytes
+// vpmaddubsw, which int8_a7.inl and int8_split.inl keep from saturating. 8 accumulators, two quads of a panel, ones, and
+// the rows' quads take the 16 registers.
 INLINE void store_codes(uint8_t* q, i32 a, i32 b, i32 c, i32 d, i32, i32&) {
   const bytes_t codes = narrow(a, b, c, d);
   memcpy(q, &codes, sizeof codes);
 }
-struct Codes7 {
+// Four rows of 32 codes: bytes 4j to 4j + 3 of quads[i] are of row 16 * (j / 4) + 4 * i + j % 4.
+INLINE void interleave_rows(const uint8_t* const (&row)[4], __m256i (&quads)[4]) {
+  __m256i r[4];
+  unroll<4>([&](auto i) INLINE_LAMBDA { r[i] = _mm256_loadu_si256((const __m256i*)row[i]); });
+  const __m256i low01 = _mm256_unpacklo_epi8(r[0], r[1]), low23 = _mm256_unpacklo_epi8(r[2], r[3]);
+  const __m256i high01 = _mm256_unpackhi_epi8(r[0], r[1]), high23 = _mm256_unpackhi_epi8(r[2], r[3]);
+  quads[0] = _mm256_unpacklo_epi16(low01, low23);
+  quads[1] = _mm256_unpackhi_epi16(low01, low23);
+  quads[2] = _mm256_unpacklo_epi16(high01, high23);
+  quads[3] = _mm256_unpackhi_epi16(high01, high23);
+}
+struct Bytes {
   static constexpr bool FOLDED = true;
   static constexpr int MR = 4;
   typedef uint8_t row_t;
@@ -101,6 +112,81 @@ struct Codes7 {
   static INLINE_MEMBER acc_t dot(acc_t c, quad_t a0, quad_t b0, quad_t a1, quad_t b1) {
     return add(c, _mm256_add_epi16(_mm256_maddubs_epi16(a0, b0), _mm256_maddubs_epi16(a1, b1)));
   }
+  static INLINE_MEMBER acc_t dot_any(acc_t c, quad_t a, quad_t b) {  // of all codes and weights
+    const __m256i even = _mm256_and_si256(a, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(a, 8);
+    c += (acc_t)_mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    return c + (acc_t)_mm256_madd_epi16(odd, _mm256_srai_epi16(b, 8));
+  }
+
+  // 32 rows of codes, of which the first `rows` are there, `width` long: code k of row r goes to columns[32 * k + r].
+  static void transpose_rows(const uint8_t* q, size_t rows, size_t width, uint8_t* columns) {
+    for (size_t half = 0; half < 32; half += 16)
+      for (size_t k = 0; k < width; k += 16) {
+        const size_t count = width - k < 16 ? width - k : 16;
+        __m128i v[16], next[16];
+        for (size_t r = 0; r < 16; ++r) {
+          v[r] = _mm_setzero_si128();
+          if (half + r < rows) memcpy(&v[r], q + (half + r) * width + k, count);
+        }
+        for (int step = 0; step < 4; ++step) {  // each moves one bit of a row's number below those of k
+          for (size_t r = 0; r < 8; ++r) {
+            next[2 * r] = _mm_unpacklo_epi8(v[r], v[r + 8]);
+            next[2 * r + 1] = _mm_unpackhi_epi8(v[r], v[r + 8]);
+          }
+          memcpy(v, next, sizeof v);
+        }
+        for (size_t i = 0; i < count; ++i) _mm_storeu_si128((__m128i*)(columns + (k + i) * 32 + half), v[i]);
+      }
+  }
+
+  // sums[r][n] = sum over the entries of column n of code k of row r times their value, for 32 rows. The two values that
+  // vpmaddubsw takes at once do not pass 128 together, so it does not saturate.
+  template <class Excess> static void excess_sums(const uint8_t* columns, const Excess& x, int32_t (*sums)[kPanel]) {
+    alignas(32) int32_t by_column[kPanel][32];
+    for (size_t n = 0, i = 0; n < kPanel; ++n) {
+      acc_t c[4];
+      clear(c);
+      x.column(n, i, [&](size_t s, size_t i) INLINE_LAMBDA {
+        const uint8_t* from = columns + s * kSegment * 32;
+        const uint8_t* const row[4] = {from + 32 * x.k[i], from + 32 * x.k[i + 1], from + 32 * x.k[i + 2],
+                                       from + 32 * x.k[i + 3]};
+        __m256i codes[4];
+        interleave_rows(row, codes);
+        int32_t four;
+        memcpy(&four, x.value + i, 4);
+        const __m256i values = _mm256_set1_epi32(four);
+        unroll<4>([&](auto j) INLINE_LAMBDA { c[j] = dot(c[j], codes[j], values); });
+      });
+      unroll<2>([&](auto j) INLINE_LAMBDA {
+        const __m256i first = (__m256i)c[2 * j], second = (__m256i)c[2 * j + 1];
+        int32_t* to = by_column[n] + 8 * j;
+        _mm256_store_si256((__m256i*)to, _mm256_permute2x128_si256(first, second, 0x20));
+        _mm256_store_si256((__m256i*)(to + 16), _mm256_permute2x128_si256(first, second, 0x31));
+      });
+    }
+    for (size_t n = 0; n < kPanel; n += 8)
+      for (size_t r = 0; r < 32; r += 8) transpose_sums(&by_column[n][r], 32, &sums[r][n]);
+  }
+
+ private:
+  // Eight by eight int32.
+  static INLINE_MEMBER void transpose_sums(const int32_t* from, size_t ld, int32_t* to) {
+    __m256 v[8], pairs[8];
+    unroll<8>([&](auto i) INLINE_LAMBDA { v[i] = _mm256_load_ps((const float*)(from + i * ld)); });
+    unroll<4>([&](auto i) INLINE_LAMBDA {
+      pairs[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+      pairs[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    });
+    unroll<4>([&](auto i) INLINE_LAMBDA {
+      const __m256 low = pairs[i / 2 * 4 + i % 2], high = pairs[i / 2 * 4 + i % 2 + 2];
+      v[i / 2 * 4 + i % 2 * 2] = _mm256_shuffle_ps(low, high, 0x44);
+      v[i / 2 * 4 + i % 2 * 2 + 1] = _mm256_shuffle_ps(low, high, 0xee);
+    });
+    unroll<4>([&](auto i) INLINE_LAMBDA {
+      _mm256_store_ps((float*)(to + i * kPanel), _mm256_permute2f128_ps(v[i], v[i + 4], 0x20));
+      _mm256_store_ps((float*)(to + (i + 4) * kPanel), _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+    });
+  }
 };
 
 // ---- the 4-bit product of integers
@@ -116,7 +202,7 @@ INLINE i32 dot(i32 c, w_t low, x_t a, w_t high, x_t b) { return c + widen(dot(sh
 
 // ---- tiles
 constexpr int MR = 6, NV = 2, MR_WIDE = 4;
-constexpr size_t GEMV_ROWS = 4, DOT_ROWS = 4;
+constexpr size_t GEMV_ROWS = 4, SPLIT_ROWS = 32, DOT_ROWS = 4;
 constexpr int GEMV_SUMS = 8;
 constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 2;
 constexpr int ROWS_INT8 = 4, VECTORS_INT8 = 2;

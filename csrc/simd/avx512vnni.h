@@ -101,7 +101,7 @@ INLINE void load_codes(const ROW_T* q, int8_t* codes) {
 }
 INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
-struct Codes7 {
+struct Bytes {
   static constexpr bool FOLDED = false;
   typedef ROW_T row_t;
 };
@@ -125,7 +125,7 @@ INLINE i32 dot(i32 c, w_t w, x_t x) { return (i32)_mm512_dpbusd_epi32((__m512i)c
 
 // ---- tiles
 constexpr int MR = 8, NV = 3;
-constexpr size_t GEMV_ROWS = 4, DOT_ROWS = 4;
+constexpr size_t GEMV_ROWS = 4, SPLIT_ROWS = 0, DOT_ROWS = 4;
 constexpr int GEMV_SUMS = 16;
 constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 4;
 constexpr int ROWS_INT8 = 6, VECTORS_INT8 = 2;

@@ -37,7 +37,7 @@ INLINE void load_codes(const ROW_T* q, int8_t* codes) {
 }
 INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
-struct Codes7 {
+struct Bytes {
   static constexpr bool FOLDED = false;
   typedef ROW_T row_t;
 };
@@ -49,7 +49,7 @@ INLINE i32 dot(i32 c, w_t w, x_t x) { return (i32)_mm256_dpbusd_avx_epi32((__m25
 
 // ---- tiles
 constexpr int MR = 6, NV = 2;
-constexpr size_t GEMV_ROWS = 4, DOT_ROWS = 4;
+constexpr size_t GEMV_ROWS = 4, SPLIT_ROWS = 0, DOT_ROWS = 4;
 constexpr int GEMV_SUMS = 8;
 constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 2;
 constexpr int ROWS_INT8 = 4, VECTORS_INT8 = 2;

@@ -156,7 +156,7 @@ INLINE void load_codes(const ROW_T* q, int8_t* codes) {
 }
 INLINE acc_t dot_pairs(acc_t c, a_t a, b_t b) { return dot(c, a, b); }
 
-struct Codes7 {
+struct Bytes {
   static constexpr bool FOLDED = false;
   typedef ROW_T row_t;
 };
@@ -186,7 +186,7 @@ INLINE i32 dot(i32 c, const w_t& w, x_t x) {
 
 // ---- tiles
 constexpr int MR = 4, NV = 2;
-constexpr size_t GEMV_ROWS = 4, DOT_ROWS = 0;
+constexpr size_t GEMV_ROWS = 4, SPLIT_ROWS = 0, DOT_ROWS = 0;
 constexpr int GEMV_SUMS = 8;
 constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 2;
 constexpr int ROWS_INT8 = 4, VECTORS_INT8 = 2;

@@ -19,9 +19,11 @@
 //                     vectors of WIDE_B wide_t, and MR_WIDE, the rows of its tiles; 0: none
 //     GEMV_ROWS       rows up to which the weight is read once, front to back;  GEMV_SUMS: accumulators that it keeps
 //     DOT_ROWS        rows up to which a plain weight is not packed
-//     Codes7          rows of codes of 7 bits: FOLDED, whether int8_a7.inl multiplies them, else the product above does;
-//                     row_t, their element; and where FOLDED: MR, quad_t, load_a, load_b as above, dot of one quad or
-//                     of two that are added in int16, and store_codes to row_t, plain codes
+//     Bytes           the products of plain bytes, where vpmaddubsw and sums in int16 are faster: FOLDED, whether they
+//                     are; row_t, the element of a row of 7 bits; and where FOLDED: MR, quad_t, load_a, load_b as above,
+//                     dot of one quad or of two that are added in int16, dot_any, store_codes to row_t, and, for
+//                     int8_split.inl, transpose_rows and excess_sums
+//     SPLIT_ROWS      rows from which a weight is multiplied in its split form; 0: never
 //     ROW_K           how many k of a plain row dot takes at once, a from load_row and b from load_b; 0: not at all
 //   the 4-bit product of integers  c[lane] += sum over four k of x[k] * w[lane][k]: w_t (looked-up integers, u8), x_t
 //                     (four s8 of one row, broadcast), nibbles_t, load_nibbles, load_x, lookup, dot

@@ -119,11 +119,15 @@ class Kernels(Protocol):
     def int8_matmul(self, a: Tensor, w: Tensor) -> Tensor:
         """a int8 or uint8 [M, K], w int8 [N, K] -> a @ w.T, int32 [M, N]."""
 
-    def packed_shape(self, n: int, k: int) -> Shape:
+    def splits(self) -> bool:
+        """Whether many rows of 8 bits are multiplied faster with a weight packed with split=True."""
+
+    def packed_shape(self, n: int, k: int, split: bool = False) -> Shape:
         """The shape of int8_pack's result."""
 
-    def int8_pack(self, weight: Tensor) -> Tensor:
-        """weight int8 [N, K] in the form that this backend's int8_linear takes."""
+    def int8_pack(self, weight: Tensor, split: bool = False) -> Tensor:
+        """weight int8 [N, K] in the form that this backend's int8_linear takes; split: with what `splits` asks for.
+        Every function takes both forms."""
 
     def int8_unpack(self, packed: Tensor, n: int, k: int) -> Tensor:
         """The weight [n, k] out of int8_pack."""

@@ -55,14 +55,25 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
 # ---- INT8
 
 
-def packed_shape(n: int, k: int) -> Shape:
-    """[panel][k / 4][16 channels of 4 k]; the last lines of a panel hold what `reference.panels` says."""
-    quads = (k + 3) // 4
-    return ((n + PANEL - 1) // PANEL, quads + 2 + (quads // 2 + 511) // 512, 4 * PANEL)
+def packed_shape(n: int, k: int, split: bool = False) -> Shape:
+    """[panel][k / 4][16 channels of 4 k]; the last lines of a panel hold what `reference.panels` says.
+
+    split: with room for the excess of csrc's kernels.h behind all panels, where k is neither too small nor too large.
+    """
+    quads, segments = (k + 3) // 4, (k + 255) // 256
+    lines = quads + 2 + (quads // 2 + 511) // 512
+    if split and 256 <= k <= 4096:
+        lines += 1 + (PANEL * segments + 2 * ((k // 2 + 320) // 4 * 4) + 63) // 64
+    return ((n + PANEL - 1) // PANEL, lines, 4 * PANEL)
 
 
-def int8_pack(weight: Tensor) -> Tensor:
-    packed = weight.new_empty(packed_shape(*weight.shape))
+def splits() -> bool:
+    return _C.splits()
+
+
+def int8_pack(weight: Tensor, split: bool = False) -> Tensor:
+    n, k = weight.shape
+    packed = weight.new_empty(packed_shape(n, k, split))
     _C.pack_int8(weight, packed)
     return packed
 

@@ -75,13 +75,17 @@ def int8_linear_static(
     return y.view(*x.shape[:-1], weight_scale.shape[0])
 
 
-def packed_shape(n: int, k: int) -> Shape:
+def splits() -> bool:
+    return False
+
+
+def packed_shape(n: int, k: int, split: bool = False) -> Shape:
     """Rows of K rounded up to 16, and behind them rows that hold the N column sums as int32."""
     row = max(16, -(-k // 16) * 16)
     return (n - (-4 * n // row), row)
 
 
-def int8_pack(weight: Tensor) -> Tensor:
+def int8_pack(weight: Tensor, split: bool = False) -> Tensor:
     return kernels("int8").int8_pack(weight)
 
 

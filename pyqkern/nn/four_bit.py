@@ -114,9 +114,9 @@ class Linear4bit(QLinear):
             return torch.ops.pyqkern.pack_4bit(value.reshape(-1), *sizes)
         return kernels_of(value.device).pack_scales(value.reshape(-1), *sizes)
 
-    def _packed_shape(self, key: str, kernels: Kernels) -> Shape:
+    def _packed_shapes(self, key: str, kernels: Kernels) -> tuple[Shape, ...]:
         packed, absmax = kernels.packed_shapes_4bit(self.out_features, self.in_features, self.blocksize)
-        return packed if key == "weight" else absmax
+        return (packed if key == "weight" else absmax,)
 
     def _unpacked(self, key: str, kernels: Kernels, value: Tensor) -> Tensor:
         unpack = kernels.unpack_4bit if key == "weight" else kernels.unpack_scales

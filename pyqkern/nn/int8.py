@@ -13,7 +13,10 @@ from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import int8 as ops_int8
 from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.registry import kernels_of
 from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Int8WeightOnly, Range
+
+TALLEST_SPLIT = 16  # rows to a column
 
 
 def least_error_scale(weight: Tensor, scale: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ class Int8Linear(QLinear, scheme=Int8):
             )
         super().__init__(in_features, out_features, bias, scheme or Int8(), device, dtype)
         weight = torch.zeros((out_features, in_features), dtype=torch.int8, device=device)
-        self.register_buffer("packed", torch.ops.pyqkern.int8_pack(weight), persistent=False)
+        self.register_buffer("packed", self._pack("weight", weight), persistent=False)
         self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
 
     def _quantize(self, weight: Tensor) -> None:
@@ -67,7 +70,7 @@ class Int8Linear(QLinear, scheme=Int8):
         if self.scheme.clip_weights:
             self.weight_scale = least_error_scale(weight, self.weight_scale)
         codes = quantize_affine(weight, self.weight_scale, axis=0).clamp(min=-127)
-        self.packed = torch.ops.pyqkern.int8_pack(codes)
+        self.packed = self._pack("weight", codes)
 
     _of_weight: ClassVar[tuple[str, ...]] = ("packed", "weight_scale")
 
@@ -90,10 +93,19 @@ class Int8Linear(QLinear, scheme=Int8):
         return torch.ops.pyqkern.int8_unpack(self.packed, self.out_features, self.in_features)
 
     def _pack(self, key: str, value: Tensor) -> Tensor:
-        return torch.ops.pyqkern.int8_pack(value)
+        return torch.ops.pyqkern.int8_pack(value, self._may_split and kernels_of(value.device).splits())
 
-    def _packed_shape(self, key: str, kernels: Kernels) -> Shape:
-        return kernels.packed_shape(self.out_features, self.in_features)
+    @property
+    def _may_split(self) -> bool:
+        """Whether the packed weight may take an eighth more memory, which the product of many rows of 8 bits repays.
+
+        The table of an embedding is much taller than it is wide: without a product nothing is repaid.
+        """
+        bits = getattr(self.scheme, "activation_bits", 8)
+        return bits == 8 and self.out_features <= TALLEST_SPLIT * self.in_features
+
+    def _packed_shapes(self, key: str, kernels: Kernels) -> tuple[Shape, ...]:
+        return tuple(kernels.packed_shape(self.out_features, self.in_features, split) for split in (False, True))
 
     def _unpacked(self, key: str, kernels: Kernels, value: Tensor) -> Tensor:
         return kernels.int8_unpack(value, self.out_features, self.in_features)
@@ -178,6 +190,7 @@ class Int8WeightOnlyLinear(Int8Linear, scheme=Int8WeightOnly):
     """INT8 weights, dequantized in each call; x and the product stay in x's dtype."""
 
     scheme: Int8WeightOnly  # type: ignore[assignment]
+    _may_split = False
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return functional.linear(x, self._dequantize(x.dtype), None if bias is None else bias.to(x.dtype))

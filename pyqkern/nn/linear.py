@@ -27,7 +27,7 @@ class QLinear(nn.Module):
 
     A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
     `_linear`, `_dequantize`, `_of_weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain`,
-    `_pack`, `_packed_shape` and `_unpacked`. Its constructor takes what this one takes, on any device.
+    `_pack`, `_packed_shapes` and `_unpacked`. Its constructor takes what this one takes, on any device.
 
     >>> import torch, pyqkern
     >>> layer = pyqkern.QLinear.from_linear(torch.nn.Linear(64, 32), "int8")
@@ -191,8 +191,8 @@ class QLinear(nn.Module):
         """The buffer's form of `value`, for the device on which it is."""
         raise NotImplementedError
 
-    def _packed_shape(self, key: str, kernels: Kernels) -> Shape:
-        """The shape of the buffer in the form of a backend."""
+    def _packed_shapes(self, key: str, kernels: Kernels) -> tuple[Shape, ...]:
+        """The shapes that the buffer may have in a form of a backend."""
         raise NotImplementedError
 
     def _unpacked(self, key: str, kernels: Kernels, value: Tensor) -> Tensor:
@@ -205,10 +205,10 @@ class QLinear(nn.Module):
         for key, name in self._packed.items():
             buffer = self._buffers[name]
             assert buffer is not None
-            if buffer.shape == self._packed_shape(key, kernels_of(buffer.device)):
+            if buffer.shape in self._packed_shapes(key, kernels_of(buffer.device)):
                 continue
             backends = (*BACKENDS.values(), reference)
-            there = [kernels for kernels in backends if self._packed_shape(key, kernels) == buffer.shape]
+            there = [kernels for kernels in backends if buffer.shape in self._packed_shapes(key, kernels)]
             if not there:
                 raise ValueError(
                     f"{name} must be in the form of a device of this version of pyqkern, got {list(buffer.shape)}; "
@@ -278,7 +278,11 @@ class QLinear(nn.Module):
             if assign:
                 self._buffers[buffer] = self._pack(name, state_dict[key])
             elif not old.is_meta:
-                old.copy_(self._pack(name, state_dict[key].to(old.device)))
+                packed = self._pack(name, state_dict[key].to(old.device))
+                if packed.shape == old.shape:
+                    old.copy_(packed)
+                else:  # the old one was packed for another CPU
+                    self._buffers[buffer] = packed
 
     def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         problems = []

@@ -148,7 +148,7 @@ def _check_int8(name: str, packed: Tensor, scale: Tensor, n: int, k: int) -> Non
         raise ValueError(f"in_features must be at most {INT8_LINEAR_MAX_K}, got {k} in {name}")
     if packed.dtype is not torch.int8:
         raise TypeError(f"the weight of {name} must be int8, got {packed.dtype}")
-    if packed.shape != cpu.packed_shape(n, k):
+    if packed.shape not in (cpu.packed_shape(n, k), cpu.packed_shape(n, k, True)):
         raise ValueError(
             f"the weight of {name} must be what int8_pack makes of [{n}, {k}], got shape {tuple(packed.shape)}"
         )

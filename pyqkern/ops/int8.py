@@ -56,28 +56,30 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
 
 
-def _pack_fake(weight: Tensor) -> Tensor:
+def _pack_fake(weight: Tensor, split: bool = False) -> Tensor:
     _check_weight(weight)
-    return weight.new_empty(kernels_of(weight.device).packed_shape(*weight.shape))
+    n, k = weight.shape
+    return weight.new_empty(kernels_of(weight.device).packed_shape(n, k, split))
 
 
-@operator("int8_pack(Tensor weight) -> Tensor", _pack_fake)
-def _pack(kernels: Kernels, weight: Tensor) -> Tensor:
+@operator("int8_pack(Tensor weight, bool split=False) -> Tensor", _pack_fake)
+def _pack(kernels: Kernels, weight: Tensor, split: bool = False) -> Tensor:
     _check_weight(weight)
+    n, k = weight.shape
     if weight.numel() == 0:
-        return weight.new_zeros(kernels.packed_shape(*weight.shape))
-    if weight.shape[1] > INT8_MATMUL_MAX_K[torch.uint8] and int(weight.min()) == -128:
+        return weight.new_zeros(kernels.packed_shape(n, k, split))
+    if k > INT8_MATMUL_MAX_K[torch.uint8] and int(weight.min()) == -128:
         raise ValueError(
-            f"weight must be in [-127, 127] where K={weight.shape[1]} is above {INT8_MATMUL_MAX_K[torch.uint8]}, "
+            f"weight must be in [-127, 127] where K={k} is above {INT8_MATMUL_MAX_K[torch.uint8]}, "
             "so that no int32 sum wraps, got -128; split the layer"
         )
-    return kernels.int8_pack(weight.contiguous())
+    return kernels.int8_pack(weight.contiguous(), split)
 
 
 def _check_form(kernels: Kernels, packed: Tensor, n: int, k: int) -> None:
     if packed.dtype is not torch.int8:
         raise TypeError(f"packed must be torch.int8, got {packed.dtype}")
-    if n < 0 or k < 0 or packed.shape != kernels.packed_shape(n, k):
+    if n < 0 or k < 0 or packed.shape not in (kernels.packed_shape(n, k), kernels.packed_shape(n, k, True)):
         raise ValueError(
             f"packed must be what int8_pack makes of [{n}, {k}] on {packed.device}, got shape {tuple(packed.shape)}"
         )

@@ -16,6 +16,8 @@ N, K, M, BLOCK = 40, 96, 3, 32
 X, W = floats((M, K), 1), integers((N, K), 2, torch.int8)
 SCALE, BIAS = torch.rand(N) + 0.1, torch.randn(N)
 PANELS = cpu.int8_pack(W)
+WIDE = integers((N, 256), 4, torch.int8) // 4
+SPLIT = cpu.int8_pack(WIDE, True)
 FLAT, ABSMAX = cpu.quantize_4bit(floats((N, K), 3), "nf4", BLOCK)
 LINES, SCALES = cpu.pack_4bit(FLAT, N, K, BLOCK), cpu.pack_scales(ABSMAX, N, K, BLOCK)
 ROWS, NF4 = torch.tensor([0, 39, 5]), cpu._BOOKS["nf4"]
@@ -65,8 +67,8 @@ CALLS: dict[str, list[list[Any]]] = {
     "quantize": [[X, torch.ones(M), ints(M, dtype=torch.int32), 1, M, K, False, ints(M, K), 8]],
     "dequantize": [[W, SCALE, ints(N, dtype=torch.int32), 1, N, K, torch.empty(N, K)]],
     "elementwise": [[1, X, torch.empty(M, K)]],
-    "pack_int8": [[W, torch.empty_like(PANELS)]],
-    "unpack_int8": [[PANELS, torch.empty_like(W)]],
+    "pack_int8": [[W, torch.empty_like(PANELS)], [WIDE, torch.empty_like(SPLIT)]],
+    "unpack_int8": [[PANELS, torch.empty_like(W)], [SPLIT, torch.empty_like(WIDE)]],
     "int8_gather": [[PANELS, N, ROWS, ints(3, K, dtype=torch.int8)]],
     "int8_matmul": [
         [W[:M], W, ints(M, N, dtype=torch.int32)],
@@ -75,6 +77,7 @@ CALLS: dict[str, list[list[Any]]] = {
     "int8_linear": [
         [X, PANELS, SCALE, BIAS, torch.empty(M, N), 2, False, 8],
         [X, PANELS, SCALE, BIAS, torch.empty(M, N), 2, False, 7, torch.ones(1), ints(1, dtype=torch.int32)],
+        [floats((33, 256), 7), SPLIT, SCALE, BIAS, torch.empty(33, N), 2, False, 8],
     ],
     "quantize_4bit": [[X, BLOCK, NF4, ints(M * K // 2), torch.empty(M * K // BLOCK)]],
     "dequantize_4bit": [
@@ -172,7 +175,7 @@ def changes(given: Any) -> Iterator[tuple[str, Any]]:
 
 def test_every_function_is_called_here() -> None:
     about_tensors = {name for name, value in vars(_C).items() if callable(value) and inspect.isbuiltin(value)}
-    assert about_tensors - set(CALLS) == {"isa", "isas", "set_isa", "threads", "openmp", "use_torch"}
+    assert about_tensors - set(CALLS) == {"isa", "isas", "set_isa", "splits", "threads", "openmp", "use_torch"}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -219,7 +219,7 @@ def in_the_form_of(kernels: Kernels, layer: QLinear) -> QLinear:
     n, k = layer.out_features, layer.in_features
     for key, name in layer._packed.items():
         plain = layer._plain(key).view(-1) if layer.scheme.bits == 4 else layer._plain(key)
-        shape = layer._packed_shape(key, kernels)
+        shape = layer._packed_shapes(key, kernels)[0]
         if plain.dim() == 2:
             packed = plain.new_zeros(shape)
             packed[:n, :k] = plain

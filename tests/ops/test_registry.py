@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from calls import ABSMAX, BIAS, CALLS, PACKED, SCALE, X4, Q, W, X
+from calls import ABSMAX, BIAS, CALLS, PACKED, SCALE, WIDE, X4, Q, W, X
 from strategies import FLOATS, floats
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -78,7 +78,8 @@ def test_a_device_without_kernels_gets_the_reference(
 def in_the_reference_form(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if name == "int8_unpack" or name.startswith("int8_linear"):
         position = 0 if name == "int8_unpack" else 1
-        return (*arguments[:position], W, *arguments[position + 1 :])  # its packed form is the weight itself
+        weight = W if arguments[position].shape == cpu.packed_shape(*W.shape) else WIDE
+        return (*arguments[:position], weight, *arguments[position + 1 :])  # its packed form is the weight itself
     if name == "unpack_4bit":
         return (PACKED, *arguments[1:])
     return (arguments[0], PACKED, ABSMAX, *arguments[3:]) if name == "linear_4bit" else arguments

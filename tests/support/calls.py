@@ -13,6 +13,7 @@ W = integers((40, 96), 2, torch.int8)
 SCALE, BIAS = torch.rand(40) * 0.01 + 1e-3, torch.randn(40)
 X_SCALE, X_ZERO = torch.rand(4) + 0.1, torch.arange(4, dtype=torch.int32)
 Q = integers((4, 96), 3, torch.int8)
+WIDE, MANY = integers((40, 256), 4, torch.int8) // 4, floats((33, 256), 5)  # which a split weight is for
 
 CALLS = {
     "choose_qparams_affine": [
@@ -33,13 +34,14 @@ CALLS = {
         (Q, torch.ones(4, 3), None, None, 32, torch.bfloat16),
     ],
     "int8_matmul": [(Q, W), (Q.to(torch.uint8).view(2, 2, 96), W), (Q[:0], W)],
-    "int8_pack": [(W,), (W[:3, :5],), (W[:0],)],
-    "int8_unpack": [(ops.int8_pack(W), 40, 96)],
+    "int8_pack": [(W,), (W[:3, :5],), (W[:0],), (WIDE, True)],
+    "int8_unpack": [(ops.int8_pack(W), 40, 96), (ops.int8_pack(WIDE, True), 40, 256)],
     "int8_linear": [
         (X, ops.int8_pack(W), SCALE, BIAS, "none", False),
         (X.view(2, 2, 96).bfloat16(), ops.int8_pack(W), SCALE, None, "gelu", True),
         (X.half()[0], ops.int8_pack(W), SCALE, BIAS.half(), "relu", False),
         (X[:0], ops.int8_pack(W), SCALE, BIAS, "none", False),
+        (MANY, ops.int8_pack(WIDE, True), SCALE, BIAS, "none", False),
     ],
     "int8_linear_static": [
         (X, ops.int8_pack(W), SCALE, BIAS, "none", torch.tensor([0.02]), torch.tensor([90], dtype=torch.int32)),

@@ -29,6 +29,7 @@ from pyqkern.backends.reference.int8 import (
     int8_unpack,
     packed_shape,
     panels,
+    splits,
 )
 from pyqkern.backends.reference.recurrent import recurrent
 
@@ -57,6 +58,7 @@ __all__ = [
     "quantize_4bit",
     "recurrent",
     "rows_4bit",
+    "splits",
     "unpack_4bit",
     "unpack_scales",
 ]

@@ -77,7 +77,11 @@ def int8_linear_static(
     return activate(y, activation).to(x.dtype).view(*x.shape[:-1], packed.shape[0])
 
 
-def int8_pack(weight: Tensor) -> Tensor:
+def splits() -> bool:
+    return False
+
+
+def int8_pack(weight: Tensor, split: bool = False) -> Tensor:
     """The form of an int8 weight [N, K] that this module's `int8_linear` takes: a contiguous copy."""
     return weight.clone(memory_format=torch.contiguous_format)
 
@@ -92,7 +96,7 @@ def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
     return packed.index_select(0, rows)
 
 
-def packed_shape(n: int, k: int) -> Shape:
+def packed_shape(n: int, k: int, split: bool = False) -> Shape:
     """The shape of `int8_pack`'s result."""
     return (n, k)
 
