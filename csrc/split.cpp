@@ -13,21 +13,27 @@ namespace pyqkern {
 namespace {
 
 constexpr int kMostSum = 128, kMostEntry = 64;
+constexpr size_t kMostEntries = 12;  // of the eight weights of a column in a pair of lines
 
-// entry(k, value) for the excess of a column's weights [8i, 8i + 8); `column` points at its first quad.
-template <class F> void find_excess(const int8_t* column, size_t i, size_t Q, const F& entry) {
-  const int8_t *first = column + 2 * i * kLine, *second = 2 * i + 1 < Q ? first + kLine : nullptr;
-  for (size_t half = 0; half < 4; half += 2) {
-    int w[4] = {first[half], first[half + 1], second ? second[half] : 0, second ? second[half + 1] : 0};
+// entry(n, k, value) for the excess of a pair of lines, column by column: of weights [8 * pair, 8 * pair + 8).
+template <class F> void find_excess(const int8_t* first, const int8_t* second, size_t pair, const F& entry) {
+  int positive[kLine], sum[kLine];  // in loops of their own the compiler makes vectors of them
+  for (size_t i = 0; i < kLine; ++i) {
+    positive[i] = std::max<int>(first[i], 0) + std::max<int>(second[i], 0);
+    sum[i] = first[i] + second[i];
+  }
+  for (size_t i = 0; i < kLine; i += 2) {
+    const int above = positive[i] + positive[i + 1], below = above - (sum[i] + sum[i + 1]);
+    if (std::max(above, below) <= kMostSum) continue;
+    int w[4] = {first[i], first[i + 1], second[i], second[i + 1]};
     for (int sign = 1; sign >= -1; sign -= 2) {
-      int over = -kMostSum;
-      for (int v : w) over += std::max(0, sign * v);
+      int over = (sign > 0 ? above : below) - kMostSum;
       while (over > 0) {
-        int at = 0;
-        for (int j = 1; j < 4; ++j)
+        size_t at = 0;
+        for (size_t j = 1; j < 4; ++j)
           if (sign * w[j] > sign * w[at]) at = j;
         const int value = std::min({over, sign * w[at], kMostEntry});
-        entry(8 * i + 4 * static_cast<size_t>(at / 2) + half + static_cast<size_t>(at % 2), sign * value);
+        entry(i / 4, 8 * pair + 4 * (at / 2) + i % 4 + at % 2, sign * value);
         w[at] -= sign * value;
         over -= value;
       }
@@ -35,40 +41,48 @@ template <class F> void find_excess(const int8_t* column, size_t i, size_t Q, co
   }
 }
 
+struct Entry {
+  uint16_t k, n;
+  int value;
+};
+
 }  // namespace
 
 size_t split_panel(const int8_t* panel, size_t K, uint8_t* excess) {
   const size_t Q = quads(K), S = segments(K), capacity = excess_capacity(K), all = (Q + 1) / 2;
   memset(excess, 0, excess_bytes(K));
-  size_t count[kPanel][kSplitMost / kSegment] = {}, fours = 0, pairs = 0;
+  Entry entries[excess_capacity(kSplitMost) + kMostEntries * kPanel];  // in the order of k
+  const int8_t none[kLine] = {};
+  size_t count[kPanel][kSplitMost / kSegment] = {}, total = 0, fours = 0, pairs = 0;
   for (; pairs < all; ++pairs) {
-    const size_t s = 8 * pairs / kSegment;
-    size_t more[kPanel] = {}, added = 0;
-    for (size_t n = 0; n < kPanel; ++n) {
-      find_excess(panel + 4 * n, pairs, Q, [&](size_t, int) { ++more[n]; });
-      added += (count[n][s] + more[n] + 3) / 4 - (count[n][s] + 3) / 4;
+    const size_t s = 8 * pairs / kSegment, before = total;
+    const int8_t* first = panel + 2 * pairs * kLine;
+    size_t more = 0;
+    find_excess(first, 2 * pairs + 1 < Q ? first + kLine : none, pairs, [&](size_t n, size_t k, int value) {
+      entries[total++] = {static_cast<uint16_t>(k), static_cast<uint16_t>(n), value};
+      more += count[n][s]++ % 4 == 0;
+    });
+    if (4 * (fours + more) > capacity) {
+      while (total > before) --count[entries[--total].n][s];
+      break;
     }
-    if (4 * (fours + added) > capacity) break;
-    for (size_t n = 0; n < kPanel; ++n) count[n][s] += more[n];
-    fours += added;
+    fours += more;
   }
   const uint32_t split = static_cast<uint32_t>(pairs);
   memcpy(excess, &split, sizeof split);
-  uint8_t *number = excess + kLine, *k_low = number + kPanel * S, *value = k_low + capacity;
+  uint8_t *number = excess + kLine, *low = number + kPanel * S, *value = low + capacity;
+  size_t next[kPanel][kSplitMost / kSegment], at = 0;
   for (size_t n = 0; n < kPanel; ++n)
     for (size_t s = 0; s < S; ++s) {
-      const size_t first = s * kSegment / 8, stop = std::min(pairs, (s + 1) * kSegment / 8);
-      size_t entries = 0;
-      for (size_t i = first; i < stop; ++i)
-        find_excess(panel + 4 * n, i, Q, [&](size_t k, int v) {
-          k_low[entries] = static_cast<uint8_t>(k % kSegment);
-          value[entries++] = static_cast<uint8_t>(v);
-        });
-      entries = (entries + 3) / 4 * 4;
-      *number++ = static_cast<uint8_t>(entries / 4);
-      k_low += entries;
-      value += entries;
+      next[n][s] = at;
+      *number++ = static_cast<uint8_t>((count[n][s] + 3) / 4);
+      at += (count[n][s] + 3) / 4 * 4;
     }
+  for (size_t i = 0; i < total; ++i) {
+    const size_t to = next[entries[i].n][entries[i].k / kSegment]++;
+    low[to] = static_cast<uint8_t>(entries[i].k % kSegment);
+    value[to] = static_cast<uint8_t>(entries[i].value);
+  }
   return pairs;
 }
 

@@ -77,7 +77,7 @@ static inline size_t panel_bytes(size_t K) { return (quads(K) + 2 + mark_lines(K
 constexpr size_t kSegment = 256, kSplitLeast = 256, kSplitMost = 4096;
 static inline size_t segments(size_t K) { return (K + kSegment - 1) / kSegment; }
 // Of Gaussian weights 5 % at K = 384, and 3 % at 3072, are entries.
-static inline size_t excess_capacity(size_t K) { return (K / 2 + 320) / 4 * 4; }
+static constexpr size_t excess_capacity(size_t K) { return (K / 2 + 320) / 4 * 4; }
 static inline size_t excess_bytes(size_t K) {
   if (K < kSplitLeast || K > kSplitMost) return 0;
   return (1 + (kPanel * segments(K) + 2 * excess_capacity(K) + kLine - 1) / kLine) * kLine;

@@ -195,3 +195,24 @@ def test_a_layer_packed_for_one_cpu_is_read_on_another() -> None:
         results.append(torch.load(io.BytesIO(file.getvalue()), weights_only=False)(x))
         _C.set_isa(previous)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@torch.inference_mode()
+def test_an_encoder_layer_has_the_same_bits_with_either_form() -> None:
+    """Three sentences of 50 tokens, one of them short: blocks of more and of fewer rows than the split form is for."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, vocab_size=100
+    )
+    model, results = transformers.BertModel(config).eval(), []
+    ids, mask = torch.randint(0, 100, (3, 50)), torch.ones(3, 50, dtype=torch.long)
+    mask[1, 7:] = 0
+    for isa in pyqkern.isas():
+        previous = _C.set_isa(isa)
+        fused = pyqkern.optimize(copy.deepcopy(model), "int8")
+        results.append(fused(ids, mask).last_hidden_state[mask.bool()])
+        results.append(fused(ids[1:2, :7]).last_hidden_state[0])
+        _C.set_isa(previous)
+    assert all(torch.equal(result, results[i % 2]) for i, result in enumerate(results))
+    assert torch.equal(results[0][50:57], results[1])
