@@ -20,6 +20,7 @@ from pyqkern.models.quantize_dynamic import quantize_dynamic
 from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_embedding, replace_linear
 from pyqkern.models.summary import summary
+from pyqkern.nn.attention import QMultiheadAttention
 from pyqkern.nn.embedding import QEmbedding, QEmbeddingBag
 from pyqkern.nn.encoder import QEncoderLayer
 from pyqkern.nn.four_bit import FP4Linear, Int4Linear, NF4Linear
@@ -76,6 +77,7 @@ __all__ = [
     "QGRUCell",
     "QLSTMCell",
     "QLinear",
+    "QMultiheadAttention",
     "QRNNCell",
     "QRecurrent",
     "Quantized4bit",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pyqkern.analysis.records import Records, barh
 from pyqkern.calibration.run import counted, evaluated
-from pyqkern.models.find import RECURRENT, find_layers, linear_types
+from pyqkern.models.find import RECURRENT, find_attentions, find_layers, linear_types
+from pyqkern.nn.attention import unfolded
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 
 
@@ -66,13 +67,26 @@ def error_propagation(
     Raises ValueError without batches, for models whose layers do not have the same names, and for outputs of another
     shape or with NaN.
     """
+    sums: dict[str, _Sums] = {}
+    with unfolded(find_attentions(float_model)), unfolded(find_attentions(quantized_model)):
+        kinds = _add_errors(sums, float_model, quantized_model, batches, progress)
+    records = [s.record(name, kinds.get(name, "output")) for name, s in sums.items()]
+    for record in records:
+        if math.isnan(record.mse):
+            raise ValueError(f"{record.name}: outputs must be finite, got NaN or an infinity; look at the batches")
+    return Records(ErrorRecord, records, _draw_errors, "SQNR along depth: first layer on top, output at the bottom")
+
+
+def _add_errors(
+    sums: dict[str, _Sums], float_model: nn.Module, quantized_model: nn.Module, batches: Iterable[Any], progress: bool
+) -> dict[str, str]:
+    """Adds up the errors by the names of the layers; returns what these are in the quantized model."""
     names, others = _watched(float_model), _watched(quantized_model)
     for name in [name for name, module in names.items() if type(module) is type(others.get(name)) in EMBEDDINGS]:
         del names[name], others[name]  # the same table in both
     if set(names) != set(others):
         differing = sorted(set(names) ^ set(others))
         raise ValueError(f"both models must have the same layers, but only one has {', '.join(differing[:4])}")
-    sums: dict[str, _Sums] = {}
     for batch in counted(batches, "error propagation", progress):
         expected = _outputs(float_model, names, batch)
         actual = _outputs(quantized_model, others, batch)
@@ -81,11 +95,7 @@ def error_propagation(
                 if x.shape != y.shape:
                     raise ValueError(f"{name}: outputs must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
                 sums.setdefault(name, _Sums()).add(x, y)
-    records = [s.record(name, type(others[name]).__name__ if name in others else "output") for name, s in sums.items()]
-    for record in records:
-        if math.isnan(record.mse):
-            raise ValueError(f"{record.name}: outputs must be finite, got NaN or an infinity; look at the batches")
-    return Records(ErrorRecord, records, _draw_errors, "SQNR along depth: first layer on top, output at the bottom")
+    return {name: type(module).__name__ for name, module in others.items()}
 
 
 def _draw_errors(records: Sequence[ErrorRecord], axes: Any) -> None:

@@ -84,7 +84,7 @@ def range_report(
     def see(name: str, x: Tensor) -> None:
         watches.setdefault(name, _Watch()).observe(x)
 
-    see_inputs(model, linears, batches, see, title="range report", progress=progress)
+    see_inputs(model, batches, see, title="range report", progress=progress)
     records = [
         _record(name, linears[name], seen, None if ranges is None else ranges.get(name))
         for name, seen in watches.items()

@@ -105,7 +105,7 @@ def calibrate(
     def see(name: str, x: Tensor) -> None:
         observers.setdefault(name, OBSERVERS[observer](per_channel)).observe(x)
 
-    see_inputs(model, linears, batches, see, title=f"calibrate {observer}", progress=progress)
+    see_inputs(model, batches, see, title=f"calibrate {observer}", progress=progress)
     missed = [name for name in linears if name not in observers]
     if missed:
         some = ", ".join(missed[:4]) + (", ..." if len(missed) > 4 else "")

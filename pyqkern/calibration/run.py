@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyqkern.models.find import find_linears
+from pyqkern.models.find import find_attentions, find_linears
+from pyqkern.nn.attention import unfolded
 
 
 def linears_of(model: nn.Module) -> dict[str, Any]:
@@ -62,7 +63,6 @@ def input_of(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
 
 def see_inputs(
     model: nn.Module,
-    linears: Mapping[str, nn.Module],
     batches: Iterable[Any],
     see: Callable[[str, Tensor], None],
     *,
@@ -70,6 +70,8 @@ def see_inputs(
     progress: bool,
 ) -> None:
     """Runs the batches and calls see(name, x) for each input of each linear, x [rows, in_features], finite, not empty.
+
+    Linears as `linears_of` names them.
 
     Raises ValueError without batches, and for NaN or an infinity in an input, naming batch and layer.
     """
@@ -90,12 +92,13 @@ def see_inputs(
 
         return hook
 
-    hooks = {name: hook_of(name) for name in linears}
-    handles = [linears[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
-    try:
-        with evaluating(model):
-            for count, batch in enumerate(counted(batches, title, progress)):  # noqa: B007  the hooks name it
-                run_batch(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with unfolded(find_attentions(model)):
+        linears = linears_of(model).items()
+        handles = [linear.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, linear in linears]
+        try:
+            with evaluating(model):
+                for count, batch in enumerate(counted(batches, title, progress)):  # noqa: B007  the hooks name it
+                    run_batch(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()

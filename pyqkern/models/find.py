@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pyqkern.nn.attention import INPUTS, OUTPUTS, Projection, is_folded, projections
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
@@ -67,7 +68,46 @@ def as_linear(module: Any) -> nn.Linear:
 
 
 def find_linears(model: nn.Module) -> list[Layer]:
-    return find_layers(model, linear_types())
+    """Every linear, and every projection of an nn.MultiheadAttention as one: see `Projection`."""
+    found = []
+    for layer in find_layers(model, (*linear_types(), nn.MultiheadAttention)):
+        if is_folded(layer.module):
+            found += _projections(layer)
+        elif isinstance(layer.module, linear_types()) and not _is_projection(layer):
+            found.append(layer)
+    return found
+
+
+def find_attentions(model: nn.Module) -> list[Any]:
+    """Each nn.MultiheadAttention that replace_linear can quantize, once."""
+    kept = kept_modules(model)
+    layers = [layer for layer in find_layers(model, (nn.MultiheadAttention,)) if is_folded(layer.module)]
+    return [layer.module for layer in layers if _attention_reason(layer.module, {}, kept) is None]
+
+
+def _projections(layer: Layer) -> list[Layer]:
+    attention = layer.module
+    found = []
+    for name, linear in projections(attention).items():
+        names = [f"{path}.{name}" if path else name for path in layer.names]
+        if KEPT in vars(attention):
+            setattr(linear, KEPT, vars(attention)[KEPT])
+        found.append(Layer(linear, names, [(attention, name)]))
+    return found
+
+
+def _is_projection(layer: Layer) -> bool:
+    """Whether it is an out_proj that `_projections` gives."""
+    return type(layer.module) in OUTPUTS and any(is_folded(parent) for parent, _ in layer.places)
+
+
+def keep(layer: Layer, reason: str) -> None:
+    """Leaves the reason why a layer stays in float where `summary` finds it."""
+    module = layer.module
+    if isinstance(module, Projection):
+        (attention, name) = layer.places[0]
+        module = attention if is_folded(attention) else attention._modules[name]
+    setattr(module, KEPT, reason)
 
 
 def find_layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[Layer]:
@@ -214,7 +254,7 @@ def _listed(pattern: Pattern | None) -> list[Any]:
 
 def _picks(pattern: str | type, layer: Layer) -> bool:
     if isinstance(pattern, type):
-        return isinstance(layer.module, pattern)
+        return any(isinstance(module, pattern) for module in (layer.module, *getattr(layer.module, "attention", ())))
     return any(fnmatchcase(name, pattern) for name in layer.names)
 
 
@@ -235,14 +275,21 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
 
 
-def _is_read_by_attention(module: nn.Module) -> bool:
-    """nn.MultiheadAttention never calls its out_proj."""
-    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
 def kept_modules(model: nn.Module) -> dict[nn.Module, str]:
     """The modules that stay in float because of what they are in, and why."""
-    return dict.fromkeys(_adapters(model), _ADAPTER) | _in_float_files(model)
+    return _attentions_of_peft(model) | dict.fromkeys(_adapters(model), _ADAPTER) | _in_float_files(model)
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def _attentions_of_peft(model: nn.Module) -> dict[nn.Module, str]:
+    """What is in an nn.MultiheadAttention that peft wraps: it writes into its weights in every call."""
+    children = [child for module in model.modules() if _is_of_peft(module) for child in module.children()]
+    wrapped = [child for child in children if isinstance(child, nn.MultiheadAttention)]
+    reason = "in an nn.MultiheadAttention that peft wraps, and into whose weights it writes"
+    return dict.fromkeys((one for attention in wrapped for one in attention.modules()), reason)
 
 
 def _adapters(model: nn.Module) -> set[nn.Module]:
@@ -258,7 +305,7 @@ def _adapters(model: nn.Module) -> set[nn.Module]:
         seen = added if is_added else wrapped
         if module not in seen:
             seen.add(module)
-            is_peft = any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+            is_peft = _is_of_peft(module)
             children = module.named_children()
             waiting += [(child, is_added or (is_peft and name not in _WRAPPED)) for name, child in children]
     return added - wrapped
@@ -292,11 +339,14 @@ def _key(tensor: Tensor) -> int:
 
 
 def weight_owners(model: nn.Module, but: tuple[type[nn.Module], ...] | None = None) -> dict[int, tuple[str, nn.Module]]:
-    """Each parameter of a module that is not of the types `but`, by default linears, -> its name and the module."""
+    """Each parameter of a module that is not of the types `but` -> its name and the module.
+
+    but: by default linears, and attentions, whose projections are linears.
+    """
     return {
         _key(parameter): (f"{name}.{key}" if name else key, module)
         for name, module in model.named_modules()
-        if not isinstance(module, but or linear_types())
+        if not isinstance(module, but or (*linear_types(), nn.MultiheadAttention))
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.numel()
     }
@@ -316,19 +366,43 @@ def structural_reason(
         return "already quantized"
     if kept is not None and module in kept:
         return kept[module]
+    if isinstance(module, Projection) and (reason := _attention_reason(module.attention[0], owners, kept)):
+        return reason
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:
         return "parametrized: its weight is computed from other parameters"
     if "bias" not in module._parameters:
         return "pruned: its bias is computed from other parameters"
-    if type(module) not in (nn.Linear, conv1d()) and (type(module) not in named or _is_read_by_attention(module)):
+    if type(module) not in (nn.Linear, Projection, conv1d(), *named):
         kind = type(module).__name__
-        way = "" if _is_read_by_attention(module) else f"; include=[nn.Linear, {kind}], the types, takes it"
-        return f"subclass of nn.Linear: {kind}, whose owner may read its weight{way}"
+        way = f"include=[nn.Linear, {kind}], the types, takes it"
+        return f"subclass of nn.Linear: {kind}, whose owner may read its weight; {way}"
     if "forward" in vars(module):
         return "patched: its forward was replaced"
     owner = owners.get(_key(weight)) if weight.numel() else None
-    if owner is not None:
-        name, holder = owner
-        return f"tied to {'the embedding ' if isinstance(holder, (*EMBEDDINGS,)) else ''}{name}"
-    return None
+    return None if owner is None else _tied(*owner)
+
+
+def _tied(name: str, holder: nn.Module) -> str:
+    return f"tied to {'the embedding ' if isinstance(holder, (*EMBEDDINGS,)) else ''}{name}"
+
+
+def _attention_reason(
+    attention: Any, owners: dict[int, tuple[str, nn.Module]], kept: Mapping[nn.Module, str] | None
+) -> str | None:
+    """Why no projection of this nn.MultiheadAttention can be replaced."""
+    if kept is not None and attention in kept:
+        return kept[attention]
+    if type(attention) is not nn.MultiheadAttention and not parametrize.is_parametrized(attention):
+        kind = type(attention).__name__
+        return f"in a subclass of nn.MultiheadAttention: {kind}, whose forward may be its own"
+    names = ["in_proj_weight"] if attention._qkv_same_embed_dim else [f"{name}_weight" for name in INPUTS]
+    weights = [attention._parameters.get(name) for name in names]
+    if any(one is None for one in weights) or "in_proj_bias" not in attention._parameters:
+        return "parametrized: a weight of the attention is computed from other parameters"
+    if type(attention.out_proj) not in OUTPUTS:
+        return f"in an nn.MultiheadAttention whose out_proj is a {type(attention.out_proj).__name__}"
+    if "forward" in vars(attention):
+        return "patched: the forward of the attention was replaced"
+    owner = next((owners[_key(one)] for one in weights if one is not None and _key(one) in owners), None)
+    return None if owner is None else _tied(*owner)

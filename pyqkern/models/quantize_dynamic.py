@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from pyqkern.models.find import RECURRENT, linear_types
 from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_embedding, replace_linear
+from pyqkern.nn.attention import INPUTS, is_folded
 from pyqkern.nn.embedding import EMBEDDINGS
 from pyqkern.schemes import Scheme, get_scheme
 
@@ -36,7 +37,8 @@ def quantize_dynamic(
     dict from these to a scheme ("int8", "nf4", ... or a scheme object), a dynamic qconfig of torch, or None to leave it
     in float. As in torch an entry holds for all that is inside of the module, the entry of a name comes before that of
     a type, that of a module before that of its parent, and a `qconfig` on the module itself before all. Embeddings are
-    quantized where nn.Embedding, nn.EmbeddingBag or their own name is given. Layers of other types, convolutions among
+    quantized where nn.Embedding, nn.EmbeddingBag or their own name is given, nn.MultiheadAttention and nn.RNN where
+    they, or the name or type of a module around them, are. Layers of other types, convolutions among
     them, stay as they are.
     dtype: torch.qint8, the scheme "int8"; torch.quint8, the same for embeddings; torch.quint4x2, "nf4" for
     nn.EmbeddingBag. Without meaning beside a dict.
@@ -63,20 +65,22 @@ def quantize_dynamic(
     if not inplace:
         model = copy.deepcopy(model)
     model.eval()
-    chosen: dict[Scheme, dict[int, nn.Module]] = {}
+    chosen: dict[Scheme, dict[str, nn.Module]] = {}
     for name, module, config in _configs(model, spec):
         asked = not isinstance(module, (*EMBEDDINGS,)) or type(module) in spec or name in spec
         if config is not None and asked:
-            chosen.setdefault(config, {})[id(module)] = module
+            inside = INPUTS if is_folded(module) else ()  # projections, which are no modules yet
+            found = (name, *(f"{name}.{one}" if name else one for one in inside))
+            chosen.setdefault(config, {}).update(dict.fromkeys(found, module))
     for scheme, modules in chosen.items():
         for replace, types in (
-            (replace_linear, linear_types()),
+            (replace_linear, (*linear_types(), nn.MultiheadAttention)),
             (replace_embedding, (*EMBEDDINGS,)),
             (replace_recurrent, RECURRENT),
         ):
-            ids = {key for key, module in modules.items() if isinstance(module, types)}
-            if ids:
-                model = replace(model, scheme, include=lambda _, module, ids=ids: id(module) in ids)
+            wanted = {name for name, module in modules.items() if isinstance(module, types)}
+            if wanted:
+                model = replace(model, scheme, include=lambda name, _, wanted=wanted: name in wanted)
     return model
 
 

@@ -21,9 +21,11 @@ from pyqkern.models.find import (
     embedding_reasons,
     find_layers,
     find_linears,
+    keep,
     linear_types,
 )
 from pyqkern.models.summary import said_bytes
+from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding, check_embedding_scheme, quantized_table
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Range, Scheme, get_scheme, range_of, ranges_for
@@ -58,7 +60,8 @@ def replace_linear(
 ) -> nn.Module:
     """Replaces the linears of `model` by quantized ones, in place, and returns it; a bare nn.Linear gives a QLinear.
 
-    A linear is an nn.Linear, or a Conv1D of transformers, which is one with a transposed weight.
+    A linear is an nn.Linear, or a Conv1D of transformers, which is one with a transposed weight. The projections of an
+    nn.MultiheadAttention are linears too, called q_proj, k_proj, v_proj and out_proj; it becomes a QMultiheadAttention.
 
     scheme: a name, or a scheme object where its defaults do not do (see `pyqkern.schemes`).
     ranges: for "int8-static" what `calibrate` returned; a linear that it did not reach is kept.
@@ -68,8 +71,8 @@ def replace_linear(
 
     Kept in float, with the reason in `summary`: what is excluded; a weight shared with an embedding or another module;
     a parametrized, pruned or patched layer; a layer too wide for the scheme; the adapters of peft; what a module of
-    sentence_transformers, as Dense, has in a file of its own; a subclass of nn.Linear that is not named
-    (nn.MultiheadAttention reads the weight of its own). Where more than half of the bytes are kept that nothing
+    sentence_transformers, as Dense, has in a file of its own; a subclass of nn.Linear that is not named; subclasses of
+    nn.MultiheadAttention. Where more than half of the bytes are kept that nothing
     excludes, a warning gives the reasons. A linear used in two places stays one shared module. All hooks, train mode
     and the bias's requires_grad carry over.
 
@@ -93,14 +96,15 @@ def replace_linear(
     for linear in chosen:
         _quantized(linear, scheme, ranges)
     _warn_if_little(linears, reasons)
-    for linear, reason in zip(linears, reasons, strict=True):
-        if reason is not None and not isinstance(linear.module, QLinear):
-            setattr(linear.module, KEPT, reason)
     result = model
     for linear in chosen:
         module = _quantized(linear, scheme, ranges)
         result = put(linear, module, result)
         linear.module = module
+    for linear, reason in zip(linears, reasons, strict=True):
+        if reason is not None and not isinstance(linear.module, QLinear):
+            keep(linear, reason)
+    _leave_fast_path(result)
     tell(result)
     return result
 
@@ -160,6 +164,13 @@ def _float_bytes(module: Any) -> int:
     itemsize: int = (module if isinstance(module, QLinear) else module.weight).dtype.itemsize
     shape = (module.out_features, module.in_features) if isinstance(module, QLinear) else module.weight.shape
     return math.prod(shape) * itemsize
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Nested tensors are for the fused path of an nn.TransformerEncoder's layers, which quantized ones do not take."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(one, QLinear) for one in module.modules()):
+            module.use_nested_tensor = False
 
 
 def tell(model: nn.Module) -> None:
@@ -231,6 +242,8 @@ def _plan_tables(model: nn.Module, embeddings: list[Layer], scheme: Scheme) -> l
 def put(layer: Layer, module: nn.Module, model: nn.Module) -> nn.Module:
     """Puts the module where the layer is; returns the model, which is the module where the model was the layer."""
     for parent, attribute in layer.places:
+        if isinstance(layer.module, Projection) and is_folded(parent):
+            unfold(parent)
         parent._modules[attribute] = module
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its fused path would multiply with the dequantized weights instead of calling the layers.

@@ -1,11 +1,11 @@
 """summary: what became of each linear, embedding, recurrent and encoder layer of a model, and its bytes."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyqkern.models.find import (
     KEPT,
@@ -16,11 +16,13 @@ from pyqkern.models.find import (
     embedding_reasons,
     find_layers,
     find_linears,
+    kept_modules,
     linear_types,
     recurrent_reasons,
     structural_reason,
     weight_owners,
 )
+from pyqkern.nn.attention import PACKED
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 from pyqkern.nn.encoder import QEncoderLayer
 from pyqkern.nn.linear import QLinear
@@ -160,9 +162,11 @@ def summary(model: nn.Module) -> Summary:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     counted: set[tuple[int, int]] = set()
-    linears, owners = find_linears(model), weight_owners(model)
-    reasons = [structural_reason(layer.module, owners) for layer in linears]
+    linears, owners, kept = find_linears(model), weight_owners(model), kept_modules(model)
+    reasons = [structural_reason(layer.module, owners, kept) for layer in linears]
     records = [_record(layer, reason, counted) for layer, reason in zip(linears, reasons, strict=True)]
+    for attention in {of for layer in linears for of in getattr(layer.module, "attention", ())}:
+        _count_tensors([attention._parameters.get(name) for name in PACKED], counted)  # its projections have them
     embeddings = find_layers(model, (*EMBEDDINGS, QEmbedding))
     reasons = embedding_reasons(model, embeddings, None, ())
     recurrent = find_layers(model, RECURRENT)
@@ -216,8 +220,12 @@ def _float_bytes(linear: QLinear) -> int:
 
 def _count(module: nn.Module, counted: set[tuple[int, int]]) -> int:
     """Bytes of the module's own tensors, those that have been counted already left out."""
+    return _count_tensors((*module._parameters.values(), *module._buffers.values()), counted)
+
+
+def _count_tensors(tensors: Iterable[Tensor | None], counted: set[tuple[int, int]]) -> int:
     total = 0
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
+    for tensor in tensors:
         if tensor is None:
             continue
         key = (id(tensor), 0) if tensor.is_meta or not tensor.numel() else (tensor.data_ptr(), tensor.numel())

@@ -85,7 +85,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
 
 # What torch leaves in float and pyqkern does not where a name or a type around it is given, and the other way round.
 DIFFERENT = {
-    "everything but a part": {"rnn": "RNN", "attention.out_proj": None},
+    "everything but a part": {"rnn": "RNN"} | {f"attention.{name}_proj": "Linear" for name in "qkv"},
 }
 
 

@@ -175,11 +175,10 @@ def test_subclasses_are_left_to_their_owners() -> None:
     class Mine(nn.Linear):
         pass
 
-    model = nn.ModuleDict({"mine": Mine(4, 4), "attention": nn.MultiheadAttention(8, 2), "plain": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"mine": Mine(4, 4), "plain": nn.Linear(4, 4)})
     replace_linear(model)
     assert quantized(model) == ["plain"]
     assert "Mine" in reasons(model)["mine"]
-    assert reasons(model)["attention.out_proj"].startswith("subclass of nn.Linear: NonDynamicallyQuantizableLinear")
 
 
 def test_patched_forward() -> None:
@@ -195,23 +194,6 @@ def test_already_quantized() -> None:
     assert quantized(model) == LINEARS[:6]
     assert all(model.get_submodule(name) is layer for name, layer in zip(LINEARS, layers, strict=False))
     assert replace_linear(layers[0]) is layers[0]
-
-
-def test_transformer_encoder_layer_calls_its_linears(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its fused inference path would read the dequantized weights on every call."""
-    torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
-    x = torch.randn(2, 5, 16)
-    calls: list[nn.Module] = []
-    linear = pyqkern.nn.int8.Int8Linear._linear
-    monkeypatch.setattr(pyqkern.nn.int8.Int8Linear, "_linear", lambda self, *a: calls.append(self) or linear(self, *a))
-    with torch.no_grad():
-        expected = model(x)
-        replace_linear(model)
-        y = model(x)
-    names = [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
-    assert quantized(model) == names and calls == [model.get_submodule(name) for name in names]
-    assert (y - expected).norm() < 0.03 * expected.norm()
 
 
 # ---- what stays as it was
