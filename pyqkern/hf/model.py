@@ -22,6 +22,7 @@ from pyqkern.hf.slots import SLOTS, EmbeddingSlot, HeadSlot
 from pyqkern.hf.transformers4 import tie_nothing
 from pyqkern.models.find import find_layers
 from pyqkern.models.replace import put
+from pyqkern.nn.attention import QMultiheadAttention, fold
 from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops.checks import FLOATS
@@ -172,6 +173,9 @@ def dequantize(model: nn.Module, modules: list[Any] | None = None) -> list[tuple
         weight = weights.setdefault(id(table), nn.Parameter(module.weight.clone()))
         put(layer, _in_float(module, weight), model)
         changed.append((layer, module))
+    for layer in find_layers(model, (QMultiheadAttention,)):
+        if all(type(one) is nn.Linear for one in layer.module.children()):
+            fold(layer.module)
     return changed
 
 

@@ -25,6 +25,7 @@ from pyqkern.hf.config import PyqkernConfig
 from pyqkern.hf.model import PLACEHOLDER, dequantize, equip, give_config, models_in, retie, untie
 from pyqkern.hf.names import V4, in_files, in_model
 from pyqkern.hf.slots import (
+    Attentions,
     Find,
     Slot,
     fill_slots,
@@ -36,6 +37,7 @@ from pyqkern.hf.slots import (
 from pyqkern.hf.transformers4 import Transformers4, rename_for_slots
 from pyqkern.models.find import Layer, find_layers, linear_types
 from pyqkern.models.replace import linears_to_replace, put, replace_embedding, replace_linear
+from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import range_of
@@ -106,9 +108,10 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
             raise ValueError("quantization_config of the folder must name the quantized layers; it has none")
         groups, format = groups_from(self.quantization_config.layers), get_format(self.quantization_config.format)
         paths = _checkpoint_files(kwargs.get("checkpoint_files"), model.config)
+        attentions = _unfold_attentions(model, [name for group in groups for name in group.names()])
         if not paths:
             self._put_slots(model, groups, format)
-            initialize_around_slots(model)
+            initialize_around_slots(model, attentions=attentions)
             return model
         self._folder = paths[0].parent
         with Files(self._folder, paths) as files:
@@ -119,7 +122,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
             for name, slot in slots.items():
                 slot.take_sizes(name, files)
             check_sizes(model, slots if as_saved else {}, names, files)
-        initialize_around_slots(model, set(names.values()) if as_saved else None, self._folder)
+        initialize_around_slots(model, set(names.values()) if as_saved else None, self._folder, attentions)
         return model
 
     def _choose(self, model: Any) -> None:
@@ -127,6 +130,8 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         linears, reasons = linears_to_replace(model, config.scheme, config.include, config.exclude)
         chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
+        # The files have no weights of projections: attentions are quantized when all has been read.
+        chosen = [linear for linear in chosen if not isinstance(linear.module, Projection)]
         for linear in chosen:
             self.chosen |= {f"{name}.weight": linear for name in linear.names}
         self._count = len(chosen)
@@ -269,6 +274,19 @@ def _finder(model: Any, names: list[str]) -> Find:
         return layers.get(found.get(f"{name}.weight", "").removesuffix(".weight"))
 
     return find
+
+
+def _unfold_attentions(model: Any, names: list[str]) -> Attentions:
+    """Unfolds each nn.MultiheadAttention whose projections are among the `names` of layers in the files."""
+    attentions = {
+        f"{name}.q_proj.weight": layer.module
+        for layer in find_layers(model, (nn.MultiheadAttention,))
+        if is_folded(layer.module)
+        for name in layer.names
+    }
+    found = in_model(model, [f"{name}.weight" for name in names], [*model.state_dict(), *attentions])
+    chosen = {id(attentions[name]): attentions[name] for name in found.values() if name in attentions}
+    return [(attention, unfold(attention)) for attention in chosen.values()]
 
 
 def _checkpoint_files(files: list[str] | None, config: Any) -> list[Path]:

@@ -7,7 +7,7 @@ them, takes its place.
 import copy
 import importlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group
 from pyqkern.models.find import Layer, as_linear, find_layers, linear_types
 from pyqkern.models.replace import put
+from pyqkern.nn.attention import exchange
 from pyqkern.nn.embedding import EMBEDDINGS
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Scheme
 
 Find = Callable[[str], Layer | None]
+Attentions = Sequence[tuple[Any, dict[str, Any]]]  # those that were unfolded, and their states before
 
 
 def buffer_name(key: str) -> str:
@@ -218,7 +220,12 @@ def with_accelerate_hook(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def initialize_around_slots(model: Any, present: Collection[str] | None = None, folder: Path | None = None) -> None:
+def initialize_around_slots(
+    model: Any,
+    present: Collection[str] | None = None,
+    folder: Path | None = None,
+    attentions: Attentions = (),
+) -> None:
     """Keeps transformers' initialization of what the files lack away from slots and from weights already quantized.
 
     A module may initialize the linears that it holds by their weights and sizes. While it does, the float layers of the
@@ -226,7 +233,7 @@ def initialize_around_slots(model: Any, present: Collection[str] | None = None, 
     size in the files, which ignore_mismatched_sizes allows, becomes a float layer, which transformers initializes.
 
     present: what the files, which are in `folder`, have for the model. Where it is given, a parameter that they lack
-    raises ValueError, which names it.
+    raises ValueError, which names it. attentions: those that were unfolded.
     """
     initialize = model.initialize_weights
 
@@ -237,13 +244,24 @@ def initialize_around_slots(model: Any, present: Collection[str] | None = None, 
         layers = [layer for layer in find_layers(model, (*SLOTS, *linear_types())) if _waits(layer.module)]
         for layer in layers:
             put(layer, _stand_in(layer.module), model)
+        folded = [(attention, exchange(attention, _initialized(state))) for attention, state in attentions]
         try:
             initialize(*args, **kwargs)
         finally:
+            for attention, state in folded:
+                exchange(attention, state)
             for layer in layers:
                 put(layer, layer.module, model)
 
     model.initialize_weights = initialize_weights
+
+
+def _initialized(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an attention on the meta device whose parameters are marked, so that they are left alone."""
+    for parameter in state["_parameters"].values():
+        if parameter is not None:
+            parameter._is_hf_initialized = True
+    return state
 
 
 def _check_present(model: Any, present: Collection[str], folder: Path | None) -> None:

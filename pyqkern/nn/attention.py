@@ -198,11 +198,13 @@ def projections(attention: Any) -> dict[str, Projection]:
     return found
 
 
-def unfold(attention: Any, own: bool = True) -> None:
-    """Makes an nn.MultiheadAttention a QMultiheadAttention of float linears, in place.
+def unfold(attention: Any, own: bool = True) -> dict[str, Any]:
+    """Makes an nn.MultiheadAttention a QMultiheadAttention of float linears, in place; returns its state before.
 
     own: whether their weights have memory of their own; otherwise it is the attention's.
     """
+    before = vars(attention).copy()
+    attention._parameters, attention._modules = attention._parameters.copy(), attention._modules.copy()
     linears: dict[str, Any] = projections(attention)
     for linear in linears.values():
         linear.__class__ = nn.Linear
@@ -215,6 +217,16 @@ def unfold(attention: Any, own: bool = True) -> None:
     attention._qkv_same_embed_dim = False  # what torch's fast paths ask for
     del attention._modules["out_proj"]
     attention._modules |= linears
+    return before
+
+
+def exchange(attention: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Gives it the state from before `unfold`, or from behind it; returns what it had."""
+    before = vars(attention).copy()
+    vars(attention).clear()
+    vars(attention).update(state)
+    attention.__class__ = QMultiheadAttention if "q_proj" in state["_modules"] else nn.MultiheadAttention
+    return before
 
 
 def fold(attention: Any) -> None:
@@ -239,15 +251,9 @@ def _joined(parts: list[Any]) -> nn.Parameter | None:
 @contextmanager
 def unfolded(attentions: Iterable[Any]) -> Iterator[None]:
     """They are QMultiheadAttentions of float linears for a while, so that hooks see what these are called with."""
-    before = []
+    before = [(attention, unfold(attention, own=False)) for attention in attentions]
     try:
-        for attention in attentions:
-            before.append((attention, vars(attention).copy(), attention.__class__))
-            attention._parameters, attention._modules = attention._parameters.copy(), attention._modules.copy()
-            unfold(attention, own=False)
         yield
     finally:
-        for attention, state, kind in before:
-            vars(attention).clear()
-            vars(attention).update(state)
-            attention.__class__ = kind
+        for attention, state in before:
+            exchange(attention, state)
