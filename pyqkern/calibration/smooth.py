@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqkern.models.find import as_linear, conv1d
+from pyqkern.models.find import as_linear, conv1d, find_linears
 from pyqkern.models.layouts import find_layouts
+from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.encoder_parts import InputScale, Path
 from pyqkern.schemes import Range
 
@@ -66,6 +67,7 @@ def smooth(
     shared: False leaves out the pairs whose scale costs a multiplication at run time, and keeps those that are free:
     in a BERT, V and the output projection.
 
+    An nn.MultiheadAttention whose projections a pair names becomes a QMultiheadAttention of float linears.
     In front of shared pairs' linears stands a hook (`InputScale`), which torch.save(model) keeps and a state_dict does
     not. Raises ValueError for pairs that do not fit, ranges that lack a linear or are not per channel, and for a model
     in which no pair is known; nothing has been changed then.
@@ -87,6 +89,7 @@ def smooth(
         )
     chosen = [pair for pair in chosen if shared or not pair.shared]
     modules = dict(model.named_modules())
+    modules |= {name: layer.module for layer in find_linears(model) for name in layer.names}
     done: set[int] = set()
     work = []
     for pair in chosen:
@@ -100,17 +103,28 @@ def smooth(
         work.append((before, linears, _scales(pair, views, ranges, alpha)))
     with torch.no_grad():
         for before, linears, scale in work:
-            _apply(before, linears, scale)
+            _apply(None if before is None else _in_place(before), [_in_place(linear) for linear in linears], scale)
     return chosen
 
 
 def _linear(modules: Mapping[str, nn.Module], name: str) -> Any:
     """The nn.Linear or Conv1D of that name."""
     module = modules.get(name)
-    if type(module) not in (nn.Linear, conv1d()):
+    if type(module) not in (nn.Linear, Projection, conv1d()):
         what = "no module" if module is None else f"a {type(module).__name__}"
         raise ValueError(f"a pair's linears must be nn.Linear in the model, got {what} of the name {name!r}")
     return module
+
+
+def _in_place(module: nn.Module) -> nn.Module:
+    """The module itself, or the linear in the attention that a projection is of, which gets it."""
+    if not isinstance(module, Projection):
+        return module
+    attention, name = module.place
+    if is_folded(attention):
+        unfold(attention)
+    linear: nn.Module = attention._modules[name]
+    return linear
 
 
 def _before(modules: Mapping[str, nn.Module], pair: Pair, channels: int) -> nn.Module:

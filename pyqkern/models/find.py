@@ -105,7 +105,7 @@ def keep(layer: Layer, reason: str) -> None:
     """Leaves the reason why a layer stays in float where `summary` finds it."""
     module = layer.module
     if isinstance(module, Projection):
-        (attention, name) = layer.places[0]
+        attention, name = module.place
         module = attention if is_folded(attention) else attention._modules[name]
     setattr(module, KEPT, reason)
 
@@ -254,7 +254,7 @@ def _listed(pattern: Pattern | None) -> list[Any]:
 
 def _picks(pattern: str | type, layer: Layer) -> bool:
     if isinstance(pattern, type):
-        return any(isinstance(module, pattern) for module in (layer.module, *getattr(layer.module, "attention", ())))
+        return any(isinstance(module, pattern) for module in (layer.module, *getattr(layer.module, "place", ())))
     return any(fnmatchcase(name, pattern) for name in layer.names)
 
 
@@ -366,7 +366,7 @@ def structural_reason(
         return "already quantized"
     if kept is not None and module in kept:
         return kept[module]
-    if isinstance(module, Projection) and (reason := _attention_reason(module.attention[0], owners, kept)):
+    if isinstance(module, Projection) and (reason := _attention_reason(module.place[0], owners, kept)):
         return reason
     weight = module._parameters.get("weight")
     if parametrize.is_parametrized(module) or weight is None:

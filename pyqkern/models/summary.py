@@ -22,7 +22,7 @@ from pyqkern.models.find import (
     structural_reason,
     weight_owners,
 )
-from pyqkern.nn.attention import PACKED
+from pyqkern.nn.attention import PACKED, Projection
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 from pyqkern.nn.encoder import QEncoderLayer
 from pyqkern.nn.linear import QLinear
@@ -165,7 +165,7 @@ def summary(model: nn.Module) -> Summary:
     linears, owners, kept = find_linears(model), weight_owners(model), kept_modules(model)
     reasons = [structural_reason(layer.module, owners, kept) for layer in linears]
     records = [_record(layer, reason, counted) for layer, reason in zip(linears, reasons, strict=True)]
-    for attention in {of for layer in linears for of in getattr(layer.module, "attention", ())}:
+    for attention in {layer.module.place[0] for layer in linears if isinstance(layer.module, Projection)}:
         _count_tensors([attention._parameters.get(name) for name in PACKED], counted)  # its projections have them
     embeddings = find_layers(model, (*EMBEDDINGS, QEmbedding))
     reasons = embedding_reasons(model, embeddings, None, ())

@@ -19,10 +19,10 @@ PACKED = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v
 class Projection(nn.Linear):
     """One of the projections of an nn.MultiheadAttention as a linear, which the attention itself does not have.
 
-    The weight is a part of the attention's, in the same memory. attention: a list, so that it is no submodule.
+    The weight is a part of the attention's, in the same memory. place: the attention, and the name in it.
     """
 
-    attention: list[Any]
+    place: tuple[Any, str]
 
 
 class QMultiheadAttention(nn.MultiheadAttention):
@@ -193,8 +193,8 @@ def projections(attention: Any) -> dict[str, Projection]:
         linear = copy.copy(attention.out_proj)
         linear.__class__ = Projection
         found["out_proj"] = linear
-    for linear in found.values():
-        linear.attention = [attention]
+    for name, linear in found.items():
+        linear.place = (attention, name)
     return found
 
 
@@ -208,7 +208,7 @@ def unfold(attention: Any, own: bool = True) -> dict[str, Any]:
     linears: dict[str, Any] = projections(attention)
     for linear in linears.values():
         linear.__class__ = nn.Linear
-        del linear.attention
+        del linear.place
         if own and linear is not linears["out_proj"]:
             linear.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
     for name in PACKED:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import pyqkern
 from pyqkern import QLinear, QMultiheadAttention, quantize_dynamic, replace_linear, summary
+from pyqkern.calibration.smooth import Pair
 
 NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -296,6 +297,21 @@ def test_a_model_stays_as_it_was_where_calibration_fails() -> None:
         "out_proj.weight",
         "out_proj.bias",
     ]
+
+
+def test_smooth_takes_projections_and_changes_no_output() -> None:
+    model, x = Model(), X * torch.ones(32).index_fill(0, torch.tensor(3), 30.0)
+    ranges = pyqkern.calibrate(model, [x], "minmax", per_channel=True, progress=False)
+    inputs = ("first.q_proj", "first.k_proj", "first.v_proj")
+    with torch.no_grad():
+        expected = model(x)
+        pyqkern.smooth(model, ranges, pairs=[Pair("", inputs, shared=True), Pair("first.v_proj", ("first.out_proj",))])
+        assert type(model.second) is nn.MultiheadAttention and type(model.first.q_proj) is nn.Linear
+        assert (model.first.k_proj.weight / Model().first.in_proj_weight[32:64])[:, 3].min() >= 4
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        assert (replace_linear(model)(x) - expected).norm() < 0.04 * expected.norm()
+    with pytest.raises(ValueError, match=r"got no module of the name 'first\.nothing'"):
+        pyqkern.smooth(Model(), ranges, pairs=[Pair("", ("first.nothing",), shared=True)])
 
 
 def test_analyses() -> None:
