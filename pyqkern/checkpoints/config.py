@@ -8,7 +8,7 @@ import torch
 from pyqkern.checkpoints.files import Files, check_depth, check_inside, read_json, root_of
 from pyqkern.checkpoints.formats import FORMATS, format_of
 from pyqkern.checkpoints.formats.base import Format
-from pyqkern.checkpoints.layers import Group, groups_from, scheme_from
+from pyqkern.checkpoints.layers import Group, groups_from, module_of, scheme_from
 from pyqkern.schemes import Scheme, get_scheme
 
 CONFIG = "config.json"
@@ -68,16 +68,17 @@ def groups_of(said: dict[str, Any], files: Files, scheme: Scheme | None = None) 
 
 def check_agreement(groups: list[Group], format: Format, files: Files) -> None:
     """ValueError, which names file and key, where the files lack a layer of config.json, or have one that it lacks."""
-    modules = {name for group in groups for name in group.modules()}
+    modules = dict.fromkeys(name for group in groups for name in group.modules())
+    found = {module_of(key) for key in files}
     for name in modules:
-        if f"{name}.weight" not in files:
+        if name not in found:
             raise ValueError(f"{name}.weight is missing from the files of {files.folder}, though {CONFIG} names it")
     marks = tuple(f".{mark}" for mark in format.marks)
     for key in files:
         mark = next((mark for mark in marks if key.endswith(mark)), None)
-        if mark is None and key.endswith(".weight") and files.shape(key)[1] in (torch.int8, torch.uint8):
-            mark = ".weight"
-        if mark is not None and key.removesuffix(mark) not in modules:
+        module = module_of(key) if mark is None else key.removesuffix(mark)
+        is_quantized = mark is not None or (module is not None and files.shape(key)[1] in (torch.int8, torch.uint8))
+        if is_quantized and module not in modules:
             raise ValueError(
                 f"{key} in {files.file_of(key)} of {files.folder} is of a quantized layer, but {CONFIG} or the other "
                 f"tensors of {format.name}'s format name none such"
@@ -107,7 +108,7 @@ def own_config(folder: Path, said: dict[str, Any], scheme: str | Scheme | None =
 
 def check_own(said: dict[str, Any]) -> None:
     """ValueError for a quantization_config that pyqkern would not have written: options unknown or of another type."""
-    known = ("quant_method", "version", "scheme", "include", "exclude", "embeddings", "format", "layers")
+    known = ("quant_method", "version", "scheme", "include", "exclude", "embeddings", "recurrent", "format", "layers")
     if unknown := [key for key in said if key not in known]:
         raise ValueError(f"quantization_config must have options of {', '.join(known)}, got {unknown[0]!r}")
     if said.get("version", VERSION) != VERSION or isinstance(said.get("version"), bool):
@@ -119,8 +120,9 @@ def check_own(said: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a list of name patterns, got {patterns!r:.200}")
     if said.get("format", "pyqkern") not in tuple(FORMATS):
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {said['format']!r}")
-    if not isinstance(said.get("embeddings", False), bool):
-        scheme_from(said["embeddings"])
+    for name in ("embeddings", "recurrent"):
+        if not isinstance(said.get(name, False), bool):
+            scheme_from(said[name])
     scheme_from(said.get("scheme", "int8"))
     if said.get("layers") is not None:
         groups_from(said["layers"])

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pyqkern.checkpoints.config import CONFIG, groups_of, own_config, quantization_of
 from pyqkern.checkpoints.files import Files, root_of
 from pyqkern.checkpoints.formats import format_of, get_format
-from pyqkern.checkpoints.layers import Group
+from pyqkern.checkpoints.layers import Group, module_of
 from pyqkern.models.summary import said_bytes, table
 from pyqkern.schemes import get_scheme
 
@@ -35,12 +35,14 @@ def quantize(
     *,
     exclude: Iterable[str] = (),
     embeddings: bool = False,
+    recurrent: bool = False,
     format: str = "pyqkern",
 ) -> None:
     """Quantizes the folder `model`, or the hub's model of that name, into the new folder `out`.
 
-    scheme: by default "int8". A folder that is quantized already is only written anew in `format`; there scheme,
-    exclude and embeddings must be left out. Tokenizer and whatever else is in the folder are copied.
+    scheme: by default "int8". embeddings, recurrent: whether these layers are quantized too. A folder that is quantized
+    already is only written anew in `format`; there scheme, exclude and these must be left out. Tokenizer and whatever
+    else is in the folder are copied.
 
     The model is written to a temporary folder next to `out`, which is renamed when all is there. Raises ValueError or
     OSError, FileExistsError for an `out` that exists.
@@ -57,9 +59,11 @@ def quantize(
         pass
     others = _others(folder, out)
     if said is None:
-        options["quantization_config"] = _wanted(scheme or "int8", list(exclude), embeddings, format)
-    elif scheme is not None or list(exclude) or embeddings:
-        raise ValueError(f"{folder} is quantized already; leave --scheme, --exclude and --embeddings out to convert it")
+        options["quantization_config"] = _wanted(scheme or "int8", list(exclude), embeddings, recurrent, format)
+    elif scheme is not None or list(exclude) or embeddings or recurrent:
+        raise ValueError(
+            f"{folder} is quantized already; leave --scheme, --exclude, --embeddings and --recurrent out to convert it"
+        )
     else:
         config.quantization_config = own_config(folder, said)
         options["config"] = config
@@ -79,10 +83,10 @@ def _check_out(out: Path) -> None:
         raise PermissionError(f"{out} must be in a folder that can be written to, but {parent} cannot")
 
 
-def _wanted(scheme: str, exclude: list[str], embeddings: bool, format: str) -> dict[str, Any]:
+def _wanted(scheme: str, exclude: list[str], embeddings: bool, recurrent: bool, format: str) -> dict[str, Any]:
     """The quantization_config that asks for a model to be quantized as it is read."""
-    said = get_scheme(scheme).to_dict()
-    return {"quant_method": "pyqkern", "scheme": said, "exclude": exclude, "embeddings": embeddings, "format": format}
+    more = {"embeddings": embeddings, "recurrent": recurrent, "format": format}
+    return {"quant_method": "pyqkern", "scheme": get_scheme(scheme).to_dict(), "exclude": exclude} | more
 
 
 def _local(model: str | Path) -> Path:
@@ -235,10 +239,10 @@ def _stored(groups: list[Group], sizes: dict[str, tuple[tuple[int, ...], torch.d
             continue
         for name in group.modules():
             keys = set(of.get(name, []))
-            if f"{name}.weight" not in keys:
+            codes = [_size(*sizes[key]) for key in keys if module_of(key) == name]
+            if not codes:
                 raise ValueError(f"{name}.weight is missing from the files, though config.json names it")
-            shape, dtype = sizes[f"{name}.weight"]
-            values = math.prod(shape) * group.scheme.values_per_byte * dtype.itemsize
+            values = sum(codes) * group.scheme.values_per_byte
             total = sum(_size(*sizes[key]) for key in keys)
             yield Stored(name.removesuffix(".table"), group.scheme.name, values, total)
 

@@ -1,5 +1,6 @@
 """Which layers are quantized how: one group a scheme, as the quantization_config of a folder lists them."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,32 +13,44 @@ class Group:
     """The layers that one scheme quantizes; scheme None: the linears that are kept in float.
 
     linears: their names. embeddings: name -> name of its table, "<name>.table", or that of an embedding with which it
-    shares it. heads: linears tied to an embedding, name -> name of that table.
+    shares it. heads: linears tied to an embedding, name -> name of that table. recurrent: names of recurrent layers.
     """
 
     scheme: Scheme | None
     linears: list[str] = field(default_factory=list)
     embeddings: dict[str, str] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
+    recurrent: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         scheme = None if self.scheme is None else self.scheme.to_dict()
-        return {
+        said = {
             "scheme": scheme,
             "linears": list(self.linears),
             "embeddings": dict(self.embeddings),
             "heads": dict(self.heads),
         }
+        return said | ({"recurrent": list(self.recurrent)} if self.recurrent else {})
 
     def names(self) -> list[str]:
         """All layers."""
-        return [*self.linears, *self.embeddings, *self.heads]
+        return [*self.linears, *self.embeddings, *self.heads, *self.recurrent]
 
     def modules(self) -> list[str]:
-        """The names of the modules whose tensors the files hold: linears, and tables of embeddings."""
+        """The names of the modules whose tensors the files hold: linears, tables of embeddings, recurrent layers."""
         if self.scheme is None:
             return []
-        return [*self.linears, *(table for name, table in self.embeddings.items() if table == f"{name}.table")]
+        tables = [table for name, table in self.embeddings.items() if table == f"{name}.table"]
+        return [*self.linears, *tables, *self.recurrent]
+
+
+_WEIGHT = re.compile(r"(.*)\.weight(_(ih|hh|hr)(_l\d+(_reverse)?)?)?")
+
+
+def module_of(key: str) -> str | None:
+    """The name of the module whose codes a file may have under `key`; None for other tensors."""
+    found = _WEIGHT.fullmatch(key)
+    return None if found is None else found[1]
 
 
 def groups_from(said: Any) -> list[Group]:
@@ -58,19 +71,22 @@ def groups_from(said: Any) -> list[Group]:
 
 
 def _group_from(said: Any) -> Group:
-    if not isinstance(said, dict) or set(said) != {"scheme", "linears", "embeddings", "heads"}:
+    if not isinstance(said, dict) or said.keys() - {"recurrent"} != {"scheme", "linears", "embeddings", "heads"}:
         raise ValueError(f"layers must hold objects of scheme, linears, embeddings and heads, got {said!r:.200}")
-    linears, embeddings, heads = said["linears"], said["embeddings"], said["heads"]
-    if not isinstance(linears, list) or not all(isinstance(name, str) for name in linears):
-        raise ValueError(f"linears must be a list of names, got {linears!r:.200}")
+    linears, embeddings, heads, recurrent = (
+        said.get(key, []) for key in ("linears", "embeddings", "heads", "recurrent")
+    )
+    for what, names in (("linears", linears), ("recurrent", recurrent)):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{what} must be a list of names, got {names!r:.200}")
     for what, names in (("embeddings", embeddings), ("heads", heads)):
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"{what} must map names to names of tables, got {names!r:.200}")
     if said["scheme"] is None:
-        if embeddings or heads:
-            raise ValueError("layers without a scheme must be linears, got embeddings or heads")
+        if embeddings or heads or recurrent:
+            raise ValueError("layers without a scheme must be linears, got embeddings, heads or recurrent layers")
         return Group(None, linears)
-    return Group(scheme_from(said["scheme"]), linears, embeddings, heads)
+    return Group(scheme_from(said["scheme"]), linears, embeddings, heads, recurrent)
 
 
 def scheme_from(said: Any) -> Scheme:
@@ -101,6 +117,7 @@ def renamed(groups: list[Group], rename: Callable[[str], str]) -> list[Group]:
             [rename(name) for name in group.linears],
             {rename(name): table(of) for name, of in group.embeddings.items()},
             {rename(name): table(of) for name, of in group.heads.items()},
+            [rename(name) for name in group.recurrent],
         )
         for group in groups
     ]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group
 from pyqkern.models.find import find_layers, linear_types
+from pyqkern.nn.attention import QMultiheadAttention
 from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
@@ -12,15 +13,7 @@ from pyqkern.schemes import Scheme
 
 
 def describe(model: nn.Module) -> list[Group]:
-    """The model's groups, by the names that its layers have in it. The last, without a scheme, is of what is kept.
-
-    Raises ValueError for a quantized recurrent layer, which no format has.
-    """
-    for layer in find_layers(model, (QRecurrent,)):
-        raise ValueError(
-            f"a folder of files has no quantized recurrent layers, as {layer.names[0]} is; save model.state_dict(), or "
-            "the float model, and call replace_recurrent after loading it"
-        )
+    """The model's groups, by the names that its layers have in it. The last, without a scheme, is of what is kept."""
     groups: dict[Scheme, Group] = {}
 
     def group(scheme: Scheme) -> Group:
@@ -30,6 +23,8 @@ def describe(model: nn.Module) -> list[Group]:
     for layer in find_layers(model, (QEmbedding,)):
         table, name = layer.module.table, layer.names[0]
         group(table.scheme).embeddings[name] = tables.setdefault(id(table), f"{name}.table")
+    for layer in find_layers(model, (QRecurrent,)):
+        group(layer.module.scheme).recurrent.append(layer.names[0])
     kept = Group(None)
     for layer in find_layers(model, linear_types()):
         name, module = layer.names[0], layer.module
@@ -53,10 +48,18 @@ def state_dict(model: nn.Module, format: Format) -> dict[str, Tensor]:
         for key in [key for key in tensors if key.startswith(prefix) and key.removeprefix(prefix) not in but]:
             del tensors[key]
 
+    if format.linears_only:
+        for layer in find_layers(model, (QEmbedding, QRecurrent, QMultiheadAttention)):
+            kind, name = type(layer.module).__name__, layer.names[0]
+            raise ValueError(
+                f"{format.name} has quantized linears alone, but {name} is a {kind}; use format='pyqkern', or leave it in "
+                "float"
+            )
+    for layer in find_layers(model, (QRecurrent,)):
+        for name in layer.names[1:]:
+            drop(f"{name}.")
     tables: set[int] = set()
     for layer in find_layers(model, (QEmbedding,)):
-        if not format.embeddings:
-            raise ValueError(f"{format.name} has no quantized embeddings, as {layer.names[0]} is; use format='pyqkern'")
         first = layer.names[0]
         for name in layer.names:
             if name != first or id(layer.module.table) in tables:

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheme", help=f"{', '.join(SCHEMES)} (default: int8)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="linears to leave in float; may be repeated")
     add("--embeddings", action="store_true", help="the embeddings too, and heads tied to them")
+    add("--recurrent", action="store_true", help="the LSTMs, GRUs and RNNs too")
     add("--format", choices=list(FORMATS), default="pyqkern", help="whose checkpoint it is to be (default: pyqkern)")
 
 
@@ -27,5 +28,6 @@ def run(options: argparse.Namespace) -> None:
         options.scheme,
         exclude=options.exclude,
         embeddings=options.embeddings,
+        recurrent=options.recurrent,
         format=options.format,
     )

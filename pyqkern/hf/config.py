@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from pyqkern.checkpoints.config import VERSION, check_own, own_config, quantization_of
 from pyqkern.checkpoints.formats import get_format
 from pyqkern.nn.embedding import check_embedding_scheme
+from pyqkern.nn.recurrent import check_recurrent_scheme
 from pyqkern.schemes import Scheme
 
 
@@ -60,6 +61,7 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
     include, exclude: name patterns of linears, as for `replace_linear`. What that keeps in float by itself, as a head
     tied to an embedding, is kept whatever exclude says.
     embeddings: also the embeddings, by `replace_embedding`: True for the same scheme, or another one.
+    recurrent: also the recurrent layers, by `replace_recurrent`: True for the same scheme, or another one.
     format: what save_pretrained writes: "pyqkern", "bitsandbytes" (nf4, fp4, int8) or "compressed-tensors" (int8).
     layers: which modules are quantized how; written at saving, not for users.
 
@@ -73,6 +75,7 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] = (),
         embeddings: bool | str | Scheme | dict[str, Any] = False,
+        recurrent: bool | str | Scheme | dict[str, Any] = False,
         format: str = "pyqkern",
         layers: list[dict[str, Any]] | None = None,
         version: int = VERSION,
@@ -84,11 +87,13 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.scheme = Scheme.from_dict(scheme)
         self.include = _patterns("include", include)
         self.exclude = _patterns("exclude", exclude) or []
-        self.embeddings = None
+        self.embeddings = self.recurrent = None
         if embeddings:
             self.embeddings = check_embedding_scheme(
                 self.scheme if embeddings is True else Scheme.from_dict(embeddings)
             )
+        if recurrent:
+            self.recurrent = check_recurrent_scheme(self.scheme if recurrent is True else Scheme.from_dict(recurrent))
         self.format = get_format(format).name
         self.layers = layers
 
@@ -114,7 +119,7 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "embeddings": False if self.embeddings is None else self.embeddings.to_dict(),
             "format": self.format,
             "layers": copy.deepcopy(self.layers),
-        }
+        } | ({} if self.recurrent is None else {"recurrent": self.recurrent.to_dict()})
 
 
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:

@@ -25,6 +25,7 @@ from pyqkern.models.replace import put
 from pyqkern.nn.attention import QMultiheadAttention, fold
 from pyqkern.nn.embedding import QEmbedding
 from pyqkern.nn.linear import QLinear
+from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.ops.checks import FLOATS
 
 PLACEHOLDER = "pyqkern_placeholder"
@@ -164,10 +165,14 @@ def dequantize(model: nn.Module, modules: list[Any] | None = None) -> list[tuple
     An embedding and the head that is its table share their weight again.
     """
     weights: dict[int, nn.Parameter] = {}
-    changed = []
-    for layer in find_layers(model, (QLinear, QEmbedding)):
+    changed: list[tuple[Any, nn.Module]] = []
+    for layer in find_layers(model, (QLinear, QEmbedding, QRecurrent)):
         module = layer.module
         if modules is not None and not any(module is one for one in modules):
+            continue
+        if isinstance(module, QRecurrent):
+            put(layer, module.in_float(), model)
+            changed.append((layer, module))
             continue
         table = module.table if isinstance(module, QEmbedding) else module
         weight = weights.setdefault(id(table), nn.Parameter(module.weight.clone()))

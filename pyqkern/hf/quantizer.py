@@ -35,7 +35,8 @@ from pyqkern.hf.slots import (
     with_accelerate_hook,
 )
 from pyqkern.hf.transformers4 import Transformers4, rename_for_slots
-from pyqkern.models.find import Layer, find_layers, linear_types
+from pyqkern.models.find import RECURRENT, Layer, find_layers, linear_types
+from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import linears_to_replace, put, replace_embedding, replace_linear
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS
@@ -203,6 +204,8 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
             self._put_quantized(model)
             if config.embeddings is not None:
                 replace_embedding(model, config.embeddings)
+            if config.recurrent is not None:
+                replace_recurrent(model, config.recurrent)
             replace_linear(model, config.scheme, include=config.include, exclude=config.exclude)
         attach(model)
         if not models_in(model):  # everything is in float, and so it is saved
@@ -267,8 +270,10 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
 
 def _finder(model: Any, names: list[str]) -> Find:
     """The layer of a name in the files, as transformers finds its weight; None where the model has none."""
-    layers = {name: layer for layer in find_layers(model, (*linear_types(), *EMBEDDINGS)) for name in layer.names}
-    found = in_model(model, [f"{name}.weight" for name in names])
+    kinds = (*linear_types(), *EMBEDDINGS, *RECURRENT)
+    layers = {name: layer for layer in find_layers(model, kinds) for name in layer.names}
+    keys = [*model.state_dict(), *(f"{name}.weight" for name in layers)]  # a recurrent layer has no key of that name
+    found = in_model(model, [f"{name}.weight" for name in names], keys)
 
     def find(name: str) -> Layer | None:
         return layers.get(found.get(f"{name}.weight", "").removesuffix(".weight"))

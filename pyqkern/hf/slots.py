@@ -7,7 +7,7 @@ them, takes its place.
 import copy
 import importlib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from pyqkern.checkpoints.files import Files
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group
-from pyqkern.models.find import Layer, as_linear, find_layers, linear_types
+from pyqkern.models.find import RECURRENT, Layer, as_linear, find_layers, linear_types
 from pyqkern.models.replace import put
 from pyqkern.nn.attention import exchange
 from pyqkern.nn.embedding import EMBEDDINGS
 from pyqkern.nn.linear import QLinear
+from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.schemes import Scheme
 
 Find = Callable[[str], Layer | None]
@@ -34,17 +35,24 @@ def buffer_name(key: str) -> str:
 
 
 class Slot(nn.Module):
-    """Where a quantized layer will be: buffers called as in the file, and the bias, all empty until they are loaded."""
+    """Where a quantized layer will be: buffers called as in the file, and biases, all empty until they are loaded."""
 
     _is_hf_initialized = True
 
-    def __init__(self, linear: nn.Module, layer: QLinear, format: Format, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: Any,
+        format: Format,
+        biases: Mapping[str, nn.Parameter | None] | None = None,
+    ) -> None:
         super().__init__()
-        self.register_parameter("bias", bias)  # the linear's own, which another module may share
-        self.float_layer, self.layer = [linear], [layer]  # in lists, so that they are no submodules
+        for name, bias in (biases or {"bias": None}).items():
+            self.register_parameter(name, bias)  # the float layer's own, which another module may share
+        self.float_layer, self.layer = [module], [layer]  # in lists, so that they are no submodules
         self.initialized: list[nn.Module] = []  # the float layer, where the files have one of another size
         self.format = format
-        self.keys = [key for key in format.stored(layer) if key != "bias"]
+        self.keys = [key for key in format.stored(layer) if key not in self._parameters]
         for key in self.keys:
             self.register_buffer(buffer_name(key), format.stored(layer)[key])
 
@@ -55,7 +63,7 @@ class Slot(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """By the names of the file."""
         tensors: dict[str, Any] = {key: self._buffers[name] for key, name in self.buffer_names().items()}
-        tensors["bias"] = self.bias
+        tensors |= self._parameters
         return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
     def loaded(self) -> dict[str, Tensor]:
@@ -76,7 +84,7 @@ class Slot(nn.Module):
 
     def is_new(self) -> bool:
         """Whether transformers has made room for another size than the files have, to be initialized."""
-        weight = self._buffers["weight"]
+        weight = next(buffer for name, buffer in self._buffers.items() if name.startswith("weight"))
         return weight is not None and not weight.is_meta and not getattr(weight, "_is_hf_initialized", False)
 
     def new_layer(self) -> nn.Module:
@@ -91,7 +99,7 @@ class Slot(nn.Module):
         """What a file may lack."""
         return self.format.optional(self.layer[0])
 
-    def fill(self, name: str) -> QLinear:
+    def fill(self, name: str) -> Any:
         """The layer, made of what was loaded. Raises ValueError, which names the key, where it does not fit."""
         (layer,) = self.layer
         loaded = self.loaded()
@@ -142,7 +150,14 @@ def put_slots(model: Any, groups: list[Group], format: Format, find: Find) -> di
             if layer is not None and isinstance(layer.module, linear_types()):
                 linear = as_linear(layer.module)
                 empty = _empty(linear, linear.bias is not None, group.scheme, _dtype(model, layer))
-                slots[name] = Slot(layer.module, empty, format, linear.bias)
+                slots[name] = Slot(layer.module, empty, format, {"bias": linear.bias})
+                put(layer, slots[name], model)
+        for name in group.recurrent:
+            layer = find(name)
+            if layer is not None and isinstance(layer.module, RECURRENT):
+                like = QRecurrent.like(layer.module, group.scheme, _dtype(model, layer))
+                biases = {key: one for key, one in layer.module.named_parameters() if key.startswith("bias")}
+                slots[name] = Slot(layer.module, like, format, biases)
                 put(layer, slots[name], model)
         # The embedding that a table is called after comes first.
         for name, table in sorted(group.embeddings.items(), key=lambda item: item[1] != f"{item[0]}.table"):
@@ -175,7 +190,7 @@ def _empty(linear: nn.Linear, bias: bool, scheme: Scheme, dtype: torch.dtype) ->
 
 def _dtype(model: Any, layer: Layer) -> torch.dtype:
     """The dtype of a layer's weight: the model's, but for what the model keeps in fp32, as T5 its `wo`."""
-    dtype: torch.dtype = layer.module.weight.dtype
+    dtype: torch.dtype = next(layer.module.parameters()).dtype
     return torch.float32 if is_kept_in_fp32(model, layer.names[0], dtype) else dtype
 
 
@@ -191,7 +206,7 @@ def is_kept_in_fp32(model: Any, name: str, dtype: torch.dtype | None) -> bool:
 
 def fill_slots(model: Any) -> None:
     """Puts each quantized layer, made of what was loaded, in the place of its slot. ValueError where it cannot be."""
-    filled: dict[int, QLinear] = {}
+    filled: dict[int, Any] = {}
     for layer in find_layers(model, (Slot,)):
         if layer.module.initialized:
             put(layer, layer.module.initialized[0], model)

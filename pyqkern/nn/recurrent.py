@@ -61,15 +61,31 @@ class QRecurrent(nn.Module):
         if kind is None:
             names = ", ".join(of.__name__ for of in QRecurrent._classes)
             raise TypeError(f"module must be one of {names}, got {type(module).__name__}")
-        options = {name: getattr(module, name) for name in kind._options}
         scheme = check_recurrent_scheme(scheme)
         with torch.inference_mode(False), torch.no_grad():
-            self = kind(**options, scheme=scheme, device="meta")
+            self = QRecurrent.like(module, scheme)
             for name, empty in self._linears():
                 quantized = QLinear.from_linear(as_linear(getattr(module, f"weight_{name}")), scheme)
                 quantized.bias = getattr(module, f"bias_{name}") if empty.bias is not None else None
                 self._modules[name] = quantized
         return self.train(module.training)
+
+    @staticmethod
+    def like(module: nn.Module, scheme: Scheme, dtype: torch.dtype | None = None) -> "QRecurrent":
+        """An empty one for a layer or cell of torch, on the meta device, to load a state_dict into with assign=True."""
+        kind = next(cls for of, cls in QRecurrent._classes.items() if isinstance(module, of))
+        options = {name: getattr(module, name) for name in kind._options}
+        return kind(**options, scheme=scheme, device="meta", dtype=dtype)
+
+    def in_float(self) -> nn.Module:
+        """The layer of torch with the dequantized weights."""
+        of = next(of for of, kind in QRecurrent._classes.items() if kind is type(self))
+        module = of(**{name: getattr(self, name) for name in self._options}, device="meta").train(self.training)
+        for name, linear in self._linears():
+            setattr(module, f"weight_{name}", nn.Parameter(linear.weight.clone()))
+            if linear.bias is not None:
+                setattr(module, f"bias_{name}", linear.bias)
+        return module
 
     def _make(self, name: str, k: int, n: int, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         make: Any = QLinear._classes[type(self.scheme)]
@@ -107,6 +123,18 @@ class QRecurrent(nn.Module):
             if theirs in state_dict:
                 state_dict[ours] = state_dict.pop(theirs)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """As those of its linears, under the names of the state_dict."""
+        names = dict(self._names(prefix))
+        ours = {name: state_dict[key] for key, name in names.items() if key in state_dict}
+        problems = [one for name, linear in self._linears() for one in linear._load_problems(ours, f"{prefix}{name}.")]
+        return [
+            f"{key}{one.removeprefix(name)}"
+            for one in problems
+            for key, name in names.items()
+            if one.startswith(f"{name} ")
+        ]
 
     def __getattr__(self, name: str) -> Any:
         kind, _, suffix = name.partition("_")

@@ -119,7 +119,9 @@ def test_a_head_of_two_classes_and_an_embedding(source: Path, tmp_path: Path) ->
     assert "classifier" in bnb_weights(theirs)
     equal_weights(model, bnb_weights(theirs))
     embedded = load(source, quantization_config=PyqkernConfig("nf4", format="bitsandbytes", embeddings=True))
-    with pytest.raises(ValueError, match=r"bitsandbytes has no quantized embeddings, as bert\.embeddings"):
+    with pytest.raises(
+        ValueError, match=r"bitsandbytes has quantized linears alone, but bert\.embeddings\.word_embeddings is a QEmb"
+    ):
         embedded.save_pretrained(tmp_path)
     for scheme, format in (("int4", "bitsandbytes"), ("nf4", "compressed-tensors")):
         with pytest.raises(ValueError, match=f"{format} has .*, not '{scheme}'; save with format='pyqkern'"):

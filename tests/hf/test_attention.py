@@ -83,3 +83,12 @@ def test_a_missing_projection_is_named(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"head\.attention\.q_proj\.weight is missing"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["bitsandbytes", "compressed-tensors"])
+def test_other_formats_refuse_projections(tmp_path: Path, format: str) -> None:
+    """Their readers would find no in_proj_weight, and make one up."""
+    model = replace_linear(siglip())
+    model.hf_quantizer.quantization_config.format = format
+    with pytest.raises(ValueError, match=r"linears alone, but head\.attention is a QMultiheadAttention"):
+        model.save_pretrained(tmp_path)

@@ -1,6 +1,5 @@
 """replace_recurrent: what is replaced, what is kept and why, and that an error changes nothing."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,20 +106,3 @@ def test_the_errors_of_its_outputs_are_measured() -> None:
     quantized = replace_recurrent(nn.Sequential(model[0], nn.GRUCell(24, 16)).eval())
     records = pyqkern.analysis.error_propagation(model, quantized, batches)
     assert "1" in {record.name for record in records}
-
-
-def test_a_folder_of_files_refuses_it(tmp_path: Path) -> None:
-    """It would be read into float layers of the same shapes."""
-    import transformers
-
-    class Own(transformers.PreTrainedModel):
-        config_class = transformers.PretrainedConfig
-
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            self.lstm, self.out = nn.LSTM(8, 8), nn.Linear(8, 8)
-            self.post_init()
-
-    model = replace_recurrent(Own(transformers.PretrainedConfig()))
-    with pytest.raises(ValueError, match="has no quantized recurrent layers, as lstm is"):
-        model.save_pretrained(tmp_path)

@@ -22,7 +22,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     schemes: ClassVar[tuple[str, ...]] = tuple(SCHEMES)
-    embeddings: ClassVar[bool] = False  # whether it has quantized embeddings
+    linears_only: ClassVar[bool] = True  # whether it has no quantized embeddings, recurrent layers and attentions
     marks: ClassVar[tuple[str, ...]]  # tensors that only quantized layers have
 
     @abstractmethod
@@ -37,8 +37,8 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def stored(self, layer: QLinear) -> dict[str, Tensor]:
-        """What a file holds of the layer, as tensors on the meta device."""
+    def stored(self, layer: Any) -> dict[str, Tensor]:
+        """What a file holds of the layer, a QLinear, or a QRecurrent where it has these; tensors on the meta device."""
 
     def optional(self, layer: QLinear) -> tuple[str, ...]:
         """Those of `stored` that a file may lack."""
@@ -72,7 +72,7 @@ class Format(ABC):
                 "format='pyqkern' or quantize anew"
             )
 
-    def read(self, name: str, layer: QLinear, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def read(self, name: str, layer: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`decode`, and every tensor of the result checked: shape, dtype and values that a quantized layer can have."""
         state = self.decode(name, layer, dict(tensors))
         problems = layer._load_problems({f"{name}.{key}": value for key, value in state.items()}, f"{name}.")
@@ -87,12 +87,12 @@ def check_values(name: str, key: str, value: Tensor) -> None:
     """ValueError where a tensor of a layer's state_dict holds what no quantized layer has."""
     if value.is_meta or not value.numel():
         return
-    if key == "nested_map":
+    if key.endswith("nested_map"):
         if not torch.equal(value.cpu(), dynamic_map()):
             raise ValueError(f"{name}.{key} must be the signed dynamic map of 8 bits, got other values")
-    elif value.is_floating_point() and key != "bias":
+    elif value.is_floating_point() and not key.startswith("bias"):
         ends = torch.stack(value.aminmax())
-        positive = key in ("weight_scale", "input_scale")
+        positive = key.endswith("_scale")
         if not ends.isfinite().all() or ends[0] < 0 or (positive and ends[0] == 0):
             rule = "finite and positive" if positive else "finite and not negative"
             raise ValueError(f"{name}.{key} must be {rule}, got values from {ends[0].item()} to {ends[1].item()}")

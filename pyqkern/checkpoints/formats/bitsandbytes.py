@@ -52,7 +52,7 @@ class BitsAndBytes(Format):
             found.setdefault(one, Group(one)).linears.append(layer)
         return list(found.values())
 
-    def stored(self, layer: QLinear) -> dict[str, Tensor]:
+    def stored(self, layer: Any) -> dict[str, Tensor]:
         own, meta = layer.state_dict(), torch.device("meta")
         stored = weight_and_bias(own)
         if not isinstance(layer, Linear4bit):

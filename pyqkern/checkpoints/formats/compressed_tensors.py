@@ -35,7 +35,7 @@ class CompressedTensors(Format):
         names = [key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")]
         return [Group(scheme or w8a8_scheme(config), names)] if names else []
 
-    def stored(self, layer: QLinear) -> dict[str, Tensor]:
+    def stored(self, layer: Any) -> dict[str, Tensor]:
         scale = torch.empty(layer.out_features, 1, dtype=torch.float32, device="meta")
         return weight_and_bias(layer.state_dict()) | {"weight_scale": scale}
 

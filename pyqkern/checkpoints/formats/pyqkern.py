@@ -1,4 +1,4 @@
-"""pyqkern's own format: a layer's state_dict. It holds every scheme, and quantized embeddings."""
+"""pyqkern's own format: a layer's state_dict. It holds every scheme and every kind of layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ class Pyqkern(Format):
     """weight, weight_scale or absmax, ...: the names of the state_dict. config.json lists the layers."""
 
     name = "pyqkern"
-    embeddings = True
+    linears_only = False
     marks = ("weight_scale", "input_scale", "input_zero_point", "absmax", *NESTED)
 
     def detect(self, config: Mapping[str, Any]) -> bool:
@@ -25,7 +25,7 @@ class Pyqkern(Format):
     def groups(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor], scheme: Scheme | None) -> list[Group]:
         return groups_from(config.get("layers"))
 
-    def stored(self, layer: QLinear) -> dict[str, Tensor]:
+    def stored(self, layer: Any) -> dict[str, Tensor]:
         return dict(layer.state_dict())
 
     def differs(self, tensors: Mapping[str, Tensor]) -> bool:
