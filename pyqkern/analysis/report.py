@@ -15,6 +15,7 @@ from pyqkern.analysis.compare import ErrorRecord, SampleRecord
 from pyqkern.analysis.ranges import RangeRecord, draw_histograms
 from pyqkern.analysis.records import Records, matplotlib_pyplot
 from pyqkern.analysis.sensitivity import Fallback, Sensitivity
+from pyqkern.models.summary import summary
 
 LOW_SQNR = 20.0  # dB at the output: below it, answers begin to change
 HISTOGRAMS = 6  # linears whose histograms are drawn
@@ -56,11 +57,11 @@ def findings(
         found.append(
             Finding(
                 f"With {', '.join(fallback.kept)} in float {reached}, for {fallback.kept_bytes / 1e6:.2f} MB more.",
-                f"replace_linear(model, exclude={list(fallback.kept)}) gives this model.",
+                f"{_calls(fallback)} gives this model.",
             )
             if fallback.kept
             else Finding(
-                f"With all linears quantized {reached}.", "The plain scheme meets the target: replace_linear(model)."
+                f"With all layers quantized {reached}.", f"The plain scheme meets the target: {_calls(fallback)}."
             )
         )
     if ranges is not None:
@@ -96,6 +97,18 @@ def findings(
     return found
 
 
+def _calls(fallback: Fallback) -> str:
+    """What makes the model that was found."""
+    found = summary(fallback.model)
+    calls = []
+    for function, records in (("replace_linear", found.records), ("replace_recurrent", found.recurrent)):
+        names = [record.name for record in records]
+        kept = [name for name in fallback.kept if name in names]
+        if names:
+            calls.append(f"{function}(model, exclude={kept})" if kept else f"{function}(model)")
+    return " and ".join(calls)
+
+
 def _share(x: float) -> str:
     return f"{x:.0%} of" if x < 2 else f"{x:.0f} times" if math.isfinite(x) else "infinitely larger than"
 
@@ -104,7 +117,7 @@ def _from_sensitivity(records: Sensitivity) -> list[Finding]:
     lost = records.float_score - records.quantized_score
     found = [
         Finding(
-            f"All linears quantized score {records.quantized_score:.4g}, in float {records.float_score:.4g}: "
+            f"All layers quantized score {records.quantized_score:.4g}, in float {records.float_score:.4g}: "
             + (f"{lost:.4g} lost." if lost > 0 else "nothing lost."),
             "Nothing needs to be done." if lost <= 0.003 else "The next findings say which layers lose it.",
         )
@@ -120,7 +133,7 @@ def _from_sensitivity(records: Sensitivity) -> list[Finding]:
     if lost > 0.003 and not worst:
         found.append(
             Finding(
-                "No single linear loses much: the loss is the sum of many small ones.",
+                "No single layer loses much: the loss is the sum of many small ones.",
                 "Smooth the model, or calibrate with another observer; fallback() finds the fewest layers to keep.",
             )
         )

@@ -1,4 +1,4 @@
-"""sensitivity: what each linear costs when quantized. fallback: which to keep in float so that a target is met."""
+"""sensitivity: what each layer costs when quantized. fallback: which to keep in float so that a target is met."""
 
 import copy
 import hashlib
@@ -18,8 +18,11 @@ from torch import nn
 from tqdm import tqdm
 
 from pyqkern.analysis.records import Records, barh
+from pyqkern.models.find import RECURRENT, find_layers, find_linears
+from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_linear
 from pyqkern.models.summary import summary
+from pyqkern.nn.recurrent import is_recurrent_scheme
 from pyqkern.schemes import Scheme, get_scheme
 
 Evaluate = Callable[[nn.Module], float]
@@ -29,9 +32,9 @@ ONLY, ALL_BUT = "only", "all but"
 
 @dataclass(frozen=True)
 class SensitivityRecord:
-    """One linear. The scores are what `evaluate` returned, the higher the better.
+    """One linear or recurrent layer. The scores are what `evaluate` returned, the higher the better.
 
-    only, all_but: the score with this linear alone quantized, and with all but this one.
+    only, all_but: the score with this layer alone quantized, and with all but this one.
     drop: float score - only. gain: all_but - score with all quantized. float_bytes: what float costs more.
     """
 
@@ -55,7 +58,7 @@ class Sensitivity(Records[SensitivityRecord]):
     """The records, that of the largest drop first, and the two ends: the score in float and with all quantized."""
 
     def __init__(self, records: Sequence[SensitivityRecord], float_score: float, quantized_score: float) -> None:
-        super().__init__(SensitivityRecord, records, _draw, "Score lost with this linear alone quantized")
+        super().__init__(SensitivityRecord, records, _draw, "Score lost with this layer alone quantized")
         self.float_score, self.quantized_score = float_score, quantized_score
 
 
@@ -73,8 +76,9 @@ def sensitivity(
     executor: Executor | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Quantizes one linear at a time, and all but one, and returns what each costs, the costliest first.
+    """Quantizes one layer at a time, and all but one, and returns what each costs, the costliest first.
 
+    Layers are the linears and, where the scheme quantizes them, the recurrent layers.
     model: the float model, which is not changed. evaluate: model -> score, the higher the better.
     file: finished evaluations are kept there, one JSON line each; a run of the same model and scheme goes on from it.
     executor: any concurrent.futures.Executor (threads, processes, dask.distributed's client.get_executor()); model,
@@ -84,11 +88,11 @@ def sensitivity(
     model or scheme; Interrupted, with the finished scores, if the executor or a worker dies: call again to go on.
     """
     scheme = get_scheme(scheme)
-    quantized = replace_linear(copy.deepcopy(model), scheme)
-    sizes = {r.name: r.bytes_before - r.bytes_after for r in summary(quantized).records if r.scheme is not None}
+    found = summary(_quantized(model, scheme))
+    layers = [record for record in (*found.records, *found.recurrent) if record.scheme is not None]
+    sizes = {record.name: record.bytes_before - record.bytes_after for record in layers}
     if not sizes:
         raise ValueError(f"model must have linears that {scheme.name} quantizes, got none; see pyqkern.summary(model)")
-    del quantized
     tasks = {"float": (), "quantized": tuple(sizes)}
     for name in sizes:
         tasks[f"{ONLY} {name}"] = (name,)
@@ -124,17 +128,26 @@ def sensitivity(
 
 
 def score_with(model: nn.Module, evaluate: Evaluate, scheme: Scheme, names: Sequence[str]) -> float:
-    """evaluate() of a copy of the model in which the named linears are quantized; what it returns is checked."""
-    changed = copy.deepcopy(model)
-    if names:
-        wanted = set(names)
-        changed = replace_linear(changed, scheme, include=lambda name, _: name in wanted)
-    score = evaluate(changed)
+    """evaluate() of a copy of the model in which the named layers are quantized; what it returns is checked."""
+    score = evaluate(_quantized(model, scheme, names))
     if hasattr(score, "item") and getattr(score, "numel", lambda: getattr(score, "size", 0))() == 1:
         score = score.item()
     if isinstance(score, bool) or not isinstance(score, numbers.Real) or not math.isfinite(score):
         raise ValueError(f"evaluate must return a finite number, the higher the better, got {score!r:.80}")
     return float(score)
+
+
+def _quantized(model: nn.Module, scheme: Scheme, names: Sequence[str] | None = None) -> nn.Module:
+    """A copy of the model in which the layers of these names are quantized; None: all."""
+    changed = copy.deepcopy(model)
+    for replace, layers in (
+        (replace_linear, find_linears(changed)),
+        (replace_recurrent, find_layers(changed, RECURRENT) if is_recurrent_scheme(scheme) else []),
+    ):
+        wanted = {name for layer in layers for name in layer.names if names is None or name in names}
+        if wanted:
+            changed = replace(changed, scheme, include=lambda name, _, wanted=wanted: name in wanted)
+    return changed
 
 
 def _run_on(
@@ -230,7 +243,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Fallback:
-    """What `fallback` found: the quantized model, the linears kept in float, its score, and that of the float model."""
+    """What `fallback` found: the quantized model, the layers kept in float, its score, and that of the float model."""
 
     model: nn.Module
     kept: tuple[str, ...]
@@ -255,9 +268,9 @@ def fallback(
 ) -> Fallback:
     """Keeps as few bytes in float as meet `evaluate(model) >= target`, and returns the model and the list.
 
-    Greedy: linears go to float in the order of sensitivity (`order`, measured here if not given) until the target is
-    met; then each of them, from the largest, is quantized again where the target still holds without it. The score of
-    the very model that is returned is measured at the end. `model` itself is not changed.
+    Greedy: layers, as `sensitivity` has them, go to float in its order (`order`, measured here if not given) until the
+    target is met; then each of them, from the largest, is quantized again where the target still holds without it. The
+    score of the very model that is returned is measured at the end. `model` itself is not changed.
 
     Raises ValueError if even the float model misses the target, with both numbers.
     """
@@ -284,10 +297,7 @@ def fallback(
             if name != kept[-1] and score(fewer) >= target:
                 kept = fewer
             bar.update()
-    wanted = set(names) - set(kept)
-    result = copy.deepcopy(model)
-    if wanted:
-        result = replace_linear(result, scheme, include=lambda name, _: name in wanted)
+    result = _quantized(model, scheme, [name for name in names if name not in kept])
     verified = score_with(result, evaluate, scheme, ())
     if verified < target:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyqkern.calibration.observers import OBSERVERS, Observer
 from pyqkern.calibration.run import linears_of, see_inputs
+from pyqkern.models.find import RECURRENT, find_layers
 from pyqkern.schemes import Range
 
 
@@ -83,8 +84,9 @@ def calibrate(
     observer: "minmax", "moving_average", "percentile" (0.1 and 99.9), "mse" or "entropy".
     per_channel: a range for each input feature (what `smooth` takes), else one for the tensor (what int8-static takes).
 
-    The model runs in eval mode without gradients and is left as it was. Linears that no batch reached are in
-    `ranges.not_reached`, and a warning names them. Raises ValueError for an unknown observer, no batches, a model
+    The model runs in eval mode without gradients and is left as it was. Recurrent layers are left out: quantized, they
+    take the range of each step as it comes, and "int8-static" is no scheme of theirs. Linears that no batch reached are
+    in `ranges.not_reached`, and a warning names them. Raises ValueError for an unknown observer, no batches, a model
     without linears, and for NaN or an infinity in a linear's input, naming batch and layer.
 
     >>> import torch, pyqkern
@@ -99,7 +101,9 @@ def calibrate(
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}, got {observer!r}")
     linears = linears_of(model)
     if not linears:
-        raise ValueError(f"model must have linears to calibrate, got none in {type(model).__name__}")
+        recurrent = len(find_layers(model, RECURRENT))
+        why = f", but {recurrent} recurrent layers, which need no ranges" if recurrent else ""
+        raise ValueError(f"model must have linears to calibrate, got none in {type(model).__name__}{why}")
     observers: dict[str, Observer] = {}
 
     def see(name: str, x: Tensor) -> None:

@@ -52,8 +52,8 @@ def state_dict(model: nn.Module, format: Format) -> dict[str, Tensor]:
         for layer in find_layers(model, (QEmbedding, QRecurrent, QMultiheadAttention)):
             kind, name = type(layer.module).__name__, layer.names[0]
             raise ValueError(
-                f"{format.name} has quantized linears alone, but {name} is a {kind}; use format='pyqkern', or leave it in "
-                "float"
+                f"{format.name} has quantized linears alone, but {name} is a {kind}; use "
+                "format='pyqkern', or leave it in float"
             )
     for layer in find_layers(model, (QRecurrent,)):
         for name in layer.names[1:]:

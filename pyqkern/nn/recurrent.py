@@ -163,10 +163,18 @@ def check_recurrent_scheme(scheme: str | Scheme) -> Scheme:
     scheme = get_scheme(scheme)
     if not scheme.recurs:
         names = ", ".join(repr(name) for name, one in SCHEMES.items() if one.recurs)
-        raise ValueError(f"scheme of a recurrent layer must be one of {names}, got {scheme.name!r}")
-    if getattr(scheme, "compute", "auto") == "bf16":
+        why = (
+            "; it takes the range of each step as it comes, and needs none of calibrate" if scheme.needs_ranges else ""
+        )
+        raise ValueError(f"scheme of a recurrent layer must be one of {names}, got {scheme.name!r}{why}")
+    if not is_recurrent_scheme(scheme):
         raise ValueError('compute must be "auto", "int8" or "fp32" for a recurrent layer, got "bf16"')
     return scheme
+
+
+def is_recurrent_scheme(scheme: Scheme) -> bool:
+    """Whether a recurrent layer can be quantized so."""
+    return scheme.recurs and getattr(scheme, "compute", "auto") != "bf16"
 
 
 def _arguments(biases: Sequence[Tensor], linears: Sequence[Any], how: How) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
