@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import bert, output
 from torch import Tensor, nn
 
 import pyqkern
@@ -80,13 +81,34 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "bags": ({nn.EmbeddingBag}, torch.quint8),
     "bags of 4 bits": (None, torch.quint4x2),
     "embeddings by their qconfig": ({nn.Embedding: ao.float_qparams_weight_only_qconfig},),
+    "cells": ({nn.LSTMCell, nn.GRUCell, nn.RNNCell},),
+    "a part and what is in it": ({"blocks": ao.default_dynamic_qconfig, "blocks.0.linear": None},),
+    "types in a part": ({"blocks": ao.default_dynamic_qconfig, nn.GRU: None},),
+    "qconfigs of a part": ({"blocks": ao.default_dynamic_qconfig, "blocks.0": ao.per_channel_dynamic_qconfig},),
+    "containers": ({nn.ModuleList},),
+    "an attention": ({nn.MultiheadAttention},),
 }
 
 
 # What torch leaves in float and pyqkern does not where a name or a type around it is given, and the other way round.
 DIFFERENT = {
     "everything but a part": {"rnn": "RNN"} | {f"attention.{name}_proj": "Linear" for name in "qkv"},
+    "an attention": {f"attention.{name}_proj": "Linear" for name in "qkv"},
 }
+
+
+def test_the_attention_that_torch_makes_cannot_be_called() -> None:
+    """Its forward reads the weight of the output projection, which is a function there. Here it is quantized whole."""
+    model, x = Model().eval(), torch.randn(3, 2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = ao.quantize_dynamic(model, {nn.MultiheadAttention})
+    with pytest.raises((AttributeError, TypeError)):
+        theirs.attention(x, x, x)
+    with torch.no_grad():
+        expected = model.attention(x, x, x)[0]
+        found = quantize_dynamic(model, {nn.MultiheadAttention}).attention(x, x, x)[0]
+    assert (found - expected).norm() < 0.04 * expected.norm()
 
 
 @pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
@@ -103,6 +125,46 @@ def test_calls_of_torch_give_the_layers_that_torchs_gives(arguments: tuple[Any, 
         ours.pop(layer, None)
     assert ours == theirs
     assert kinds(model) == {}, "the model itself was changed"
+
+
+class WordLanguageModel(nn.Module):
+    """That of the tutorial on dynamic quantization of an LSTM word language model."""
+
+    def __init__(self, tokens: int = 50, inputs: int = 32, hidden: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.encoder = nn.Embedding(tokens, inputs)
+        self.rnn = nn.LSTM(inputs, hidden, layers, dropout=0.5)
+        self.decoder = nn.Linear(hidden, tokens)
+
+    def forward(self, ids: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y, hidden = self.rnn(self.drop(self.encoder(ids)), hidden)
+        return self.decoder(self.drop(y)), hidden
+
+
+def test_the_tutorial_of_a_word_language_model() -> None:
+    torch.manual_seed(0)
+    model, ids, zeros = WordLanguageModel().eval(), torch.arange(12).view(6, 2), torch.zeros(2, 2, 32)
+    quantized = quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = torch.quantization.quantize_dynamic(model, {nn.LSTM, nn.Linear}, dtype=torch.qint8)
+    assert kinds(quantized) == kinds(theirs) == {"rnn": "LSTM", "decoder": "Linear"}
+    with torch.no_grad():
+        (expected, _), (found, state), (peer, _) = (one(ids, (zeros, zeros)) for one in (model, quantized, theirs))
+        again, _ = quantized(ids, tuple(one.detach() for one in state))
+    assert (found - expected).norm() < (peer - expected).norm() and again.shape == expected.shape
+
+
+def test_the_tutorial_of_bert() -> None:
+    model = bert("BertForSequenceClassification")
+    quantized = quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = torch.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert kinds(quantized) == kinds(theirs) and len(kinds(theirs)) == 2 * 6 + 2
+    expected, found, peer = (output(one) for one in (model, quantized, theirs))
+    assert (found - expected).norm() < (peer - expected).norm()
 
 
 def test_a_copy_in_eval_mode_unless_inplace() -> None:
