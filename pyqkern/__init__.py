@@ -23,11 +23,12 @@ from pyqkern.models.summary import summary
 from pyqkern.nn.attention import QMultiheadAttention
 from pyqkern.nn.embedding import QEmbedding, QEmbeddingBag
 from pyqkern.nn.encoder import QEncoderLayer
+from pyqkern.nn.float16 import Float16Linear
 from pyqkern.nn.four_bit import FP4Linear, Int4Linear, NF4Linear
 from pyqkern.nn.int8 import Int8Linear, Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QGRU, QLSTM, QRNN, QGRUCell, QLSTMCell, QRecurrent, QRNNCell
-from pyqkern.schemes import FP4, NF4, Int4, Int8, Int8Outlier, Int8Static, Int8WeightOnly
+from pyqkern.schemes import FP4, NF4, Float16, Int4, Int8, Int8Outlier, Int8Static, Int8WeightOnly
 
 __version__ = version("pyqkern")
 
@@ -59,6 +60,8 @@ __all__ = [
     "QLSTM",
     "QRNN",
     "FP4Linear",
+    "Float16",
+    "Float16Linear",
     "Int4",
     "Int4Linear",
     "Int8",

@@ -46,11 +46,6 @@ class Scheme:
     recurs: ClassVar[bool] = False
     max_in_features: ClassVar[int | None] = None
 
-    @property
-    def values_per_byte(self) -> int:
-        """How many weights one stored byte holds."""
-        return 8 // self.bits
-
     def carried_ranges(self) -> Mapping[str, Range] | None:
         """The ranges that were handed over with the scheme, for those that can carry them: see Int8Static."""
         return None
@@ -289,7 +284,25 @@ class Int4(Scheme):
         _check_compute(self.compute)
 
 
-_ALL = (Int8(), Int8(activation_bits=7), Int8Static(), Int8WeightOnly(), Int8Outlier(), NF4(), FP4(), Int4())
+@dataclass(frozen=True)
+class Float16(Scheme):
+    """FP16 weights, dequantized in each call; x and the product stay in x's dtype. Beyond +-65504 they saturate.
+
+    What torch's quantize_dynamic does with dtype=torch.float16: for memory, not for speed. Recurrent layers are then
+    computed by torch's own, of which a result may depend on its batch, and which torch.compile does not trace.
+
+    >>> import torch, pyqkern
+    >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), "float16").scheme
+    Float16()
+    """
+
+    name: ClassVar[str] = "float16"
+    bits: ClassVar[int] = 16
+    embeds: ClassVar[bool] = False
+    recurs: ClassVar[bool] = True
+
+
+_ALL = (Int8(), Int8(activation_bits=7), Int8Static(), Int8WeightOnly(), Int8Outlier(), NF4(), FP4(), Int4(), Float16())
 SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ALL}
 
 

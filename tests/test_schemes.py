@@ -55,11 +55,11 @@ def test_activations_of_7_bits() -> None:
 
 
 def test_what_schemes_say_of_themselves() -> None:
-    assert {name: scheme.values_per_byte for name, scheme in SCHEMES.items()} == {
-        name: 1 if "int8" in name else 2 for name in SCHEMES
+    assert {name: scheme.bits for name, scheme in SCHEMES.items()} == {
+        name: 16 if name == "float16" else 8 if "int8" in name else 4 for name in SCHEMES
     }
     assert [name for name, scheme in SCHEMES.items() if scheme.needs_ranges] == ["int8-static"]
-    assert [name for name, scheme in SCHEMES.items() if not scheme.embeds] == ["int8-static", "int8-outlier"]
+    assert [name for name, scheme in SCHEMES.items() if not scheme.embeds] == ["int8-static", "int8-outlier", "float16"]
 
 
 def test_ranges_are_carried_and_are_no_option() -> None:

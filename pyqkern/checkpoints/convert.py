@@ -242,7 +242,7 @@ def _stored(groups: list[Group], sizes: dict[str, tuple[tuple[int, ...], torch.d
             codes = [_size(*sizes[key]) for key in keys if module_of(key) == name]
             if not codes:
                 raise ValueError(f"{name}.weight is missing from the files, though config.json names it")
-            values = sum(codes) * group.scheme.values_per_byte
+            values = sum(codes) * 8 // group.scheme.bits
             total = sum(_size(*sizes[key]) for key in keys)
             yield Stored(name.removesuffix(".table"), group.scheme.name, values, total)
 

@@ -18,7 +18,7 @@ from pyqkern.schemes import Scheme, get_scheme
 # What torch quantizes when it is told nothing; nn.RNN is not among them.
 DEFAULT = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.RNNCell, nn.GRUCell)
 
-_BY_DTYPE = {torch.qint8: "int8", torch.quint8: "int8", torch.quint4x2: "nf4"}
+_BY_DTYPE = {torch.qint8: "int8", torch.quint8: "int8", torch.quint4x2: "nf4", torch.float16: "float16"}
 _MISSING = object()
 
 Config = Scheme | None
@@ -38,14 +38,14 @@ def quantize_dynamic(
     in float. As in torch an entry holds for all that is inside of the module, the entry of a name comes before that of
     a type, that of a module before that of its parent, and a `qconfig` on the module itself before all. Embeddings are
     quantized where nn.Embedding, nn.EmbeddingBag or their own name is given, nn.MultiheadAttention and nn.RNN where
-    they, or the name or type of a module around them, are. Layers of other types, convolutions among
-    them, stay as they are.
+    they, or the name or type of a module around them, are. Layers of other types, convolutions among them, stay as they
+    are.
     dtype: torch.qint8, the scheme "int8"; torch.quint8, the same for embeddings; torch.quint4x2, "nf4" for
-    nn.EmbeddingBag. Without meaning beside a dict.
+    nn.EmbeddingBag; torch.float16, "float16". Without meaning beside a dict.
     mapping: None. inplace: changes the model itself instead of a copy.
 
-    What is kept in float has its reason in `summary`. Raises ValueError for what cannot be honoured: float16 and other
-    dtypes, static qconfigs, a mapping, a name that no module has; otherwise as `replace_linear`.
+    What is kept in float has its reason in `summary`. Raises ValueError for what cannot be honoured: other dtypes,
+    static qconfigs, a mapping, a name that no module has; otherwise as `replace_linear`.
 
     >>> import torch, pyqkern
     >>> model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(40, 32), "out": torch.nn.Linear(32, 8)})
@@ -102,8 +102,8 @@ def _spec(given: Mapping[Any, Any] | Set[Any] | None, dtype: torch.dtype) -> dic
 
 def _of_dtype(argument: str, dtype: Any) -> str:
     if dtype not in _BY_DTYPE:
-        way = "; use model.half() or model.bfloat16() for weights of 16 bits" if dtype is torch.float16 else ""
-        raise ValueError(f"{argument} must be torch.qint8, torch.quint8 or torch.quint4x2, got {dtype}{way}")
+        kinds = ", ".join(str(kind) for kind in _BY_DTYPE)
+        raise ValueError(f"{argument} must be one of {kinds}, got {dtype}")
     return _BY_DTYPE[dtype]
 
 

@@ -13,8 +13,8 @@ def replace_recurrent(
 ) -> nn.Module:
     """Replaces nn.LSTM, nn.GRU, nn.RNN and their cells by quantized ones, in place, and returns the model.
 
-    scheme: "int8" (weights per output channel, inputs and hidden states per token), "int8-a7", "nf4", "fp4", "int4", or
-    a scheme object of these. include, exclude: as in `replace_linear`, for the names of recurrent layers.
+    scheme: "int8" (weights per output channel, inputs and hidden states per token), "int8-a7", "nf4", "fp4", "int4",
+    "float16", or a scheme object of these. include, exclude: as in `replace_linear`, for the names of recurrent layers.
 
     What a layer takes and returns stays: PackedSequence, input without a batch, batch_first, directions, projections,
     dropout in training. A sequence's result does not depend on its batch. Kept in float, with the reason in `summary`:

@@ -169,9 +169,13 @@ class QMultiheadAttention(nn.MultiheadAttention):
 
 
 def is_folded(module: Any) -> bool:
-    """Whether it is an nn.MultiheadAttention, or of a subclass, whose projections are no linears yet."""
-    is_attention = isinstance(module, nn.MultiheadAttention) and not isinstance(module, QMultiheadAttention)
-    return is_attention and hasattr(module, "in_proj_weight")
+    """Whether it is an nn.MultiheadAttention, or of a subclass with such weights, that has no linears of its own."""
+    if not isinstance(module, nn.MultiheadAttention) or isinstance(module, QMultiheadAttention):
+        return False
+    if not all(hasattr(module, name) for name in (*PACKED, "out_proj")):
+        return False
+    weight = module.in_proj_weight
+    return weight is None or weight.shape[0] == 3 * module.embed_dim
 
 
 def projections(attention: Any) -> dict[str, Projection]:

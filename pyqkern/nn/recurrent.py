@@ -15,7 +15,7 @@ from pyqkern.backends import GATES
 from pyqkern.nn.four_bit import Linear4bit
 from pyqkern.nn.linear import QLinear, as_linear
 from pyqkern.ops.checks import check_float
-from pyqkern.schemes import SCHEMES, Int8, Scheme, get_scheme
+from pyqkern.schemes import SCHEMES, Float16, Int8, Scheme, get_scheme
 
 # How a layer is computed: the cell of the operator, whether backwards in time, batch_sizes.
 How = tuple[str, bool, Tensor | None]
@@ -53,9 +53,9 @@ class QRecurrent(nn.Module):
     def from_recurrent(module: nn.Module, scheme: str | Scheme = "int8") -> "QRecurrent":
         """A quantized copy of an nn.LSTM, GRU, RNN or a cell of these, on its device; biases are the same Parameters.
 
-        scheme: "int8", "int8-a7", "nf4", "fp4", "int4", or a scheme object of these; 4 bits with compute "auto", "int8"
-        or "fp32". Raises TypeError for other modules and dtypes, ValueError for other schemes and for NaN or an
-        infinity in a weight.
+        scheme: "int8", "int8-a7", "nf4", "fp4", "int4", "float16", or a scheme object of these; 4 bits with compute
+        "auto", "int8" or "fp32". Raises TypeError for other modules and dtypes, ValueError for other schemes and for
+        NaN or an infinity in a weight.
         """
         kind = next((cls for of, cls in QRecurrent._classes.items() if isinstance(module, of)), None)
         if kind is None:
@@ -282,6 +282,8 @@ class QRecurrentLayer(QRecurrent):
 
         Raises ValueError for other shapes and for no steps, TypeError for dtypes.
         """
+        if isinstance(self.scheme, Float16):
+            return self.in_float()(input, hx)
         packed = input if isinstance(input, PackedSequence) else None
         x: Any = input if packed is None else packed.data
         check_float("input", x.dtype)
@@ -417,6 +419,8 @@ class QRecurrentCell(QRecurrent):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the cell of torch: input [batch, input_size] or [input_size]; hx the state, zeros where it is missing."""
+        if isinstance(self.scheme, Float16):
+            return self.in_float()(input, hx)
         check_float("input", input.dtype)
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             raise ValueError(f"input must be [batch, input_size={self.input_size}], got shape {list(input.shape)}")

@@ -88,6 +88,29 @@ class Mine(nn.MultiheadAttention):
     pass
 
 
+class WithOtherWeights(nn.MultiheadAttention):
+    """Keys and values of one head, as others have it: nothing of its own can be said of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 2)
+        self.in_proj_weight = nn.Parameter(torch.randn(32, 16))
+
+
+class WithoutWeights(nn.MultiheadAttention):
+    def __init__(self) -> None:
+        super().__init__(16, 2)
+        del self.in_proj_weight, self.in_proj_bias
+        self.query = nn.Linear(16, 16)
+
+
+def test_subclasses_with_weights_of_their_own() -> None:
+    model = nn.ModuleDict({"other": WithOtherWeights(), "none": WithoutWeights(), "fc": nn.Linear(16, 16)})
+    replace_linear(model)
+    assert quantized(model) == ["none.query", "fc"]
+    assert "NonDynamicallyQuantizableLinear" in str(reasons(model)["other.out_proj"])
+    pyqkern.calibrate(model["fc"], [torch.ones(1, 16)], progress=False)
+
+
 def patched() -> nn.MultiheadAttention:
     attention = nn.MultiheadAttention(16, 2)
     attention.forward = lambda *_: None  # type: ignore[method-assign, assignment]

@@ -87,6 +87,9 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "qconfigs of a part": ({"blocks": ao.default_dynamic_qconfig, "blocks.0": ao.per_channel_dynamic_qconfig},),
     "containers": ({nn.ModuleList},),
     "an attention": ({nn.MultiheadAttention},),
+    "weights of 16 bits": (None, torch.float16),
+    "types of 16 bits": ({nn.LSTM, nn.Linear}, torch.float16),
+    "qconfigs of 16 bits": ({"fc": ao.float16_dynamic_qconfig, nn.GRU: ao.float16_dynamic_qconfig},),
 }
 
 
@@ -206,14 +209,12 @@ def test_the_model_may_be_a_layer() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"dtype": torch.float16}, ValueError, "got torch.float16; use model.half"),
         ({"dtype": torch.float32}, ValueError, "dtype must be"),
         ({"mapping": {nn.Linear: nn.Linear}}, ValueError, "mapping must be None"),
         ({"qconfig_spec": {"nothing"}}, ValueError, "qconfig_spec must hold names of modules, got 'nothing'"),
         ({"qconfig_spec": [nn.Linear]}, TypeError, "qconfig_spec must be a set, a dict or None"),
         ({"qconfig_spec": {3}}, TypeError, "must hold types and names"),
         ({"qconfig_spec": {nn.Linear: 8}}, TypeError, "must be a scheme, a qconfig of torch or None"),
-        ({"qconfig_spec": {nn.Linear: ao.float16_dynamic_qconfig}}, ValueError, "the weight of qconfig_spec"),
         ({"qconfig_spec": {nn.Linear: ao.default_qconfig}}, ValueError, "must be a dynamic qconfig"),
         ({"qconfig_spec": {nn.Linear: "int8-static"}}, ValueError, "needs the activations' ranges"),
         ({"model": "model"}, TypeError, "model must be an nn.Module"),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyqkern.checkpoints.layers import Group
+from pyqkern.checkpoints.layers import Group, module_of
 from pyqkern.functional.four_bit import dynamic_map
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import SCHEMES, Scheme
@@ -92,9 +92,9 @@ def check_values(name: str, key: str, value: Tensor) -> None:
             raise ValueError(f"{name}.{key} must be the signed dynamic map of 8 bits, got other values")
     elif value.is_floating_point() and not key.startswith("bias"):
         ends = torch.stack(value.aminmax())
-        positive = key.endswith("_scale")
-        if not ends.isfinite().all() or ends[0] < 0 or (positive and ends[0] == 0):
-            rule = "finite and positive" if positive else "finite and not negative"
+        positive, signed = key.endswith("_scale"), module_of(f"{name}.{key}") is not None
+        if not ends.isfinite().all() or (ends[0] < 0 and not signed) or (positive and ends[0] == 0):
+            rule = "finite" if signed else "finite and positive" if positive else "finite and not negative"
             raise ValueError(f"{name}.{key} must be {rule}, got values from {ends[0].item()} to {ends[1].item()}")
 
 
