@@ -398,7 +398,8 @@ def test_extra_memory_is_about_one_layer() -> None:
         replace_linear(model)
     assert float_bytes < live.peak < float_bytes + float_bytes / count
     assert all(weight.expired() for weight in weights)  # no float weight outlives its layer
-    assert summary(model).bytes_after < 0.27 * float_bytes
+    # A byte for four, column sums and scales, and, on an ISA that splits weights, an excess: most for so short rows.
+    assert summary(model).bytes_after < 0.34 * float_bytes
 
 
 def test_no_reference_to_a_float_weight_survives_its_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
