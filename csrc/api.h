@@ -1,5 +1,6 @@
-// The operations on whole tensors: affine.cpp, int8.cpp, four_bit.cpp, embedding.cpp, encoder.cpp and recurrent.cpp cut
-// them into pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix two ISAs.
+// The operations on whole tensors: affine.cpp, int8.cpp, four_bit.cpp, embedding.cpp, encoder.cpp, recurrent.cpp and
+// gate.cpp cut them into pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix
+// two ISAs.
 // Pointers are to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
 #pragma once
 
@@ -106,6 +107,9 @@ struct RecurrentLayer {
 // step of each sequence. y [rows, hidden.K].
 void recurrent(const float* x, const int64_t* batch_sizes, size_t steps, const RecurrentLayer& layer, float* h,
                float* c, float* y);
+
+// y [M, N] = f(h[:, :N]) * h[:, N:] for h [M, 2 * N], the gate of a feed-forward; function: Elementwise.
+void gate(const float* h, size_t M, size_t N, int function, float* y);
 
 // x [n] to and from codes, two to a byte; blocksize is a power of two from 32 to 4096.
 void four_bit_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed,

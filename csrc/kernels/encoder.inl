@@ -117,11 +117,13 @@ static void elementwise(int function, const float* x, size_t n, float* y) {
     const size_t part = n - i < LANES ? n - i : LANES;
     const f32 v = load_n(x + i, part);
     store_n(y + i,
-            function == kExp         ? exp(v)
-            : function == kGeluValue ? gelu(v)
-            : function == kSigmoid   ? sigmoid(v)
-            : function == kTanh      ? tanh(v)
-                                     : to_float(probability_code(v, f32{})),
+            function == kExp             ? exp(v)
+            : function == kGeluValue     ? gelu(v)
+            : function == kSigmoid       ? sigmoid(v)
+            : function == kTanh          ? tanh(v)
+            : function == kSilu          ? v / (exp(-v) + 1.0f)
+            : function == kGeluTanhValue ? activate<kGeluTanh>(v)
+                                         : to_float(probability_code(v, f32{})),
             part);
   }
 }

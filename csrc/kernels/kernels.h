@@ -20,7 +20,15 @@ enum Qtype : int { kInt8 = 0, kUInt8 = 1, kInt4 = 2, kUInt4 = 3 };
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
 // Functions that Kernels::elementwise applies.
-enum Elementwise : int { kExp = 0, kGeluValue = 1, kProbabilityCode = 2, kSigmoid = 3, kTanh = 4 };
+enum Elementwise : int {
+  kExp = 0,
+  kGeluValue = 1,
+  kProbabilityCode = 2,
+  kSigmoid = 3,
+  kTanh = 4,
+  kSilu = 5,
+  kGeluTanhValue = 6
+};
 
 // Recurrent cells; each has its number of gates.
 enum Cell : int { kRnnTanh = 0, kRnnRelu = 1, kGru = 2, kLstm = 3 };
@@ -223,7 +231,8 @@ struct Kernels {
   // Values [tokens, d], `ld` apart, quantized per channel and packed as the weight [d, tokens] of the product.
   void (*int8_pack_values)(const float* v, size_t ld, size_t tokens, size_t d, float* scale, int8_t* packed);
 
-  // y[i] = f(x[i]): the functions that the other kernels are made of, so that they can be tested on their own.
+  // y[i] = f(x[i]): the activations of experts, and the functions that the other kernels are made of, so that they can
+  // be tested on their own.
   void (*elementwise)(int function, const float* x, size_t n, float* y);
 
   // y = LayerNorm(a + residual), rows of n behind each other, y of `dtype`; a is overwritten by the sum.

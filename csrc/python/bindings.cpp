@@ -32,6 +32,11 @@ Channels channels_of(py::handle scale, py::handle zero_point, size_t channels, s
           per_tensor};
 }
 
+void check_function(int function) {
+  if (function < kExp || function > kGeluTanhValue)
+    throw py::value_error("function must be from 0 to 6, got " + std::to_string(function));
+}
+
 // Row numbers of a weight of n rows.
 struct RowNumbers {
   const int64_t* data;
@@ -78,14 +83,27 @@ void add_affine(py::module_& m) {
   m.def(
       "elementwise",
       [](int function, py::handle x, py::handle y) {
-        if (function < kExp || function > kTanh) throw py::value_error("function must be from 0 to 4");
+        check_function(function);
         const Tensor from("x", x);
         const size_t n = from.elements();
         const float* values = from.as<float>();
         float* to = Tensor("y", y).as<float>(n);
         without_gil([&] { kernels().elementwise(function, values, n, to); });
       },
-      "0: exp, 1: GELU, 2: rint(255 * 2^x) for x <= 0, 3: sigmoid, 4: tanh; for the tests.");
+      "0: exp, 1: GELU, 2: rint(255 * 2^x) for x <= 0, 3: sigmoid, 4: tanh, 5: SiLU, 6: GELU by tanh; for the tests.");
+  m.def(
+      "gate",
+      [](int function, py::handle h, py::handle y) {
+        check_function(function);
+        const Tensor from("h", h), to("y", y);
+        to.check_rank(2);
+        const size_t M = to.size(0), N = to.size(1);
+        const float* values = from.as<float>();
+        from.check_shape({M, product({2, N})});
+        float* results = to.as<float>();
+        without_gil([&] { gate(values, M, N, function, results); });
+      },
+      "h [M, 2 * N], y [M, N]: f(h[:, :N]) * h[:, N:], f as for elementwise.");
 }
 
 void add_int8(py::module_& m) {

@@ -37,6 +37,9 @@ ACTIVATION_BITS = (8, 7)
 # The activations that the linear's tail can apply; the position is the code that C++ takes.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
+# The activations that the gate of experts can apply.
+GATE_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
 # The recurrent cells and how many gates each has; the position is the code that C++ takes.
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
@@ -55,6 +58,7 @@ NESTED_BLOCKSIZE = 256
 
 FLT_MIN = 2.0**-126
 PANEL = 16  # output channels that stand beside each other in the CPU's forms
+STRIP = 64  # channels, of which each k / blocksize has its scales beside each other: csrc's kernels.h
 
 
 class Weight8bit(NamedTuple):
@@ -135,6 +139,9 @@ class Kernels(Protocol):
     def int8_rows(self, packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
         """weight[rows] int8 [M, k]; rows int64 [M] within [0, n)."""
 
+    def int8_slice(self, packed: Tensor, n: int, k: int, begin: int, end: int) -> Tensor:
+        """int8_pack of weight[begin:end]; begin and end multiples of PANEL."""
+
     def int8_linear(
         self,
         x: Tensor,
@@ -188,6 +195,16 @@ class Kernels(Protocol):
 
     def rows_4bit(self, weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """weight[rows] dequantized, [M, k]; rows int64 [M] within [0, n)."""
+
+    def slice_4bit(self, weight: Weight4bit, begin: int, end: int) -> Weight4bit:
+        """weight[begin:end], [end - begin, k]: begin and end multiples of STRIP, its rows whole blocks and, doubly
+        quantized, the slice whole groups of NESTED_BLOCKSIZE blocks.
+        """
+
+    # ---- experts
+
+    def gate(self, h: Tensor, activation: str) -> Tensor:
+        """h fp32 [M, 2 * N] -> activation(h[:, :N]) * h[:, N:], fp32 [M, N]; one of GATE_ACTIVATIONS."""
 
     # ---- recurrent layers
 

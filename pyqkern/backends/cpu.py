@@ -7,6 +7,7 @@ whether a storage was resized to less than its tensor. It uses torch's own OpenM
 Memory is asked for by `new_empty`, or by name of the device: torch's default device may be another.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyqkern import _C
-from pyqkern.backends import ACTIVATIONS, GATES, PANEL, Shape, Sizes, Weight4bit, Weight8bit
-from pyqkern.backends.reference.four_bit import CODEBOOKS, block_scales, nested_scales, plain
+from pyqkern.backends import ACTIVATIONS, GATES, PANEL, STRIP, Shape, Sizes, Weight4bit, Weight8bit
+from pyqkern.backends.reference.four_bit import CODEBOOKS, block_scales, nested_scales, plain, slice_nested
+from pyqkern.backends.reference.four_bit import slice_4bit as slice_flat
 from pyqkern.schemes import COMPUTE
 
 _exchange: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
@@ -90,6 +92,11 @@ def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
     return codes
 
 
+def int8_slice(packed: Tensor, n: int, k: int, begin: int, end: int) -> Tensor:
+    shape = packed_shape(n, k)  # what is behind these panels is the excess of a split one
+    return packed.view(-1)[: math.prod(shape)].view(shape)[begin // PANEL : end // PANEL]
+
+
 def int8_linear(
     x: Tensor,
     packed: Tensor,
@@ -121,8 +128,6 @@ def int8_linear_static(
 
 
 # ---- 4 bits
-
-STRIP = 64  # channels, of which each k / blocksize has its scales beside each other: csrc's kernels.h
 
 # "auto" multiplies integers: measured, that is the fastest way for every number of rows on every ISA.
 AS_INT8 = ("int8", "auto")
@@ -236,6 +241,25 @@ def _gather_panels(weight: Weight4bit, rows: Tensor) -> Weight4bit:
         blocks = rows.unsqueeze(1) * each + torch.arange(each, device=rows.device, dtype=torch.int64)
         scales = nested_scales(scales, blocks, weight)
     return plain(codes, scales.view(-1), weight, (m, k))
+
+
+def slice_4bit(weight: Weight4bit, begin: int, end: int) -> Weight4bit:
+    n, k = weight.shape
+    if not in_panels(n, k, weight.blocksize):
+        return slice_flat(weight, begin, end)
+    panels = slice(begin // PANEL, end // PANEL)
+    return slice_nested(weight, weight.packed[panels], weight.absmax[panels], begin, end)
+
+
+# ---- the gate of experts
+
+_GATE_CODES = {"silu": 5, "gelu": 1, "gelu_tanh": 6}  # Elementwise of csrc's kernels.h
+
+
+def gate(h: Tensor, activation: str) -> Tensor:
+    y = h.new_empty((h.shape[0], h.shape[1] // 2))
+    _C.gate(_GATE_CODES[activation], h, y)
+    return y
 
 
 # ---- the encoder layer, which no other backend has

@@ -16,12 +16,15 @@ from pyqkern.backends.reference.four_bit import (
     pack_scales,
     packed_shapes_4bit,
     rows_of_flat,
+    slice_4bit,
     unpack_4bit,
     unpack_scales,
 )
+from pyqkern.backends.reference.gate import gate
 from pyqkern.backends.reference.recurrent import run
 
-__all__ = ["pack_4bit", "pack_scales", "packed_shapes_4bit", "unpack_4bit", "unpack_scales"]  # flat, as the reference's
+# The reference's; 4-bit weights are flat here too.
+__all__ = ["gate", "pack_4bit", "pack_scales", "packed_shapes_4bit", "slice_4bit", "unpack_4bit", "unpack_scales"]
 
 
 def kernels(name: str) -> Any:
@@ -95,6 +98,11 @@ def int8_unpack(packed: Tensor, n: int, k: int) -> Tensor:
 
 def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
     return packed.index_select(0, rows)[:, :k].contiguous()
+
+
+def int8_slice(packed: Tensor, n: int, k: int, begin: int, end: int) -> Tensor:
+    """Packed anew: the column sums lie behind all rows."""
+    return int8_pack(packed[begin:end, :k].contiguous())
 
 
 def quantize_4bit(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:

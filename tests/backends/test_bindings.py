@@ -67,6 +67,7 @@ CALLS: dict[str, list[list[Any]]] = {
     "quantize": [[X, torch.ones(M), ints(M, dtype=torch.int32), 1, M, K, False, ints(M, K), 8]],
     "dequantize": [[W, SCALE, ints(N, dtype=torch.int32), 1, N, K, torch.empty(N, K)]],
     "elementwise": [[1, X, torch.empty(M, K)]],
+    "gate": [[5, X, torch.empty(M, K // 2)]],
     "pack_int8": [[W, torch.empty_like(PANELS)], [WIDE, torch.empty_like(SPLIT)]],
     "unpack_int8": [[PANELS, torch.empty_like(W)], [SPLIT, torch.empty_like(WIDE)]],
     "int8_gather": [[PANELS, N, ROWS, ints(3, K, dtype=torch.int8)]],

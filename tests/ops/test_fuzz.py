@@ -37,6 +37,10 @@ ALL["recurrent"] = [
     (torch.rand(3, 2, 64), None, *RNN),
 ]
 ALL["recurrent_backward"] = [(*OF_Y, torch.rand(3, 2, 5), None, *LSTM)]
+STACKS = [(torch.ops.pyqkern.int8_pack(integers((2 * n, 16), 1, torch.int8)), torch.rand(2 * n)) for n in (32, 16)]
+TOKENS = (torch.rand(3, 16), torch.tensor([[0, 1], [1, 2], [0, 0]]), torch.rand(3, 2))
+ALL["experts"] = [(*TOKENS, *map(list, STACKS), 2, 16, "silu"), (*TOKENS, *map(list, STACKS), 2, 16, "gelu", False, 7)]
+ALL["experts_backward"] = [(torch.rand(3, 16), *ALL["experts"][0])]
 
 
 class Wrapper(Tensor):

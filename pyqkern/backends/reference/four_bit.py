@@ -174,6 +174,23 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     return (values * scales).to(dtype).view(*weight.shape)
 
 
+def slice_4bit(weight: Weight4bit, begin: int, end: int) -> Weight4bit:
+    """weight[begin:end] of a flat weight."""
+    k, blocksize = weight.shape[1], weight.blocksize
+    codes, blocks = weight.packed.view(-1), weight.absmax.view(-1)
+    codes, blocks = codes[begin * k // 2 : end * k // 2], blocks[begin * k // blocksize : end * k // blocksize]
+    return slice_nested(weight, codes, blocks, begin, end)
+
+
+def slice_nested(weight: Weight4bit, packed: Tensor, absmax: Tensor, begin: int, end: int) -> Weight4bit:
+    """weight[begin:end], given its packed and absmax."""
+    k, nested = weight.shape[1], weight.nested_absmax
+    if nested is not None:
+        group = weight.blocksize * NESTED_BLOCKSIZE
+        nested = nested[begin * k // group : end * k // group]
+    return weight._replace(packed=packed, absmax=absmax, nested_absmax=nested, shape=(end - begin, k))
+
+
 def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """weight[rows] dequantized."""
     return rows_of_flat(dequantize_4bit, weight, rows, dtype)

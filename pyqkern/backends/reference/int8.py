@@ -96,6 +96,11 @@ def int8_rows(packed: Tensor, n: int, k: int, rows: Tensor) -> Tensor:
     return packed.index_select(0, rows)
 
 
+def int8_slice(packed: Tensor, n: int, k: int, begin: int, end: int) -> Tensor:
+    """`int8_pack` of weight[begin:end]."""
+    return packed[begin:end]
+
+
 def packed_shape(n: int, k: int, split: bool = False) -> Shape:
     """The shape of `int8_pack`'s result."""
     return (n, k)
