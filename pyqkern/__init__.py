@@ -23,6 +23,7 @@ from pyqkern.models.summary import summary
 from pyqkern.nn.attention import QMultiheadAttention
 from pyqkern.nn.embedding import QEmbedding, QEmbeddingBag
 from pyqkern.nn.encoder import QEncoderLayer
+from pyqkern.nn.experts import QExperts
 from pyqkern.nn.float16 import Float16Linear
 from pyqkern.nn.four_bit import FP4Linear, Int4Linear, NF4Linear
 from pyqkern.nn.int8 import Int8Linear, Int8OutlierLinear, Int8StaticLinear, Int8WeightOnlyLinear
@@ -77,6 +78,7 @@ __all__ = [
     "QEmbedding",
     "QEmbeddingBag",
     "QEncoderLayer",
+    "QExperts",
     "QGRUCell",
     "QLSTMCell",
     "QLinear",

@@ -18,6 +18,7 @@ WAYS = {
     "bench_int8.py": ["--json r.json --plot r.png", "--cold --isa all", "--matmul --threads 2"],
     "bench_nf4.py": ["--json r.json", "--cold --isa scalar", "--tensors", "--models"],
     "bench_model.py": ["--models minilm --sizes 2x8-16 --json r.json --plot r.png"],
+    "bench_experts.py": ["--json r.json", "--isa all --schemes int8 --m 2"],
     "bench_recurrent.py": ["--json r.json", "--errors"],
     "bench_accuracy.py": [],
 }

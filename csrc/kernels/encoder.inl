@@ -112,20 +112,20 @@ INLINE i32 probability_code(f32 t, f32 dither) {
   return round(as_f32(as_i32(p) + (n << 23)) + dither);
 }
 
+template <class F> INLINE void each(const float* x, size_t n, float* y, F f) {
+  size_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(y + i, f(load(x + i)));
+  if (i < n) store_part(y + i, f(load_part(x + i, n - i)), n - i);
+}
+
 static void elementwise(int function, const float* x, size_t n, float* y) {
-  for (size_t i = 0; i < n; i += LANES) {
-    const size_t part = n - i < LANES ? n - i : LANES;
-    const f32 v = load_n(x + i, part);
-    store_n(y + i,
-            function == kExp             ? exp(v)
-            : function == kGeluValue     ? gelu(v)
-            : function == kSigmoid       ? sigmoid(v)
-            : function == kTanh          ? tanh(v)
-            : function == kSilu          ? v / (exp(-v) + 1.0f)
-            : function == kGeluTanhValue ? activate<kGeluTanh>(v)
-                                         : to_float(probability_code(v, f32{})),
-            part);
-  }
+  if (function == kExp) each(x, n, y, [](f32 v) { return exp(v); });
+  else if (function == kGeluValue) each(x, n, y, [](f32 v) { return gelu(v); });
+  else if (function == kSigmoid) each(x, n, y, [](f32 v) { return sigmoid(v); });
+  else if (function == kTanh) each(x, n, y, [](f32 v) { return tanh(v); });
+  else if (function == kSilu) each(x, n, y, [](f32 v) { return v / (exp(-v) + 1.0f); });
+  else if (function == kGeluTanhValue) each(x, n, y, [](f32 v) { return activate<kGeluTanh>(v); });
+  else each(x, n, y, [](f32 v) { return to_float(probability_code(v, f32{})); });
 }
 
 // Scores past n, up to a multiple of 64, are overwritten; so are codes of the row behind the last, up to 64.

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pyqkern.analysis.records import Records, barh
-from pyqkern.models.find import RECURRENT, find_layers, find_linears
+from pyqkern.models.find import RECURRENT, find_experts, find_layers, find_linears
 from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_linear
 from pyqkern.models.summary import summary
@@ -78,7 +78,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Quantizes one layer at a time, and all but one, and returns what each costs, the costliest first.
 
-    Layers are the linears and, where the scheme quantizes them, the recurrent layers.
+    Layers are the linears and, where the scheme quantizes them, the recurrent layers and the experts of each layer.
     model: the float model, which is not changed. evaluate: model -> score, the higher the better.
     file: finished evaluations are kept there, one JSON line each; a run of the same model and scheme goes on from it.
     executor: any concurrent.futures.Executor (threads, processes, dask.distributed's client.get_executor()); model,
@@ -89,7 +89,7 @@ def sensitivity(
     """
     scheme = get_scheme(scheme)
     found = summary(_quantized(model, scheme))
-    layers = [record for record in (*found.records, *found.recurrent) if record.scheme is not None]
+    layers = [record for record in (*found.records, *found.recurrent, *found.experts) if record.scheme is not None]
     sizes = {record.name: record.bytes_before - record.bytes_after for record in layers}
     if not sizes:
         raise ValueError(f"model must have linears that {scheme.name} quantizes, got none; see pyqkern.summary(model)")
@@ -141,7 +141,7 @@ def _quantized(model: nn.Module, scheme: Scheme, names: Sequence[str] | None = N
     """A copy of the model in which the layers of these names are quantized; None: all."""
     changed = copy.deepcopy(model)
     for replace, layers in (
-        (replace_linear, find_linears(changed)),
+        (replace_linear, [*find_linears(changed), *find_experts(changed)]),
         (replace_recurrent, find_layers(changed, RECURRENT) if is_recurrent_scheme(scheme) else []),
     ):
         wanted = {name for layer in layers for name in layer.names if names is None or name in names}

@@ -12,8 +12,9 @@ from pyqkern.schemes import Scheme
 class Group:
     """The layers that one scheme quantizes; scheme None: the linears that are kept in float.
 
-    linears: their names. embeddings: name -> name of its table, "<name>.table", or that of an embedding with which it
-    shares it. heads: linears tied to an embedding, name -> name of that table. recurrent: names of recurrent layers.
+    linears: their names; of experts, "<name>.gate_up_proj" and "<name>.down_proj". embeddings: name -> name of its
+    table, "<name>.table", or that of an embedding with which it shares it. heads: linears tied to an embedding, name ->
+    name of that table. recurrent: names of recurrent layers.
     """
 
     scheme: Scheme | None

@@ -7,6 +7,7 @@ from pyqkern.checkpoints.layers import Group
 from pyqkern.models.find import find_layers, linear_types
 from pyqkern.nn.attention import QMultiheadAttention
 from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.experts import QExperts
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.schemes import Scheme
@@ -34,6 +35,9 @@ def describe(model: nn.Module) -> list[Group]:
             group(module.scheme).linears.append(name)
         else:
             kept.linears.append(name)
+    for layer in find_layers(model, (QExperts,)):
+        for key, linear in layer.module.linears():
+            group(linear.scheme).linears.append(f"{layer.names[0]}.{key}")
     return [*groups.values(), kept]
 
 
@@ -49,7 +53,7 @@ def state_dict(model: nn.Module, format: Format) -> dict[str, Tensor]:
             del tensors[key]
 
     if format.linears_only:
-        for layer in find_layers(model, (QEmbedding, QRecurrent, QMultiheadAttention)):
+        for layer in find_layers(model, (QEmbedding, QRecurrent, QMultiheadAttention, QExperts)):
             kind, name = type(layer.module).__name__, layer.names[0]
             raise ValueError(
                 f"{format.name} has quantized linears alone, but {name} is a {kind}; use "

@@ -11,6 +11,7 @@ from torch import nn
 
 from pyqkern.hf.model import dequantize_heads
 from pyqkern.hf.wrap import wrap
+from pyqkern.models.find import find_layers
 from pyqkern.nn.linear import QLinear
 
 # What peft trains as a whole, beside the adapters, by the last names of the modules.
@@ -78,6 +79,7 @@ def _quantized_linears(config: PeftConfig, model: Any) -> set[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
         name
-        for name, module in model.named_modules()
-        if isinstance(module, QLinear) and module is not head and ".base_layer" not in f".{name}"
+        for layer in find_layers(model, (QLinear,))
+        for name in layer.names
+        if layer.module is not head and ".base_layer" not in f".{name}"
     }

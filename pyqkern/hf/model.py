@@ -24,6 +24,7 @@ from pyqkern.models.find import find_layers
 from pyqkern.models.replace import put
 from pyqkern.nn.attention import QMultiheadAttention, fold
 from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.experts import QExperts
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.ops.checks import FLOATS
@@ -166,11 +167,11 @@ def dequantize(model: nn.Module, modules: list[Any] | None = None) -> list[tuple
     """
     weights: dict[int, nn.Parameter] = {}
     changed: list[tuple[Any, nn.Module]] = []
-    for layer in find_layers(model, (QLinear, QEmbedding, QRecurrent)):
+    for layer in find_layers(model, (QLinear, QEmbedding, QRecurrent, QExperts)):
         module = layer.module
         if modules is not None and not any(module is one for one in modules):
             continue
-        if isinstance(module, QRecurrent):
+        if isinstance(module, QRecurrent | QExperts):
             put(layer, module.in_float(), model)
             changed.append((layer, module))
             continue

@@ -6,6 +6,7 @@ quantized folder, a slot stands where a quantized layer will be, with the tensor
 
 import copy
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pyqkern.hf.slots import (
     Slot,
     fill_slots,
     initialize_around_slots,
+    put_experts_slots,
     put_slots,
     taken,
     with_accelerate_hook,
@@ -37,9 +39,10 @@ from pyqkern.hf.slots import (
 from pyqkern.hf.transformers4 import Transformers4, rename_for_slots
 from pyqkern.models.find import RECURRENT, Layer, find_layers, linear_types
 from pyqkern.models.recurrent import replace_recurrent
-from pyqkern.models.replace import linears_to_replace, put, replace_embedding, replace_linear
+from pyqkern.models.replace import linears_to_replace, named, put, replace_embedding, replace_linear
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS
+from pyqkern.nn.experts import WEIGHTS, QExperts, has_experts, stacked
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import range_of
 
@@ -82,6 +85,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: PyqkernConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.chosen: dict[str, Layer] = {}  # weight's name -> the float linear that waits for it
+        self._experts: list[Layer] = []  # those of `chosen` that are no linears, but experts
         self._quantized: dict[str, QLinear] = {}  # weight's name -> what became of it
         self._count = 0  # how many there are to quantize
         self._folder: Path | None = None  # of the files, for messages
@@ -133,12 +137,16 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
         # The files have no weights of projections: attentions are quantized when all has been read.
         chosen = [linear for linear in chosen if not isinstance(linear.module, Projection)]
-        for linear in chosen:
-            self.chosen |= {f"{name}.weight": linear for name in linear.names}
-        self._count = len(chosen)
+        self._experts = [layer for layer in chosen if has_experts(layer.module)]
+        for layer in chosen:
+            keys = WEIGHTS if has_experts(layer.module) else ("weight",)
+            self.chosen |= {f"{name}.{key}": layer for name in layer.names for key in keys}
+        self._count = len(chosen) + len(self._experts)
 
     def _put_slots(self, model: Any, groups: list[Group], format: Format) -> dict[str, Slot]:
-        slots = put_slots(model, groups, format, _finder(model, [name for group in groups for name in group.names()]))
+        names = [name for group in groups for name in group.names()]
+        put_experts_slots(model, [name for group in groups for name in group.modules()], partial(in_model, model))
+        slots = put_slots(model, groups, format, _finder(model, names))
         if not slots:
             raise ValueError("quantization_config must name layers of this model, but none of its names is one's")
         untie(model)
@@ -153,19 +161,23 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         return param_name in self.chosen or (V4 and isinstance(model.get_submodule(path), Slot))
 
     def quantize_weight(self, model: Any, name: str, value: Tensor) -> bool:
-        """Quantizes the weight of a linear; False where it does not fit the linear, which transformers then says."""
-        layer, scheme = self.chosen[name], self.quantization_config.scheme
+        """Quantizes a weight of a linear or of experts; False where it does not fit, which transformers then says."""
+        layer, scheme, key = self.chosen[name], self.quantization_config.scheme, name.rpartition(".")[2]
         module = layer.module
-        if value.shape != module.weight.shape:
+        parameter = module._parameters[key]
+        if value.shape != parameter.shape:
             del self.chosen[name]
             return False
         linear = nn.Linear(1, 1, bias=False, device="meta")
-        if isinstance(module, nn.Linear):
+        if key in WEIGHTS:
+            linear = stacked(value)
+        elif isinstance(module, nn.Linear):
             linear.in_features, linear.out_features = module.in_features, module.out_features
         else:
             value = value.t()
             linear.out_features, linear.in_features = value.shape
-        linear.weight, linear.bias = nn.Parameter(value, requires_grad=False), module.bias
+        if key not in WEIGHTS:
+            linear.weight, linear.bias = nn.Parameter(value, requires_grad=False), module.bias
         try:
             ranges = range_of(scheme.carried_ranges(), layer.names)
             self._quantized[name] = QLinear.from_linear(linear, scheme, ranges=ranges)
@@ -174,7 +186,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
             return False
         for callback in progress:
             callback(len(self._quantized), self._count)
-        module.weight = taken(module.weight)
+        setattr(module, key, taken(parameter))
         return True
 
     def get_quantize_ops(self) -> _QuantizeOnLoad:
@@ -220,7 +232,24 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
                 module = self._quantized.pop(name).train(layer.module.training)
                 module.bias = layer.module.bias
                 put(layer, with_accelerate_hook(layer.module, module), model)
+        for layer in self._experts:
+            self._put_experts(layer, model)
         self.chosen.clear()
+        self._experts.clear()
+
+    def _put_experts(self, layer: Layer, model: Any) -> None:
+        """Where one of the weights was not quantized, because it was not in the files, it is now."""
+        names = {key: f"{name}.{key}" for name in layer.names for key in WEIGHTS if f"{name}.{key}" in self._quantized}
+        if names:
+            with named(layer):
+                gate_up_proj, down_proj = (
+                    self._quantized.pop(names[key])
+                    if key in names
+                    else QLinear.from_linear(stacked(layer.module._parameters[key]), self.quantization_config.scheme)
+                    for key in WEIGHTS
+                )
+            module = QExperts(gate_up_proj, down_proj, layer.module)
+            put(layer, with_accelerate_hook(layer.module, module), model)
 
     # ---- saving and the rest
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from pyqkern.checkpoints.files import Files
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group
-from pyqkern.models.find import RECURRENT, Layer, as_linear, find_layers, linear_types
+from pyqkern.models.find import RECURRENT, Layer, as_linear, find_experts, find_layers, linear_types
 from pyqkern.models.replace import put
 from pyqkern.nn.attention import exchange
 from pyqkern.nn.embedding import EMBEDDINGS
+from pyqkern.nn.experts import WEIGHTS, QExperts, stacked, unsupported
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.schemes import Scheme
@@ -133,7 +134,46 @@ class HeadSlot(nn.Module):
         self.weight = torch.empty(linear.out_features, 0, device="meta")  # transformers asks for the number of rows
 
 
-SLOTS = (Slot, EmbeddingSlot, HeadSlot)
+class ExpertsSlot(nn.Module):
+    """Where QExperts will be: its linears, in whose places slots are put."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.float_layer = [experts]
+        for name in WEIGHTS:
+            self.add_module(name, stacked(experts._parameters[name]))
+
+    def fill(self, name: str) -> QExperts:
+        """The experts, made of the linears that have taken the places of slots. ValueError where one has not."""
+        for key, linear in self._modules.items():
+            if not isinstance(linear, QLinear):
+                raise ValueError(
+                    f"{name}.{key} must be of the model's size in the files; experts cannot be initialized"
+                )
+        linears: Any = self._modules
+        return QExperts(linears["gate_up_proj"], linears["down_proj"], self.float_layer[0])
+
+
+SLOTS = (Slot, EmbeddingSlot, HeadSlot, ExpertsSlot)
+
+
+def put_experts_slots(model: Any, names: list[str], to_model: Callable[[list[str], list[str]], dict[str, str]]) -> None:
+    """Puts slots in the places of the experts whose linears are among `names`, which are those in the files.
+
+    to_model: `names.in_model` of this model, of keys in the files and the names that the model has for them.
+    """
+    layers = {
+        f"{name}.{key}.weight": layer
+        for layer in find_experts(model)
+        for name in layer.names
+        for key in WEIGHTS
+        if unsupported(layer.module) is None
+    }
+    found = set(to_model([f"{name}.weight" for name in names], list(layers)).values()) if layers else set()
+    for layer in {id(layers[name]): layers[name] for name in found}.values():
+        put(layer, ExpertsSlot(layer.module), model)
 
 
 def put_slots(model: Any, groups: list[Group], format: Format, find: Find) -> dict[str, Slot]:
@@ -213,6 +253,8 @@ def fill_slots(model: Any) -> None:
             continue
         filled[id(layer.module)] = layer.module.fill(layer.names[0])
         put(layer, with_accelerate_hook(layer.module, filled[id(layer.module)]), model)
+    for layer in find_layers(model, (ExpertsSlot,)):
+        put(layer, with_accelerate_hook(layer.module, layer.module.fill(layer.names[0])), model)
     for layer in find_layers(model, (EmbeddingSlot,)):
         (slot,), (embedding,) = layer.module.slot, layer.module.float_layer
         if id(slot) not in filled:

@@ -1,7 +1,8 @@
-"""The linears, embeddings and recurrent layers of a model: where they are, and why one cannot be replaced."""
+"""The linears, embeddings, experts and recurrent layers of a model: where they are, and why one cannot be replaced."""
 
 import functools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from pyqkern.nn.attention import INPUTS, OUTPUTS, Projection, is_folded, projections
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
+from pyqkern.nn.experts import QExperts, has_experts, unsupported
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 
@@ -24,6 +26,7 @@ KEPT = "_pyqkern_kept"
 EXCLUDED, NOT_INCLUDED = "excluded", "not included"
 
 _ADAPTER = "an adapter of peft, which is trained"
+_ROUTER = "a router: what it rounds could send a token to other experts, and it is small"
 # What peft calls the modules that it wraps.
 _WRAPPED = ("base_layer", "original_module", "base_model", "model")
 
@@ -36,7 +39,7 @@ UNFUSED = "_pyqkern_unfused"
 
 @dataclass
 class Layer:
-    """One linear, embedding or recurrent layer of a model, and everywhere it is used."""
+    """One linear, embedding, recurrent layer or the experts of one layer, and everywhere they are used."""
 
     module: Any
     names: list[str] = field(default_factory=list)
@@ -110,6 +113,19 @@ def keep(layer: Layer, reason: str) -> None:
     setattr(module, KEPT, reason)
 
 
+def find_experts(model: nn.Module) -> list[Layer]:
+    """The experts of each layer, quantized or not; as of any library, not only such as can be quantized."""
+    types: tuple[type[nn.Module], ...] = (
+        QExperts,
+        *{type(module) for module in model.modules() if has_experts(module)},
+    )
+    return [layer for layer in find_layers(model, types) if is_experts(layer.module)]
+
+
+def is_experts(module: nn.Module) -> bool:
+    return isinstance(module, QExperts) or has_experts(module)
+
+
 def find_layers(model: nn.Module, types: tuple[type[nn.Module], ...]) -> list[Layer]:
     """Every module of these types, each once, in the order of their first names."""
     found: dict[int, Layer] = {}
@@ -127,8 +143,8 @@ def _walk(
     module: nn.Module, prefix: str, path: tuple[nn.Module, ...], types: tuple[type[nn.Module], ...]
 ) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """(qualified name, parent, attribute, module) under every name; modules that hold themselves are not followed."""
-    if isinstance(module, QEmbedding | QRecurrent):
-        return  # a table, or the weights of gates, is no layer of the model
+    if isinstance(module, QEmbedding | QRecurrent | QExperts):
+        return  # a table, or the weights of gates or experts, is no layer of the model
     for attribute, child in module._modules.items():
         if child is None or any(child is ancestor for ancestor in path):
             continue
@@ -157,10 +173,16 @@ def _with_patterns(
 
 
 def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, exclude: Pattern) -> list[str | None]:
-    """Why each linear is kept; None where it is to be replaced."""
+    """Why each linear, and the experts of each layer, are kept; None where they are to be replaced."""
     owners, kept = weight_owners(model), kept_modules(model)
     named = {one for one in _listed(include) if isinstance(one, type)}
-    structural = functools.partial(structural_reason, owners=owners, kept=kept, named=named)
+    shared = shared_parameters(model)
+
+    def structural(module: nn.Module) -> str | None:
+        if is_experts(module):
+            return experts_reason(module, shared, kept)
+        return structural_reason(module, owners, kept, named)
+
     return _with_patterns(linears, structural, include, exclude, "a linear")
 
 
@@ -226,6 +248,25 @@ def _recurrent_structural_reason(
     return f"a weight is shared with {shared[0]}" if shared else None
 
 
+def experts_reason(module: Any, shared: Set[int], kept: Mapping[nn.Module, str] | None = None) -> str | None:
+    """Why these experts cannot be replaced. shared: as `shared_parameters` says; kept: as `kept_modules`."""
+    if isinstance(module, QExperts):
+        return "already quantized"
+    if kept is not None and module in kept:
+        return kept[module]
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if any(_key(parameter) in shared for parameter in parameters):
+        return "a weight is shared with another module"
+    return unsupported(module)
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The keys of parameters that more than one module has."""
+    parameters = [p for module in model.modules() for p in module._parameters.values() if p is not None and p.numel()]
+    counts = Counter(map(_key, parameters))
+    return {key for key, count in counts.items() if count > 1}
+
+
 def _base_name(module: nn.Module) -> str:
     return next(f"nn.{kind.__name__}" for kind in (*RECURRENT, *EMBEDDINGS) if isinstance(module, kind))
 
@@ -277,7 +318,8 @@ def _some(names: list[str]) -> str:
 
 def kept_modules(model: nn.Module) -> dict[nn.Module, str]:
     """The modules that stay in float because of what they are in, and why."""
-    return _attentions_of_peft(model) | dict.fromkeys(_adapters(model), _ADAPTER) | _in_float_files(model)
+    routers, adapters = dict.fromkeys(_routers(model), _ROUTER), dict.fromkeys(_adapters(model), _ADAPTER)
+    return routers | _attentions_of_peft(model) | adapters | _in_float_files(model)
 
 
 def _is_of_peft(module: nn.Module) -> bool:
@@ -290,6 +332,23 @@ def _attentions_of_peft(model: nn.Module) -> dict[nn.Module, str]:
     wrapped = [child for child in children if isinstance(child, nn.MultiheadAttention)]
     reason = "in an nn.MultiheadAttention that peft wraps, and into whose weights it writes"
     return dict.fromkeys((one for attention in wrapped for one in attention.modules()), reason)
+
+
+def _routers(model: nn.Module) -> set[nn.Module]:
+    """The linears that choose experts: beside these, as many outputs as there are experts.
+
+    A router may be in a module of its own. One with several linears is none, but an expert that all tokens share.
+    """
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        children = list(module.children())
+        counts = {child.num_experts for child in children if isinstance(child, QExperts)}
+        counts |= {len(child.down_proj) for child in children if has_experts(child)}  # type: ignore[arg-type]
+        for child in children if counts else ():
+            linears = [one for one in child.modules() if isinstance(one, nn.Linear)]
+            if len(linears) == 1 and linears[0].out_features in counts:
+                found.add(linears[0])
+    return found
 
 
 def _adapters(model: nn.Module) -> set[nn.Module]:

@@ -19,6 +19,7 @@ from pyqkern.models.find import (
     _reasons,
     as_linear,
     embedding_reasons,
+    find_experts,
     find_layers,
     find_linears,
     keep,
@@ -27,6 +28,7 @@ from pyqkern.models.find import (
 from pyqkern.models.summary import said_bytes
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding, check_embedding_scheme, quantized_table
+from pyqkern.nn.experts import QExperts, has_experts, scheme_misfit
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Range, Scheme, get_scheme, range_of, ranges_for
 
@@ -62,6 +64,7 @@ def replace_linear(
 
     A linear is an nn.Linear, or a Conv1D of transformers, which is one with a transposed weight. The projections of an
     nn.MultiheadAttention are linears too, called q_proj, k_proj, v_proj and out_proj; it becomes a QMultiheadAttention.
+    The experts of a mixture-of-experts layer, which transformers 5 keeps in two parameters, become one QExperts.
 
     scheme: a name, or a scheme object where its defaults do not do (see `pyqkern.schemes`).
     ranges: for "int8-static" what `calibrate` returned; a linear that it did not reach is kept.
@@ -70,8 +73,9 @@ def replace_linear(
     counts. include=[nn.Linear, Mine] takes the subclass Mine of nn.Linear too, for whose forward the caller vouches.
 
     Kept in float, with the reason in `summary`: what is excluded; a weight shared with an embedding or another module;
-    a parametrized, pruned or patched layer; a layer too wide for the scheme; the adapters of peft; what a module of
-    sentence_transformers, as Dense, has in a file of its own; a subclass of nn.Linear that is not named; subclasses of
+    a parametrized, pruned or patched layer; a layer too wide for the scheme; the adapters of peft; a linear that
+    chooses experts; experts whose class or scheme is none that QExperts knows; what a module of sentence_transformers,
+    as Dense, has in a file of its own; a subclass of nn.Linear that is not named; subclasses of
     nn.MultiheadAttention. Where more than half of the bytes are kept that nothing
     excludes, a warning gives the reasons. A linear used in two places stays one shared module. All hooks, train mode
     and the bias's requires_grad carry over.
@@ -102,7 +106,7 @@ def replace_linear(
         result = put(linear, module, result)
         linear.module = module
     for linear, reason in zip(linears, reasons, strict=True):
-        if reason is not None and not isinstance(linear.module, QLinear):
+        if reason is not None and not isinstance(linear.module, QLinear | QExperts):
             keep(linear, reason)
     _leave_fast_path(result)
     tell(result)
@@ -116,9 +120,11 @@ def linears_to_replace(
     exclude: Pattern = (),
     ranges: Mapping[str, Range] | None = None,
 ) -> tuple[list[Layer], list[str | None]]:
-    """Every linear of the model, and why replace_linear would keep it; None where it would not."""
+    """Every linear of the model, and the experts of each layer, and why replace_linear would keep them; None where it
+    would not.
+    """
     ranges = ranges_for(scheme, ranges)
-    linears = find_linears(model)
+    linears = [*find_linears(model), *find_experts(model)]
     reasons = _reasons(model, linears, include, exclude)
     return linears, [
         reason or _scheme_reason(linear, scheme, ranges) for linear, reason in zip(linears, reasons, strict=True)
@@ -126,7 +132,9 @@ def linears_to_replace(
 
 
 def _scheme_reason(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> str | None:
-    """Why the scheme cannot quantize this linear or embedding."""
+    """Why the scheme cannot quantize this linear, embedding or these experts."""
+    if has_experts(layer.module):
+        return scheme_misfit(layer.module, scheme)
     if ranges is not None and not any(name in ranges for name in layer.names):
         return "not reached in calibration"
     width, widest = _in_features(layer.module), scheme.max_in_features
@@ -145,7 +153,7 @@ def _warn_if_little(linears: list[Layer], reasons: list[str | None]) -> None:
     kept: Counter[str] = Counter()
     bytes_kept = bytes_done = 0
     for layer, reason in zip(linears, reasons, strict=True):
-        if reason is None or isinstance(layer.module, QLinear):
+        if reason is None or isinstance(layer.module, QLinear | QExperts):
             bytes_done += _float_bytes(layer.module)
         elif reason not in (EXCLUDED, NOT_INCLUDED):
             kept[reason] += 1
@@ -161,6 +169,10 @@ def _warn_if_little(linears: list[Layer], reasons: list[str | None]) -> None:
 
 
 def _float_bytes(module: Any) -> int:
+    if isinstance(module, QExperts):
+        return sum(_float_bytes(linear) for _, linear in module.linears())
+    if has_experts(module):
+        return sum(parameter.numel() * parameter.itemsize for parameter in module.parameters(recurse=False))
     itemsize: int = (module if isinstance(module, QLinear) else module.weight).dtype.itemsize
     shape = (module.out_features, module.in_features) if isinstance(module, QLinear) else module.weight.shape
     return math.prod(shape) * itemsize
@@ -229,7 +241,7 @@ def _plan_tables(model: nn.Module, embeddings: list[Layer], scheme: Scheme) -> l
     for layer in embeddings:
         weight = layer.module.weight
         if id(weight) not in tables:
-            heads = [_quantized(head, scheme, None) for head in linears if head.module.weight is weight]
+            heads = [_quantized_linear(head, scheme, None) for head in linears if head.module.weight is weight]
             plans += zip([head for head in linears if head.module.weight is weight], heads, strict=True)
             with named(layer):
                 tables[id(weight)] = heads[0] if heads else quantized_table(layer.module, scheme)
@@ -251,8 +263,17 @@ def put(layer: Layer, module: nn.Module, model: nn.Module) -> nn.Module:
     return module if layer.module is model else model
 
 
-def _quantized(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> QLinear:
-    """The quantized linear, with the hooks of the float one. Errors name the layer."""
+def _quantized(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> nn.Module:
+    """The quantized linear or experts, with the hooks of the float ones. Errors name the layer."""
+    if not has_experts(layer.module):
+        return _quantized_linear(layer, scheme, ranges)
+    with named(layer):
+        module = QExperts.from_experts(layer.module, scheme)
+    hand_over_hooks(layer.module, module)
+    return module
+
+
+def _quantized_linear(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> QLinear:
     with named(layer):
         module = QLinear.from_linear(as_linear(layer.module), scheme, ranges=range_of(ranges, layer.names))
     hand_over_hooks(layer.module, module)

@@ -1,4 +1,4 @@
-"""summary: what became of each linear, embedding, recurrent and encoder layer of a model, and its bytes."""
+"""summary: what became of the linears, embeddings, experts, recurrent and encoder layers of a model, and its bytes."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,31 +14,37 @@ from pyqkern.models.find import (
     Layer,
     as_linear,
     embedding_reasons,
+    experts_reason,
+    find_experts,
     find_layers,
     find_linears,
     kept_modules,
     linear_types,
     recurrent_reasons,
+    shared_parameters,
     structural_reason,
     weight_owners,
 )
 from pyqkern.nn.attention import PACKED, Projection
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 from pyqkern.nn.encoder import QEncoderLayer
+from pyqkern.nn.experts import QExperts, has_experts
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One linear, embedding or recurrent layer: its names (several where it is shared), bytes in float and as it is.
+    """One linear, embedding or recurrent layer, or the experts of one layer: names (several where they are shared),
+    bytes in float and as they are.
 
-    shape: of the weight; of a recurrent layer [hidden_size, input_size].
+    shape: of the weight; of a recurrent layer [hidden_size, input_size]; of experts that of down_proj, [experts,
+    hidden_size, intermediate_size].
     """
 
     name: str
     aliases: tuple[str, ...]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     scheme: str | None
     reason: str | None
     bytes_before: int
@@ -60,7 +66,8 @@ class EncoderRecord:
 
 @dataclass(frozen=True)
 class Summary:
-    """The linears (`records`), embeddings and recurrent layers of a model, one record each, and the totals; prints.
+    """The linears (`records`), embeddings, experts and recurrent layers of a model, one record each, and the totals;
+    prints.
 
     encoders: the encoder layers that `optimize` fused, or did not.
 
@@ -73,9 +80,10 @@ class Summary:
     embeddings: list[LayerRecord] = field(default_factory=list)
     encoders: list[EncoderRecord] = field(default_factory=list)
     recurrent: list[LayerRecord] = field(default_factory=list)
+    experts: list[LayerRecord] = field(default_factory=list)
 
     def _layers(self) -> list[LayerRecord]:
-        return [*self.records, *self.embeddings, *self.recurrent]
+        return [*self.records, *self.embeddings, *self.recurrent, *self.experts]
 
     @property
     def bytes_before(self) -> int:
@@ -93,6 +101,7 @@ class Summary:
             "records": [asdict(record) for record in self.records],
             "embeddings": [asdict(record) for record in self.embeddings],
             "recurrent": [asdict(record) for record in self.recurrent],
+            "experts": [asdict(record) for record in self.experts],
             "encoders": [asdict(record) for record in self.encoders],
             "other_bytes": self.other_bytes,
             "bytes_before": self.bytes_before,
@@ -109,7 +118,12 @@ class Summary:
             what = record.scheme or f"kept: {record.reason}"
             rows.append((name, shape, what, said_bytes(record.bytes_before), said_bytes(record.bytes_after)))
         totals = [("linears", self.records)]
-        totals += [one for one in (("embeddings", self.embeddings), ("recurrent layers", self.recurrent)) if one[1]]
+        others = (
+            ("embeddings", self.embeddings),
+            ("recurrent layers", self.recurrent),
+            ("layers' experts", self.experts),
+        )
+        totals += [one for one in others if one[1]]
         for kind, records in totals:
             quantized = sum(record.scheme is not None for record in records)
             before, after = sum(r.bytes_before for r in records), sum(r.bytes_after for r in records)
@@ -151,7 +165,8 @@ def said_bytes(count: int) -> str:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Every linear, embedding and recurrent layer: name, shape, scheme or why it is kept, bytes before and after.
+    """Every linear, embedding, recurrent layer and layer's experts: name, shape, scheme or why it is kept, bytes before
+    and after.
 
     >>> import torch, pyqkern
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
@@ -171,10 +186,12 @@ def summary(model: nn.Module) -> Summary:
     reasons = embedding_reasons(model, embeddings, None, ())
     recurrent = find_layers(model, RECURRENT)
     why = recurrent_reasons(model, recurrent, None, ())
+    experts, shared = find_experts(model), shared_parameters(model)
     return Summary(
         records,
         embeddings=[_record(layer, reason, counted) for layer, reason in zip(embeddings, reasons, strict=True)],
         recurrent=[_record(layer, reason, counted) for layer, reason in zip(recurrent, why, strict=True)],
+        experts=[_record(layer, experts_reason(layer.module, shared), counted) for layer in experts],
         other_bytes=sum(_count(module, counted) for module in model.modules()),
         encoders=list(_encoder_records(model)),
     )
@@ -190,7 +207,7 @@ def _encoder_records(model: nn.Module) -> Iterator[EncoderRecord]:
 
 def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> LayerRecord:
     module, tied = layer.module, False
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     scheme: str | None
     if isinstance(module, QEmbedding):
         module = module.table
@@ -202,6 +219,13 @@ def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> 
         before = sum(_float_bytes(linear) for _, linear in module._linears())
     elif isinstance(module, RECURRENT):
         shape, scheme, before = (layer.module.hidden_size, layer.module.input_size), None, after
+        reason = reason or getattr(module, KEPT, "not replaced yet")
+    elif isinstance(module, QExperts):
+        sizes = (module.num_experts, module.hidden_dim, module.intermediate_dim)
+        shape, scheme, reason = sizes, module.scheme.name, None
+        before = sum(_float_bytes(linear) for _, linear in module.linears())
+    elif has_experts(module):
+        shape, scheme, before = tuple(layer.module.down_proj.shape), None, after
         reason = reason or getattr(module, KEPT, "not replaced yet")
     elif isinstance(module, QLinear):
         shape, scheme, reason = (module.out_features, module.in_features), module.scheme.name, None

@@ -162,7 +162,7 @@ def _slots(index: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
     flat = index.reshape(-1)
     least, greatest = flat.aminmax()
     _check_index(int(least), int(greatest), experts)
-    counts = torch.bincount(flat, minlength=experts + 1).tolist()
+    counts = torch.bincount(flat, minlength=experts + 1).cpu().tolist()
     for expert, slots in enumerate(torch.argsort(flat, stable=True).split(counts)[:experts]):
         if slots.numel():
             yield expert, slots
@@ -203,7 +203,7 @@ Through = Callable[[int, Tensor], Tensor]
 
 def _of_one(through: Through, rows: Tensor, index: Tensor, experts: int) -> Sequence[Tensor]:
     """What each choice of a single token gives. Sorting it would take as long as the products of a small layer."""
-    chosen = index.reshape(-1).tolist()
+    chosen = index.reshape(-1).cpu().tolist()
     _check_index(min(chosen), max(chosen), experts)
     return [through(expert, rows) if expert < experts else torch.zeros_like(rows) for expert in chosen]
 

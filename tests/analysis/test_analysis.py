@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from closeness import Closeness, Dying, Net, X
 from require import require
+from tiny import moe, output
 from torch import Tensor, nn
 
 import pyqkern
@@ -61,6 +63,17 @@ def test_sensitivity_names_the_layer_that_hurts() -> None:
         assert record.drop == found.float_score - record.only and record.gain == record.all_but - found.quantized_score
         weight = dict(Net().named_modules())[record.name].weight
         assert 0 < record.float_bytes <= 3 * weight.numel() or record.name == "last"
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="experts are linears before 5")
+def test_sensitivity_looks_at_experts() -> None:
+    model = moe()
+    expected = output(model)
+    found = sensitivity(model, lambda one: -float((output(one) - expected).norm()), progress=False)
+    names = {record.name for record in found.records}
+    assert {
+        f"model.layers.{i}.mlp.experts" for i in range(2)
+    } < names and found.quantized_score < found.float_score == 0
 
 
 def test_sensitivity_goes_on_from_its_file(tmp_path: Path) -> None:

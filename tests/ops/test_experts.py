@@ -72,8 +72,8 @@ def token_by_token(arguments: dict[str, Any]) -> Tensor:
 
 
 def test_it_is_its_formula_bit_for_bit(isa: str) -> None:
-    for tokens in (1, 2, 7):
-        arguments = given(tokens=tokens)
+    for tokens, k in ((1, 2), (2, 1), (7, 4), (1, 4)):
+        arguments = given(tokens=tokens, k=k)
         assert torch.equal(experts(arguments), token_by_token(arguments))
 
 

@@ -38,6 +38,30 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, eos_token_id=0)).eval()
 
 
+MOE = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}
+# The families of experts that are tried, and what their configs call the number of these.
+MOE_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6},
+    "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128},
+    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 64, "head_dim": 16},
+}
+
+
+def moe(family: str = "mixtral", **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **(MOE | MOE_FAMILIES.get(family, {}) | options))
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 def output(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     """The first of what the model returns."""
     with torch.no_grad():
@@ -82,3 +106,6 @@ SCHEMES = [
     Int8Outlier(3.0),
 ]
 SCHEMES += [Int8WeightOnly(clip_weights=True), Int4(group_size=32, compute="fp32")]
+
+# Of experts; doubly quantized ones are too large for a tiny model.
+MOE_SCHEMES = ["int8", "int8-a7", "nf4", Int8(symmetric=True), FP4(blocksize=32), Int4(compute="fp32")]

@@ -22,7 +22,9 @@ class Format(ABC):
 
     name: ClassVar[str]
     schemes: ClassVar[tuple[str, ...]] = tuple(SCHEMES)
-    linears_only: ClassVar[bool] = True  # whether it has no quantized embeddings, recurrent layers and attentions
+    linears_only: ClassVar[bool] = (
+        True  # whether it has no quantized embeddings, recurrent layers, attentions and experts
+    )
     marks: ClassVar[tuple[str, ...]]  # tensors that only quantized layers have
 
     @abstractmethod
