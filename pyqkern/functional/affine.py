@@ -10,7 +10,8 @@ Granularities, all with the same two arguments:
 The numbers are those of torch.quantize_per_tensor (axis=None) and torch.quantize_per_channel (everything else), bit for
 bit: the reciprocal of the scale is taken in fp32 and multiplied with, the zero point is added in fp32 before rounding
 (in one fma per tensor, after a rounding of the product otherwise), and ties go to even. NaN gives the zero point, where
-torch gives qmax or 0. bf16 and fp16 are widened to fp32 first.
+torch gives qmax or 0; so does 0 where the scale is below 2**-128 and its reciprocal infinite. bf16 and fp16 are widened
+to fp32 first.
 """
 
 import math

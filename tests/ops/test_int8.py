@@ -10,7 +10,7 @@ from strategies import EDGES, FINITE, FLOATS, INFINITE, NAN, floats, integers, s
 from torch import Tensor
 
 from pyqkern import _C, choose_qparams_affine, int8_matmul, isas, quantize_affine
-from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, INT8_MATMUL_MAX_K, reference
+from pyqkern.backends import ACTIVATIONS, reference
 
 ops = torch.ops.pyqkern
 INTS = [torch.int8, torch.uint8]
@@ -50,18 +50,6 @@ def test_matmul_of_extremes(isa: str, m: int, k: int, n: int) -> None:
         for w_value in (127, -128, -127):
             a, w = torch.full((m, k), a_value, dtype=dtype), torch.full((n, k), w_value, dtype=torch.int8)
             assert (int8_matmul(a, w) == a_value * w_value * k).all()
-
-
-@pytest.mark.parametrize("dtype", INTS)
-def test_matmul_at_the_largest_k(isa: str, dtype: torch.dtype) -> None:
-    k = INT8_MATMUL_MAX_K[dtype]
-    value = 255 if dtype is torch.uint8 else -128
-    a = torch.full((2, k), value, dtype=dtype)
-    w = torch.full((3, k), -128, dtype=torch.int8)
-    assert abs(value * 128 * k) < 2**31 <= abs(value) * 128 * (k + 1)
-    assert (int8_matmul(a, w) == value * -128 * k).all()
-    with pytest.raises(ValueError, match=f"K must be at most {k} .* got {k + 1}; split K"):
-        int8_matmul(torch.zeros(1, k + 1, dtype=dtype), torch.zeros(1, k + 1, dtype=torch.int8))
 
 
 def test_matmul_of_batches(isa: str) -> None:
@@ -180,17 +168,6 @@ def test_linear_of_all_extremes(isa: str, m: int, k: int, how: tuple[bool, int])
             # With a zero point between both signs, that is rounded by half of the step, which is 2 / levels.
             error = 1.001 / (2 ** how[1] - 1) if not how[0] and x.min() < 0 < x.max() else 2.0**-22
             assert ((y - x.sum(1, keepdim=True) * value).abs() <= k * 128 * error).all()
-
-
-def test_linear_at_the_largest_k(isa: str) -> None:
-    k = INT8_LINEAR_MAX_K
-    assert 255 * 127 * k < 2**31 <= 255 * 127 * (k + 1)
-    x, w = torch.ones(2, k), torch.full((3, k), 127, dtype=torch.int8)
-    assert torch.equal(
-        linear(x, w, torch.ones(3), None), reference.int8_linear(x, w, torch.ones(3), None, "none", False)
-    )
-    with pytest.raises(ValueError, match=f"K must be at most {k} .* got {k + 1}"):
-        linear(torch.ones(1, k + 1), torch.zeros(1, k + 1, dtype=torch.int8), torch.ones(1), None)
 
 
 def test_linear_is_its_parts(isa: str) -> None:
