@@ -18,7 +18,7 @@ def check_device(**tensors: Tensor | None) -> torch.device:
     """The CUDA device on which all the tensors are; None is skipped.
 
     Raises ValueError where they are on different devices or not on a CUDA device, RuntimeError where the device's
-    compute capability is below 8.0.
+    compute capability is below 8.0, and under ROCm, whose devices are called "cuda" too.
     """
     (first, head), *rest = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     for name, tensor in rest:
@@ -29,6 +29,8 @@ def check_device(**tensors: Tensor | None) -> torch.device:
             )
     if head.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"{first} must be on a CUDA device, got {head.device}; move it with .to('cuda')")
+    if torch.version.hip is not None:
+        raise RuntimeError(f"these kernels are for CUDA, got a build of torch for ROCm {torch.version.hip}")
     found = capability(head.device)
     if found < MIN_CAPABILITY:
         raise RuntimeError(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyqkern.analysis.records import Records, barh
-from pyqkern.calibration.run import counted, evaluated
+from pyqkern.calibration.run import counted, evaluated, in_float64
 from pyqkern.models.find import RECURRENT, find_attentions, find_layers, linear_types
 from pyqkern.nn.attention import unfolded
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
@@ -35,7 +35,7 @@ class _Sums:
         self.count, self.error, self.xx, self.yy, self.xy = 0, 0.0, 0.0, 0.0, 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        x, y = x.double(), y.double()
+        x, y = in_float64(x), in_float64(y)
         self.count += x.numel()
         self.error += float((x - y).square().sum())
         self.xx += float(x.square().sum())

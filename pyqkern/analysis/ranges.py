@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyqkern.analysis.records import Records, barh
 from pyqkern.calibration.observers import BINS, LEVELS, Histogram, MinMax
-from pyqkern.calibration.run import linears_of, see_inputs
+from pyqkern.calibration.run import in_float64, linears_of, see_inputs
 from pyqkern.models.find import as_linear
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Range
@@ -60,7 +60,7 @@ class _Watch:
     def observe(self, x: Tensor) -> None:
         self.histogram.observe(x)
         self.channels.observe(x)
-        squares = x.double().square().sum(0).cpu()
+        squares = in_float64(x).square().sum(0).cpu()
         self.squares = squares if self.squares is None else self.squares + squares
         self.rows += x.shape[0]
 

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pyqkern.analysis.records import Records, barh
+from pyqkern.calibration.run import in_float64
 from pyqkern.models.find import RECURRENT, find_experts, find_layers, find_linears
 from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_linear
@@ -198,7 +199,7 @@ def _fingerprint(model: nn.Module) -> str:
     """Tells models apart by names, shapes and the sums of their tensors."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {float(tensor.double().sum()):.12g}\n".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {float(in_float64(tensor).sum()):.12g}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -97,8 +97,9 @@ class Histogram(Observer):
             self.counts, self.exponent = torch.zeros(channels, 2 * self.bins, dtype=torch.int64, device="cpu"), exponent
         if not torch.equal(exponent, self.exponent):
             self._widen(exponent)
-        inverse = (1 / self.width).to(x.device, torch.float64)
-        index = (x.double() * inverse).floor().long() + self.bins
+        # By a power of two: exact in fp32, but for what underflows, whose bin is that beside zero on x's side.
+        scaled = x * (1 / self.width).float().to(x.device)
+        index = scaled.floor().long() - ((x < 0) & (scaled == 0)).long() + self.bins
         if self.per_channel:
             index += torch.arange(channels, device=x.device) * (2 * self.bins)
         self.counts += torch.bincount(index.view(-1), minlength=self.counts.numel()).view_as(self.counts).cpu()

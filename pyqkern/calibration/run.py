@@ -55,6 +55,14 @@ def evaluated(model: nn.Module, batch: Any) -> Any:
         return run_batch(model, batch)
 
 
+def in_float64(x: Tensor) -> Tensor:
+    """x in float64, on the CPU where its device has none, as MPS and some of XPU."""
+    try:
+        return x.double()
+    except (TypeError, RuntimeError):
+        return x.cpu().double()
+
+
 def input_of(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
     """What a linear is called with, by place or by keyword."""
     x: Tensor = arguments[0] if arguments else next(iter(keywords.values()))

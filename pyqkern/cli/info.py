@@ -34,8 +34,15 @@ def describe() -> dict[str, str]:
         "isa in use": f"{_C.isa()} (PYQKERN_ISA chooses another)",
         "threads": f"{_C.threads()} (torch.set_num_threads sets them)",
         "openmp": _C.openmp() or "none: the kernels run on one thread",
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "not available",
+        "cuda": _cuda(),
     }
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "not available"
+    name = torch.cuda.get_device_name()
+    return name if torch.version.hip is None else f"{name}, with ROCm: plain torch instead of kernels"
 
 
 def _version(package: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from require import require
-from strategies import floats, generator, seeds
+from strategies import FINITE, floats, generator, seeds
 from torch import Tensor, nn
 
 import pyqkern
@@ -156,9 +156,15 @@ def test_percentiles_are_those_of_onnxruntime_within_a_bin_of_each(sizes: list[i
     assert abs(float(lo) - theirs[0]) <= slack and abs(float(hi) - theirs[1]) <= slack
 
 
-@given(sizes=batch_sizes, seed=seeds, per_channel=st.booleans())
-def test_histogram_counts_every_value_in_its_bin(sizes: list[int], seed: int, per_channel: bool) -> None:
-    values = batches(sizes, seed)
+@given(
+    sizes=batch_sizes, seed=seeds, per_channel=st.booleans(), extremes=st.sampled_from([[], [1e-45, -1e-45], FINITE])
+)
+def test_histogram_counts_every_value_in_its_bin(
+    sizes: list[int], seed: int, per_channel: bool, extremes: list[float]
+) -> None:
+    values = (
+        [floats((n, 7), seed + i, extremes=extremes) for i, n in enumerate(sizes)] if extremes else batches(sizes, seed)
+    )
     histogram = Histogram(per_channel)
     observed(histogram, values)
     x = torch.cat(values).double()
