@@ -14,6 +14,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+Kinds = type | tuple[type, ...]
+
+
+def check_type(name: str, value: object, kinds: Kinds, wanted: str) -> None:
+    """TypeError unless the value is of one of these types; a bool is no number."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+
+
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 COMPUTE = ("auto", "fp32", "bf16", "int8")
 
@@ -46,6 +55,13 @@ class Scheme:
     recurs: ClassVar[bool] = False
     max_in_features: ClassVar[int | None] = None
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for options of another type than their default, ValueError for values."""
+        for one in fields(self):
+            wanted = type(one.default)
+            kinds = (float, int) if wanted is float else wanted
+            check_type(f"{one.name} of {self.name}", getattr(self, one.name), kinds, wanted.__name__)
+
     def carried_ranges(self) -> Mapping[str, Range] | None:
         """The ranges that were handed over with the scheme, for those that can carry them: see Int8Static."""
         return None
@@ -70,12 +86,21 @@ class Scheme:
         return replace(default, **options)
 
 
+def check_ranges(ranges: Mapping[str, Range] | None) -> None:
+    if ranges is not None:
+        check_type("ranges", ranges, Mapping, "a mapping of names to Range, as calibrate returns it")
+        for name, one in ranges.items():
+            check_type(f"ranges[{name!r}]", one, Range, "a Range, as calibrate returns it")
+
+
 def ranges_for(scheme: Scheme, ranges: Mapping[str, Range] | None) -> Mapping[str, Range] | None:
     """The ranges to quantize with: those given, or else those that the scheme carries; None for a scheme without.
 
-    Raises ValueError for a scheme that needs ranges and has none, and for ranges given to a scheme that takes none.
+    Raises ValueError for a scheme that needs ranges and has none, and for ranges given to a scheme that takes none;
+    TypeError for other ranges.
     """
     found = ranges if ranges is not None else scheme.carried_ranges()
+    check_ranges(found)
     if scheme.needs_ranges and found is None:
         raise ValueError(
             f"{scheme.name} needs the activations' ranges; use "
@@ -125,6 +150,7 @@ class Int8(_Int8):
     activation_bits: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_activation_bits(self.activation_bits)
         if self.activation_bits == 7:
             if self.symmetric:
@@ -156,6 +182,8 @@ class Int8Static(_Int8):
     activation_bits: int = 8
 
     def __post_init__(self, ranges: Mapping[str, Range] | None) -> None:
+        super().__post_init__()
+        check_ranges(ranges)
         _check_activation_bits(self.activation_bits)
         if ranges is not None:
             object.__setattr__(self, "ranges", ranges)
@@ -196,6 +224,7 @@ class Int8Outlier(_Int8):
     clip_weights: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.threshold > 0:
             raise ValueError(f"threshold must be > 0, got {self.threshold}; the default is 6.0")
 
@@ -209,6 +238,7 @@ class _FourBit(Scheme):
     compute: str
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize}")
         _check_compute(self.compute)
@@ -279,6 +309,7 @@ class Int4(Scheme):
         return self.group_size
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size must be 32, 64 or 128, got {self.group_size}")
         _check_compute(self.compute)

@@ -12,6 +12,7 @@ from pyqkern.calibration.run import counted, evaluated, in_float64
 from pyqkern.models.find import RECURRENT, find_attentions, find_layers, linear_types
 from pyqkern.nn.attention import unfolded
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
+from pyqkern.schemes import check_type
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def error_propagation(
     Raises ValueError without batches, for models whose layers do not have the same names, and for outputs of another
     shape or with NaN.
     """
+    _check_models(float_model, quantized_model)
     sums: dict[str, _Sums] = {}
     with unfolded(find_attentions(float_model)), unfolded(find_attentions(quantized_model)):
         kinds = _add_errors(sums, float_model, quantized_model, batches, progress)
@@ -96,6 +98,11 @@ def _add_errors(
                     raise ValueError(f"{name}: outputs must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
                 sums.setdefault(name, _Sums()).add(x, y)
     return {name: type(module).__name__ for name, module in others.items()}
+
+
+def _check_models(float_model: nn.Module, quantized_model: nn.Module) -> None:
+    for name, model in (("float_model", float_model), ("quantized_model", quantized_model)):
+        check_type(name, model, nn.Module, "an nn.Module")
 
 
 def _draw_errors(records: Sequence[ErrorRecord], axes: Any) -> None:
@@ -182,6 +189,8 @@ def compare_samples(
     The output is the logits or the model's first tensor, [batch, ...]; each sample's is flattened. texts: what to call
     the samples, in the order of the batches. Raises ValueError without batches, or if texts are fewer than samples.
     """
+    _check_models(float_model, quantized_model)
+    check_type("top", top, int, "an int")
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
     found: list[SampleRecord] = []

@@ -13,7 +13,7 @@ from pyqkern.calibration.observers import BINS, LEVELS, Histogram, MinMax
 from pyqkern.calibration.run import in_float64, linears_of, see_inputs
 from pyqkern.models.find import as_linear
 from pyqkern.nn.linear import QLinear
-from pyqkern.schemes import Range
+from pyqkern.schemes import Range, check_ranges
 
 SHOWN_BINS = 64
 COARSE_STEP = 0.25  # of the spread: the step's noise, step / sqrt(12), is then 7 % of a typical value, or 23 dB
@@ -79,6 +79,7 @@ def range_report(
     spread. Raises ValueError without batches and for NaN or an infinity in an input; linears not reached are left out.
     """
     linears = linears_of(model)
+    check_ranges(ranges)
     watches: dict[str, _Watch] = {}
 
     def see(name: str, x: Tensor) -> None:

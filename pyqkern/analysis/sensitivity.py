@@ -24,7 +24,7 @@ from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_linear
 from pyqkern.models.summary import summary
 from pyqkern.nn.recurrent import is_recurrent_scheme
-from pyqkern.schemes import Scheme, get_scheme
+from pyqkern.schemes import Scheme, check_type, get_scheme
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -89,6 +89,9 @@ def sensitivity(
     model or scheme; Interrupted, with the finished scores, if the executor or a worker dies: call again to go on.
     """
     scheme = get_scheme(scheme)
+    check_type("model", model, nn.Module, "an nn.Module")
+    check_type("evaluate", evaluate, Callable, "a function of a model")  # type: ignore[arg-type]
+    check_type("executor", executor, (Executor, type(None)), "None or a concurrent.futures.Executor")
     found = summary(_quantized(model, scheme))
     layers = [record for record in (*found.records, *found.recurrent, *found.experts) if record.scheme is not None]
     sizes = {record.name: record.bytes_before - record.bytes_after for record in layers}
@@ -276,6 +279,7 @@ def fallback(
     Raises ValueError if even the float model misses the target, with both numbers.
     """
     scheme = get_scheme(scheme)
+    check_type("target", target, numbers.Real, "a number")
     if order is None:
         order = sensitivity(model, evaluate, scheme, progress=progress)
     if not order.float_score >= target:

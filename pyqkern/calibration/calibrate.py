@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyqkern.calibration.observers import OBSERVERS, Observer
 from pyqkern.calibration.run import linears_of, see_inputs
 from pyqkern.models.find import RECURRENT, find_layers
-from pyqkern.schemes import Range
+from pyqkern.schemes import Range, check_type
 
 
 class Ranges(Mapping[str, Range]):
@@ -97,6 +97,8 @@ def calibrate(
     >>> pyqkern.replace_linear(model, "int8-static", ranges=ranges)[0].scheme.name
     'int8-static'
     """
+    check_type("observer", observer, str, "a name")
+    check_type("per_channel", per_channel, bool, "a bool")
     if observer not in OBSERVERS:
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}, got {observer!r}")
     linears = linears_of(model)

@@ -10,12 +10,12 @@ from tqdm import tqdm
 
 from pyqkern.models.find import find_attentions, find_linears
 from pyqkern.nn.attention import unfolded
+from pyqkern.schemes import check_type
 
 
 def linears_of(model: nn.Module) -> dict[str, Any]:
     """Each linear once, quantized or not, by its first name."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_type("model", model, nn.Module, "an nn.Module")
     return {layer.names[0]: layer.module for layer in find_linears(model)}
 
 
@@ -28,6 +28,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 def counted(batches: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
     """The batches with a progress bar. Raises ValueError if there are none."""
+    check_type("batches", batches, Iterable, "an iterable of batches")
     count = 0
     for batch in tqdm(batches, desc=title, disable=not progress):
         count += 1

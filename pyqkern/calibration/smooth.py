@@ -7,6 +7,7 @@ s is rounded to powers of two, so that the float model gives the same bits as be
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pyqkern.models.find import as_linear, conv1d, find_linears
 from pyqkern.models.layouts import find_layouts
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.encoder_parts import InputScale, Path
-from pyqkern.schemes import Range
+from pyqkern.schemes import Range, check_type
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ def smooth(
     >>> pyqkern.smooth(model, ranges, pairs=[Pair("0", ("1",))])
     [Pair(before='0', after=('1',), shared=False)]
     """
+    check_type("model", model, nn.Module, "an nn.Module")
+    check_type("ranges", ranges, Mapping, "a mapping of names to Range, as calibrate returns it")
+    check_type("alpha", alpha, Real, "a number")
+    check_type("shared", shared, bool, "a bool")
+    check_type("pairs", pairs, (Iterable, type(None)), "None or several Pair")
+    for pair in pairs or ():
+        check_type("pairs", pair, Pair, "None or several Pair")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within [0, 1], got {alpha}")
     chosen = list(find_pairs(model) if pairs is None else pairs)

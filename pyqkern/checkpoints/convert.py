@@ -19,7 +19,7 @@ from pyqkern.checkpoints.files import Files, root_of
 from pyqkern.checkpoints.formats import format_of, get_format
 from pyqkern.checkpoints.layers import Group, module_of
 from pyqkern.models.summary import said_bytes, table
-from pyqkern.schemes import get_scheme
+from pyqkern.schemes import check_type, get_scheme
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 _OTHER_RUNTIMES = ("onnx", "openvino")
@@ -48,6 +48,10 @@ def quantize(
     OSError, FileExistsError for an `out` that exists.
     """
     get_format(format)
+    if scheme is not None:
+        get_scheme(scheme)
+    check_type("exclude", exclude, Iterable, "name patterns")
+    check_type("embeddings", embeddings, bool, "a bool")
     out = Path(out)
     _check_out(out)
     folder = _local(model)

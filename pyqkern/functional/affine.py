@@ -16,12 +16,14 @@ to fp32 first.
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from pyqkern.backends import qrange
-from pyqkern.ops.checks import check_qtype, short
+from pyqkern.ops.checks import INT, check_float, check_qtype, check_shape, short
+from pyqkern.schemes import check_type
 
 Axis = int | Sequence[int] | None
 
@@ -49,8 +51,11 @@ def choose_qparams_affine(
     >>> pyqkern.choose_qparams_affine(torch.tensor([-1.0, 0.5, 1.55]), dtype=torch.uint8)
     (tensor(0.0100), tensor(100, dtype=torch.int32))
     """
-    _check_tensor("x", x)
-    return torch.ops.pyqkern.choose_qparams_affine(_detached(x), dtype, _axes(axis), group_size, symmetric, bits)
+    check_type("x", x, Tensor, "a torch.Tensor")
+    check_qtype("dtype", dtype, bits)
+    check_type("symmetric", symmetric, bool, "a bool")
+    cut = (_axes(axis), _group_size(group_size))
+    return torch.ops.pyqkern.choose_qparams_affine(_detached(x), dtype, *cut, symmetric, bits)
 
 
 def quantize_affine(
@@ -79,10 +84,11 @@ def quantize_affine(
     tensor([[-64,   0, 127],
             [127,  64,  32]], dtype=torch.int8)
     """
-    _check_tensor("x", x)
+    check_type("x", x, Tensor, "a torch.Tensor")
     check_qtype("dtype", dtype, bits)
     scale, zero_point = _qparams(scale, zero_point, x.device)
-    return torch.ops.pyqkern.quantize_affine(_detached(x), scale, zero_point, _axes(axis), group_size, dtype, bits)
+    cut = (_axes(axis), _group_size(group_size))
+    return torch.ops.pyqkern.quantize_affine(_detached(x), scale, zero_point, *cut, dtype, bits)
 
 
 def dequantize_affine(
@@ -104,9 +110,10 @@ def dequantize_affine(
     >>> pyqkern.dequantize_affine(torch.tensor([0, 100, 255], dtype=torch.uint8), 0.5, 100)
     tensor([-50.0000,   0.0000,  77.5000])
     """
-    _check_tensor("q", q)
+    check_type("q", q, Tensor, "a torch.Tensor")
+    check_float("dtype", dtype)
     scale, zero_point = _qparams(scale, zero_point, q.device)
-    return torch.ops.pyqkern.dequantize_affine(q, scale, zero_point, _axes(axis), group_size, dtype)
+    return torch.ops.pyqkern.dequantize_affine(q, scale, zero_point, _axes(axis), _group_size(group_size), dtype)
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -123,7 +130,7 @@ def pack_int4(q: Tensor) -> Tensor:
     >>> pyqkern.pack_int4(torch.tensor([1, -1, 7], dtype=torch.int8))
     tensor([ 31, 112], dtype=torch.uint8)
     """
-    _check_tensor("q", q)
+    check_type("q", q, Tensor, "a torch.Tensor")
     check_qtype("q", q.dtype)
     qmin, qmax = qrange(q.dtype, 4)
     if q.numel() and not (qmin <= int(q.min()) and int(q.max()) <= qmax):
@@ -145,8 +152,9 @@ def unpack_int4(packed: Tensor, shape: Sequence[int], dtype: torch.dtype = torch
     >>> pyqkern.unpack_int4(torch.tensor([31, 112], dtype=torch.uint8), (3,))
     tensor([ 1, -1,  7], dtype=torch.int8)
     """
-    _check_tensor("packed", packed)
+    check_type("packed", packed, Tensor, "a torch.Tensor")
     check_qtype("dtype", dtype)
+    check_shape(shape)
     if packed.dtype is not torch.uint8:
         raise TypeError(f"packed must be torch.uint8, got {short(packed.dtype)}")
     numel = math.prod(shape)
@@ -157,17 +165,21 @@ def unpack_int4(packed: Tensor, shape: Sequence[int], dtype: torch.dtype = torch
     return codes if dtype is torch.uint8 else (codes << 4).view(torch.int8) >> 4
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
 def _detached(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
 def _axes(axis: Axis) -> Sequence[int] | None:
-    return (axis,) if isinstance(axis, int) else axis
+    axes = axis if axis is None or isinstance(axis, Sequence) else (axis,)
+    for one in axes or ():
+        check_type("axis", one, INT, "None, an int or several")
+    return axes
+
+
+def _group_size(group_size: int | None) -> int | None:
+    if group_size is not None:
+        check_type("group_size", group_size, INT, "None or an int")
+    return group_size
 
 
 def _qparams(
@@ -175,7 +187,11 @@ def _qparams(
 ) -> tuple[Tensor, Tensor | None]:
     """Both as tensors; their values are checked where they are used."""
     if not isinstance(scale, Tensor):
+        check_type("scale", scale, Real, "a tensor or a number")
         scale = torch.tensor(float(scale), dtype=torch.float32, device=device)
     if zero_point is not None and not isinstance(zero_point, Tensor):
+        check_type("zero_point", zero_point, Integral, "None, a tensor or an int")
+        if not -(2**31) <= zero_point < 2**31:
+            raise ValueError(f"zero_point must be within the range of the dtype, got {zero_point}")
         zero_point = torch.tensor(int(zero_point), dtype=torch.int64, device=device)
     return scale, zero_point

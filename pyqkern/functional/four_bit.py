@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pyqkern.backends import BITSANDBYTES_TYPES, NESTED_BLOCKSIZE, Weight4bit
 from pyqkern.ops import four_bit as ops_four_bit
-from pyqkern.ops.checks import FLOATS, check_float
+from pyqkern.ops.checks import FLOATS, check_float, check_shape
+from pyqkern.schemes import check_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,11 @@ class Quantized4bit:
     nested_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("packed", "absmax"):
+            check_type(name, getattr(self, name), Tensor, "a torch.Tensor")
+        for name, nested in zip(("nested_absmax", "nested_map", "nested_offset"), self.nested, strict=True):
+            check_type(name, nested, (Tensor, type(None)), "None or a torch.Tensor")
+        check_shape(self.shape)
         ops_four_bit.check_format(self.quant_type, self.blocksize, BITSANDBYTES_TYPES)
         if self.dtype not in FLOATS:
             raise TypeError(f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
@@ -85,9 +91,10 @@ def quantize_4bit(
     >>> q.packed.shape, q.absmax
     (torch.Size([32, 1]), tensor([1.]))
     """
-    if not isinstance(w, Tensor):
-        raise TypeError(f"w must be a torch.Tensor, got {type(w).__name__}")
+    check_type("w", w, Tensor, "a torch.Tensor")
     check_float("w", w.dtype)
+    ops_four_bit.check_format(quant_type, blocksize, BITSANDBYTES_TYPES)
+    check_type("double_quant", double_quant, bool, "a bool")
     packed, absmax = torch.ops.pyqkern.quantize_4bit(w.detach(), quant_type, blocksize)
     nested: tuple[Tensor, ...] = ()
     if double_quant and absmax.numel():
@@ -106,9 +113,10 @@ def dequantize_4bit(q: Quantized4bit, dtype: torch.dtype | None = None) -> Tenso
     >>> pyqkern.dequantize_4bit(q)
     tensor([ 2.0000, -1.0501,  0.0000,  0.8814])
     """
-    if not isinstance(q, Quantized4bit):
-        raise TypeError(f"q must be a Quantized4bit, got {type(q).__name__}")
-    return ops_four_bit.dequantize_4bit(q.weight, dtype or q.dtype)
+    check_type("q", q, Quantized4bit, "a Quantized4bit")
+    dtype = q.dtype if dtype is None else dtype
+    check_float("dtype", dtype)
+    return ops_four_bit.dequantize_4bit(q.weight, dtype)
 
 
 # ---- double quantization: one absmax per 64 weights, so plain torch will do

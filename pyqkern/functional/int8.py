@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pyqkern.schemes import check_type
+
 
 def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
     """The exact integer product a @ w.T, on every ISA and device.
@@ -20,6 +22,5 @@ def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
     tensor([[-2284800, -2284800]], dtype=torch.int32)
     """
     for name, tensor in (("a", a), ("w", w)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_type(name, tensor, Tensor, "a torch.Tensor")
     return torch.ops.pyqkern.int8_matmul(a, w)

@@ -21,7 +21,7 @@ from pyqkern.checkpoints.config import VERSION, check_own, own_config, quantizat
 from pyqkern.checkpoints.formats import get_format
 from pyqkern.nn.embedding import check_embedding_scheme
 from pyqkern.nn.recurrent import check_recurrent_scheme
-from pyqkern.schemes import Scheme
+from pyqkern.schemes import Scheme, check_type
 
 
 def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **kwargs: Any) -> Any:
@@ -95,6 +95,7 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if recurrent:
             self.recurrent = check_recurrent_scheme(self.scheme if recurrent is True else Scheme.from_dict(recurrent))
         self.format = get_format(format).name
+        check_type("layers", layers, (list, type(None)), "None or a list")
         self.layers = layers
 
     @classmethod
@@ -125,7 +126,9 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
     if patterns is None:
         return None
+    wanted = "name patterns here, which a file can hold"
+    check_type(name, patterns, (str, Iterable), wanted)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{name} must be name patterns here, which a file can hold, got {patterns!r}")
+        raise TypeError(f"{name} must be {wanted}, got {patterns!r}")
     return patterns

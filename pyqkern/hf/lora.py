@@ -13,6 +13,7 @@ from pyqkern.hf.model import dequantize_heads
 from pyqkern.hf.wrap import wrap
 from pyqkern.models.find import find_layers
 from pyqkern.nn.linear import QLinear
+from pyqkern.schemes import check_type
 
 # What peft trains as a whole, beside the adapters, by the last names of the modules.
 HEADS = {
@@ -48,6 +49,7 @@ def lora(config: LoraConfig) -> LoraConfig:
     >>> type(model.base_model.model[0]).__name__
     'LoraQLinear'
     """
+    check_type("config", config, LoraConfig, "a peft.LoraConfig")
     config._register_custom_module({QLinear: LoraQLinear})
     wrap(importlib.import_module("peft.tuners.tuners_utils"), "_maybe_include_all_linear_layers", _include_quantized)
     return config

@@ -275,10 +275,11 @@ def _matches(argument: str, pattern: Pattern, linears: list[Layer], kind: str) -
     """Which linears a pattern picks. A pattern that picks none is a mistake and raises."""
     if callable(pattern) and not isinstance(pattern, type):
         return [any(pattern(name, linear.module) for name in linear.names) for linear in linears]
-    picked = [False] * len(linears)
-    for one in _listed(pattern):
+    picked, patterns = [False] * len(linears), _listed(pattern)
+    for one in patterns:
         if not isinstance(one, str | type):
             raise TypeError(f"{argument} must be name patterns, types or a predicate (name, module), got {one!r}")
+    for one in patterns:
         picks = [_picks(one, linear) for linear in linears]
         if not any(picks):
             raise ValueError(f"{argument} must match {_wanted(one, kind)}, got {one!r}; {_hint(one, linears, kind)}")

@@ -13,7 +13,7 @@ from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_embedding, replace_linear
 from pyqkern.nn.attention import INPUTS, is_folded
 from pyqkern.nn.embedding import EMBEDDINGS
-from pyqkern.schemes import Scheme, get_scheme
+from pyqkern.schemes import Scheme, check_type, get_scheme
 
 # What torch quantizes when it is told nothing; nn.RNN is not among them.
 DEFAULT = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.RNNCell, nn.GRUCell)
@@ -57,6 +57,8 @@ def quantize_dynamic(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if mapping is not None:
         raise ValueError("mapping must be None: the layers are pyqkern's own; choose among them by qconfig_spec")
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+    check_type("inplace", inplace, bool, "a bool")
     spec = _spec(qconfig_spec, dtype)
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for key in spec:

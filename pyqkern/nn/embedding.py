@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyqkern.nn.linear import QLinear, as_linear
-from pyqkern.schemes import SCHEMES, Scheme, get_scheme
+from pyqkern.schemes import SCHEMES, Scheme, check_type, get_scheme
 
 
 class QEmbedding(nn.Module):
@@ -56,6 +56,7 @@ class QEmbedding(nn.Module):
         return embedding.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        check_type("input", input, Tensor, "a tensor of ids")
         return self.table.rows(input)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -129,6 +130,7 @@ class QEmbeddingBag(QEmbedding):
         return bag.train(self.training)
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        check_type("input", input, Tensor, "a tensor of ids")
         rows = self.table.rows(input.reshape(-1))
         numbers, padding = torch.arange(rows.shape[0], device=input.device).view(input.shape), None
         if self.padding_idx is not None:  # a row of its own, which torch passes over

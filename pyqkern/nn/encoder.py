@@ -108,7 +108,7 @@ class QEncoderLayer(nn.Module):
     def _operator(self, parts: Parts, x: Tensor, mask: Tensor | None, position_bias: Tensor | None) -> Tensor:
         linears, norms, form = parts.linears, parts.norms, parts.format
         weights = [linear._buffers["packed"] for linear in linears]  # read directly: see Int8Linear._linear
-        scales = [linear._buffers[form.scale] for linear in linears]
+        scales = [linear._scales() for linear in linears]
         nested = [linear._buffers[name] for linear in linears for name in form.nested]
         vectors, biases = parts.tensors()
         eps = [norm.eps for norm in norms]

@@ -59,8 +59,7 @@ class Format:
     symmetric: bool
     quant_type: str = "int8"
     blocksize: int = 0
-    scale: str = "weight_scale"  # the linear's buffer of scales
-    nested: tuple[str, ...] = ()  # and those that doubly quantized scales have
+    nested: tuple[str, ...] = ()  # the linear's buffers that doubly quantized scales have
 
 
 _FOUR_BITS = (NF4Linear, FP4Linear, Int4Linear)
@@ -83,7 +82,7 @@ def unfit(linear: nn.Module) -> str | None:
 def _format(linear: Any) -> Format:
     if type(linear) is Int8Linear:
         return Format(linear.scheme.symmetric, linear.scheme.name)
-    return Format(True, linear.quant_type, linear.blocksize, "absmax", NESTED if linear.double_quant else ())
+    return Format(True, linear.quant_type, linear.blocksize, NESTED if linear.double_quant else ())
 
 
 def common_format(linears: Sequence[Any]) -> Format | None:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from pyqkern.backends import Kernels, Shape
 from pyqkern.nn.linear import QLinear
-from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.checks import FLOATS, check_float
 from pyqkern.schemes import Float16, Scheme
 
 MAX = torch.finfo(torch.float16).max
@@ -27,11 +27,11 @@ class Float16Linear(QLinear, scheme=Float16):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        scheme: Scheme | None = None,
+        scheme: str | Scheme | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, scheme or Float16(), device, dtype)
+        super().__init__(in_features, out_features, bias, self._own_scheme(scheme), device, dtype)
         weight = torch.zeros(out_features, in_features, dtype=torch.float16, device=device)
         self.register_buffer("packed", weight, persistent=False)
 
@@ -45,6 +45,7 @@ class Float16Linear(QLinear, scheme=Float16):
         return self.packed.to(self.dtype, copy=True)
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        check_float("x", x.dtype)
         return functional.linear(x, self.packed.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _plain(self, key: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The linears with 4-bit weights: NF4Linear, FP4Linear and Int4Linear, the schemes "nf4", "fp4" and "int4"."""
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from pyqkern.functional.affine import choose_qparams_affine, pack_int4, quantize
 from pyqkern.functional.four_bit import dynamic_map, quantize_absmax
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import four_bit as ops_four_bit
-from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.checks import FLOATS, INT
 from pyqkern.ops.registry import kernels_of
-from pyqkern.schemes import FP4, NF4, Int4, Scheme, get_scheme
+from pyqkern.schemes import FP4, NF4, Int4, Scheme, check_type
 
 NESTED = ("nested_absmax", "nested_map", "nested_offset")
 
@@ -43,7 +43,7 @@ class Linear4bit(QLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, get_scheme(scheme or self.quant_type), device, dtype)
+        super().__init__(in_features, out_features, bias, self._own_scheme(scheme), device, dtype)
         numel = in_features * out_features
         blocks = -(-numel // self.blocksize)
         codes = torch.zeros((numel + 1) // 2, dtype=torch.uint8, device=device)
@@ -83,11 +83,19 @@ class Linear4bit(QLinear):
             absmax, nested = absmax.to(torch.uint8), (absmax, dynamic_map().to(absmax.device), absmax.new_zeros(()))
         self._take(packed, absmax, nested)
 
+    def _scales(self) -> Tensor:
+        buffers: Any = self._buffers
+        absmax: Tensor = buffers["absmax"]
+        if absmax.dim() == 1 and buffers["packed"].dim() == 2:  # torch.func.functional_call puts a state_dict's there
+            fits = absmax.numel() == -(-self.out_features * self.in_features // self.blocksize)
+            return self._pack("absmax", absmax) if fits else absmax
+        return absmax
+
     def _weight4bit(self) -> Weight4bit:
         buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
         nested = (buffers["nested_absmax"], buffers["nested_map"], buffers["nested_offset"])
         shape = (self.out_features, self.in_features)
-        return Weight4bit(buffers["packed"], buffers["absmax"], *nested, self.quant_type, self.blocksize, shape)
+        return Weight4bit(buffers["packed"], self._scales(), *nested, self.quant_type, self.blocksize, shape)
 
     _of_weight: ClassVar[tuple[str, ...]] = ("packed", "absmax", *NESTED)
 
@@ -100,13 +108,14 @@ class Linear4bit(QLinear):
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return ops_four_bit.linear_4bit(x, self._weight4bit(), bias, self.scheme.compute)
 
-    _packed: ClassVar[dict[str, str]] = {"weight": "packed", "absmax": "absmax"}
+    # absmax first: where functional_call puts things back, it reads the weight, for which absmax has to be right.
+    _packed: ClassVar[dict[str, str]] = {"absmax": "absmax", "weight": "packed"}
 
     def _plain(self, key: str) -> Tensor:
         sizes = (self.out_features, self.in_features, self.blocksize)
         if key == "weight":
             return torch.ops.pyqkern.unpack_4bit(self.packed, *sizes).unsqueeze(1)
-        return kernels_of(self.absmax.device).unpack_scales(self.absmax, *sizes)
+        return kernels_of(self.absmax.device).unpack_scales(self._scales(), *sizes)
 
     def _pack(self, key: str, value: Tensor) -> Tensor:
         sizes = (self.out_features, self.in_features, self.blocksize)
@@ -172,7 +181,8 @@ class Int4Linear(Linear4bit, scheme=Int4):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        group_size = cast(Int4, get_scheme(scheme or self.quant_type)).group_size
+        group_size = self._own_scheme(scheme).group_size
+        check_type("in_features", in_features, INT, "an int")
         if in_features % group_size:
             ways = [str(size) for size in (32, 64, 128) if in_features % size == 0]
             way = f"use {' or '.join(ways)}" if ways else 'use "nf4", whose blocks cross rows'

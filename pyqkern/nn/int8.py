@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, Kernels, Shape, qrange,
 from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import int8 as ops_int8
-from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.checks import FLOATS, INT, check_float
 from pyqkern.ops.registry import kernels_of
-from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Int8WeightOnly, Range
+from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Int8WeightOnly, Range, check_type
 
 TALLEST_SPLIT = 16  # rows to a column
 
@@ -51,16 +51,18 @@ class Int8Linear(QLinear, scheme=Int8):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        scheme: Int8 | None = None,
+        scheme: str | Int8 | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        own = self._own_scheme(scheme)
+        check_type("in_features", in_features, INT, "an int")
         if in_features > INT8_LINEAR_MAX_K:
             raise ValueError(
                 f"in_features must be at most {INT8_LINEAR_MAX_K} for int8 (255 * 127 * in_features < 2**31), "
                 f"got {in_features}; keep the layer in float"
             )
-        super().__init__(in_features, out_features, bias, scheme or Int8(), device, dtype)
+        super().__init__(in_features, out_features, bias, own, device, dtype)
         weight = torch.zeros((out_features, in_features), dtype=torch.int8, device=device)
         self.register_buffer("packed", self._pack("weight", weight), persistent=False)
         self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
@@ -81,6 +83,9 @@ class Int8Linear(QLinear, scheme=Int8):
 
     def rows(self, ids: Tensor) -> Tensor:
         return torch.ops.pyqkern.int8_embedding(ids, self.packed, self.weight_scale, self.in_features, self.dtype)
+
+    def _scales(self) -> Tensor:
+        return cast(Tensor, self._buffers["weight_scale"])
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
@@ -134,12 +139,12 @@ class Int8StaticLinear(Int8Linear, scheme=Int8Static):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        scheme: Int8Static | None = None,
+        scheme: str | Int8Static | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        described = replace(scheme or Int8Static(), ranges=None)
-        super().__init__(in_features, out_features, bias, described, device, dtype)  # type: ignore[arg-type]
+        described = replace(self._own_scheme(scheme), ranges=None)
+        super().__init__(in_features, out_features, bias, described, device, dtype)
         self.register_buffer("input_scale", torch.ones(1, dtype=torch.float32, device=device))
         self.register_buffer("input_zero_point", torch.zeros(1, dtype=torch.int32, device=device))
 
@@ -193,6 +198,7 @@ class Int8WeightOnlyLinear(Int8Linear, scheme=Int8WeightOnly):
     _may_split = False
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        check_float("x", x.dtype)
         return functional.linear(x, self._dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
 
 

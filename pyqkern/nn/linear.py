@@ -1,17 +1,24 @@
 """QLinear, what every quantized linear is an instance of."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from pyqkern.backends import Kernels, Shape, reference
 from pyqkern.nn.weight import DequantizedWeight, read_from
-from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.checks import FLOATS, INT, check_float
 from pyqkern.ops.registry import BACKENDS, kernels_of
-from pyqkern.schemes import Range, Scheme, get_scheme, ranges_for
+from pyqkern.schemes import Range, Scheme, check_type, get_scheme, ranges_for
+
+# The codes of a layer before others were assigned without scales. torch.func.functional_call reads the weight, assigns
+# a state_dict's, and assigns what it has read: these codes alone go back, since the scales that were read beside them
+# may be the state_dict's.
+_codes_before: WeakKeyDictionary[nn.Module, weakref.ref[Tensor]] = WeakKeyDictionary()
 
 
 class QLinear(nn.Module):
@@ -58,12 +65,28 @@ class QLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            check_type(name, size, INT, "an int")
+            if size < 0:
+                raise ValueError(f"{name} must not be negative, got {size}")
+        if dtype is not None:
+            check_float("dtype", dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
         self.dtype = dtype or torch.get_default_dtype()
         values = torch.zeros(out_features, device=device, dtype=self.dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
+
+    @classmethod
+    def _own_scheme(cls, scheme: str | Scheme | None) -> Any:
+        """The scheme of a constructor's argument, by default that which the class implements; ValueError for others."""
+        kinds: dict[type, type[Scheme]] = {kind: of for of, kind in cls._classes.items()}
+        own = next(kinds[kind] for kind in cls.__mro__ if kind in kinds)
+        found = get_scheme(own.name if scheme is None else scheme)
+        if not isinstance(found, own):
+            raise ValueError(f"scheme of {cls.__name__} must be {own.name!r}, got {found.name!r}")
+        return found
 
     @classmethod
     def from_linear(
@@ -97,8 +120,8 @@ class QLinear(nn.Module):
     def forward(self, input: Tensor | None = None, *, x: Tensor | None = None) -> Tensor:
         """input: as nn.Linear calls it; x: as the Conv1D of transformers does."""
         x = input if x is None else x
-        if x is None:
-            raise TypeError(f"input must be a tensor [..., in_features={self.in_features}], got None")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input must be a tensor [..., in_features={self.in_features}], got {type(x).__name__}")
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x must be [..., in_features={self.in_features}], got shape {tuple(x.shape)}")
         bias = self._parameters["bias"]
@@ -131,16 +154,28 @@ class QLinear(nn.Module):
             super().register_parameter(name, param)
 
     def _assign_weight(self, value: Any) -> None:
+        before = _codes_before.pop(self, None)
         if isinstance(value, DequantizedWeight) and value.form == self._form():
-            self._buffers.update(value.buffers)
+            codes = self._packed.get("weight")
+            if codes is not None and before is not None and before() is value.buffers[codes]:
+                self._buffers[codes] = value.buffers[codes]
+            else:
+                self._buffers.update(value.buffers)
             return
-        if not isinstance(value, Tensor):
-            raise TypeError(f"weight must be a tensor, got {type(value).__name__}")
+        check_type("weight", value, Tensor, "a tensor")
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise RuntimeError(
+                "weight of a quantized layer must be values, got a tensor that torch.func transforms: no gradient goes "
+                "through quantizing, and each weight is quantized by itself; transform the float layer"
+            )
         here = self._buffers[self._of_weight[0]]
         device = value.device if here is None or here.is_meta else here.device
         shape, dtypes = self._expected()["weight"] if "weight" in self._packed else (None, ())
         if value.dtype in dtypes and tuple(value.shape) == shape:
-            self._buffers[self._packed["weight"]] = self._pack("weight", value.detach().to(device))
+            codes = self._packed["weight"]
+            if (old := self._buffers[codes]) is not None:
+                _codes_before[self] = weakref.ref(old)
+            self._buffers[codes] = self._pack("weight", value.detach().to(device))
             return
         if tuple(value.shape) != (self.out_features, self.in_features):
             raise ValueError(
@@ -148,10 +183,10 @@ class QLinear(nn.Module):
                 f"got {list(value.shape)}"
             )
         _check_weight(value)
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) or value.grad_fn is not None:
             warnings.warn(
                 "weight was quantized from the Parameter's values; the two are not tied: what is later done to the "
-                "Parameter does not reach this layer",
+                "Parameter does not reach this layer, and no gradient reaches the Parameter",
                 stacklevel=3,
             )
         with torch.inference_mode(False), torch.no_grad():
@@ -173,6 +208,10 @@ class QLinear(nn.Module):
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The layer without a gradient. bias: the layer's, or what a transform of torch.func has in its place."""
+        raise NotImplementedError
+
+    def _scales(self) -> Tensor:
+        """The scales of the weight, as operators take them beside the packed codes."""
         raise NotImplementedError
 
     def rows(self, ids: Tensor) -> Tensor:

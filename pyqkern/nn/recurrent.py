@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from pyqkern.backends import GATES
 from pyqkern.nn.four_bit import Linear4bit
 from pyqkern.nn.linear import QLinear, as_linear
-from pyqkern.ops.checks import check_float
-from pyqkern.schemes import SCHEMES, Float16, Int8, Scheme, get_scheme
+from pyqkern.ops.checks import INT, check_float
+from pyqkern.schemes import SCHEMES, Float16, Int8, Scheme, check_type, get_scheme
 
 # How a layer is computed: the cell of the operator, whether backwards in time, batch_sizes.
 How = tuple[str, bool, Tensor | None]
@@ -136,11 +136,34 @@ class QRecurrent(nn.Module):
             if one.startswith(f"{name} ")
         ]
 
+    def _place(self, name: str) -> tuple[QLinear, str] | None:
+        """The linear, and the key of its state_dict, that has what is in ours under `name`."""
+        modules = self.__dict__.get("_modules", {})
+        if modules and name.startswith(("weight_", "bias_")):
+            for theirs, ours in self._names():
+                if theirs == name:
+                    linear, _, key = ours.partition(".")
+                    return modules[linear], key
+        return None
+
     def __getattr__(self, name: str) -> Any:
-        kind, _, suffix = name.partition("_")
-        if kind in ("weight", "bias") and suffix in self.__dict__.get("_modules", ()):
-            return getattr(self._modules[suffix], kind)
-        return super().__getattr__(name)
+        place = self._place(name)
+        if place is None:
+            return super().__getattr__(name)
+        linear, key = place
+        return linear._plain(key) if key in linear._packed and key != "weight" else getattr(linear, key)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        place = self._place(name)
+        if place is None:
+            return super().__setattr__(name, value)
+        linear, key = place
+        if key in linear._packed and key != "weight":
+            linear._buffers[linear._packed[key]] = linear._pack(key, value)
+        elif key == "bias" and isinstance(value, Tensor):  # a Parameter, or what torch.func has in its place
+            linear._parameters[key] = value  # type: ignore[assignment]
+        else:
+            setattr(linear, key, value)
 
     # ---- one direction of a layer
 
@@ -182,11 +205,10 @@ def _arguments(biases: Sequence[Tensor], linears: Sequence[Any], how: How) -> tu
     scheme = linears[0].scheme
     weights = [linear._buffers["packed"] for linear in linears]
     fp32 = [bias.float() for bias in biases]
+    scales = [linear._scales() for linear in linears]
     if isinstance(scheme, Int8):
-        scales = [linear._buffers["weight_scale"] for linear in linears]
         return (weights, scales, fp32), (*how[:2], scheme.symmetric, scheme.activation_bits)
     assert isinstance(linears[0], Linear4bit)
-    scales = [linear._buffers["absmax"] for linear in linears]
     names = ("nested_absmax", "nested_map", "nested_offset") if linears[0].double_quant else ()
     nested = [linear._buffers[name] for linear in linears for name in names]
     rest = (False, 8, linears[0].quant_type, linears[0].blocksize, nested, scheme.compute)
@@ -254,6 +276,7 @@ class QRecurrentLayer(QRecurrent):
     ) -> None:
         super().__init__()
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            check_type(name, value, INT, "an int")
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not 0 <= proj_size < hidden_size:
@@ -286,6 +309,7 @@ class QRecurrentLayer(QRecurrent):
             return self.in_float()(input, hx)
         packed = input if isinstance(input, PackedSequence) else None
         x: Any = input if packed is None else packed.data
+        check_type("input", x, Tensor, "a tensor or a PackedSequence")
         check_float("input", x.dtype)
         if x.dim() not in ((2, 3) if packed is None else (2,)) or x.shape[-1] != self.input_size:
             raise ValueError(
@@ -410,6 +434,7 @@ class QRecurrentCell(QRecurrent):
     ) -> None:
         super().__init__()
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size)):
+            check_type(name, value, INT, "an int")
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
@@ -419,6 +444,7 @@ class QRecurrentCell(QRecurrent):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the cell of torch: input [batch, input_size] or [input_size]; hx the state, zeros where it is missing."""
+        check_type("input", input, Tensor, "a tensor")
         if isinstance(self.scheme, Float16):
             return self.in_float()(input, hx)
         check_float("input", input.dtype)
@@ -430,8 +456,9 @@ class QRecurrentCell(QRecurrent):
         if hx is None:
             hx = (x.new_zeros(shape),) * (1 + is_lstm)
         given = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
-        if len(given) != 1 + is_lstm:
-            raise TypeError(f"hx must be {'a pair (h_0, c_0)' if is_lstm else 'a tensor'}, got {len(given)} tensors")
+        if len(given) != 1 + is_lstm or not all(isinstance(state, Tensor) for state in given):
+            what = "a pair (h_0, c_0)" if is_lstm else "a tensor"
+            raise TypeError(f"hx must be {what}, got {type(hx).__name__} of {len(given)}")
         for state in given:
             check_float("hx", state.dtype)
             if tuple(state.shape) != shape and (is_batched or tuple(state.shape) != shape[1:]):

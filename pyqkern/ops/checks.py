@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from pyqkern.backends import QRANGE, Sizes
+from pyqkern.schemes import check_type
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INT = (int, torch.SymInt, Integral)  # an int of a shape under torch.compile, and of numpy, too
 
 
 def check_float(name: str, dtype: torch.dtype) -> None:
@@ -37,10 +40,19 @@ def checked_rows(ids: Tensor, n: int) -> Tensor:
 
 
 def check_qtype(name: str, dtype: torch.dtype, bits: int = 8) -> None:
+    check_type("bits", bits, INT, "an int")
     if bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits}")
     if dtype not in QRANGE:
         raise TypeError(f"{name} must be torch.int8 or torch.uint8, got {short(dtype)}")
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    check_type("shape", shape, Sequence, "several ints")
+    for size in shape:
+        check_type("shape", size, INT, "several ints")
+        if size < 0:
+            raise ValueError(f"shape must not be negative, got {tuple(shape)}")
 
 
 def short(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from pyqkern.backends import BITSANDBYTES_TYPES, NESTED_BLOCKSIZE, QUANT_TYPES, 
 from pyqkern.ops import registry
 from pyqkern.ops.checks import check_float, check_ids, checked_rows
 from pyqkern.ops.registry import kernels_of, operator
-from pyqkern.schemes import BLOCKSIZES, COMPUTE
+from pyqkern.schemes import BLOCKSIZES, COMPUTE, check_type
 
 _TENSORS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? nested_offset"
 
@@ -23,6 +23,8 @@ _TENSORS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_
 
 
 def check_format(quant_type: str, blocksize: int, quant_types: Sequence[str] = QUANT_TYPES) -> None:
+    check_type("quant_type", quant_type, str, "a str")
+    check_type("blocksize", blocksize, int, "an int")
     if quant_type not in quant_types:
         raise ValueError(f"quant_type must be one of {', '.join(quant_types)}, got {quant_type!r}")
     if blocksize not in BLOCKSIZES:
@@ -89,24 +91,24 @@ def _flat(weight: Weight4bit) -> Weight4bit:
 # ---- quantize and dequantize
 
 
-def _quantize_fake(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    check_float("x", x.dtype)
+def _quantize_fake(w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    check_float("w", w.dtype)
     check_format(quant_type, blocksize, BITSANDBYTES_TYPES)
-    packed = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
-    return packed, x.new_empty(-(-x.numel() // blocksize), dtype=torch.float32)
+    packed = w.new_empty((w.numel() + 1) // 2, dtype=torch.uint8)
+    return packed, w.new_empty(-(-w.numel() // blocksize), dtype=torch.float32)
 
 
-@operator("quantize_4bit(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)", _quantize_fake)
-def _quantize(kernels: Kernels, x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    check_float("x", x.dtype)
+@operator("quantize_4bit(Tensor w, str quant_type, int blocksize) -> (Tensor, Tensor)", _quantize_fake)
+def _quantize(kernels: Kernels, w: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+    check_float("w", w.dtype)
     check_format(quant_type, blocksize, BITSANDBYTES_TYPES)
-    if x.numel() == 0:
-        return _quantize_fake(x, quant_type, blocksize)
-    packed, absmax = kernels.quantize_4bit(x.contiguous(), quant_type, blocksize)
+    if w.numel() == 0:
+        return _quantize_fake(w, quant_type, blocksize)
+    packed, absmax = kernels.quantize_4bit(w.contiguous(), quant_type, blocksize)
     finite = absmax.isfinite()
     if not finite.all():
         block = int((~finite).nonzero()[0])
-        raise ValueError(f"x must be finite, got NaN or an infinity in block {block} of {blocksize}; repair it first")
+        raise ValueError(f"w must be finite, got NaN or an infinity in block {block} of {blocksize}; repair it first")
     return packed, absmax
 
 

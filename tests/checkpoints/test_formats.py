@@ -179,7 +179,7 @@ def changed(folder: Path, to: Path, changes: dict[str, Any]) -> Path:
     [
         ({QUANT_STATE: said(shape=[128, 64])}, "must say shape \\[64, 128\\], which fits the layer, got \\[128, 64\\]"),
         ({QUANT_STATE: said(blocksize=65)}, "blocksize must be one of"),
-        ({QUANT_STATE: said(blocksize="64")}, "blocksize must be one of"),
+        ({QUANT_STATE: said(blocksize="64")}, "blocksize of nf4 must be int"),
         ({QUANT_STATE: said(quant_type="fp4")}, "must say quant_type nf4"),
         ({QUANT_STATE: said(nested_offset=0.1)}, "(nested_absmax|absmax).* (is missing|must be)"),
         ({QUANT_STATE: torch.zeros(7, dtype=torch.uint8)}, "must be JSON"),

@@ -7,6 +7,7 @@ from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.formats.bitsandbytes import BitsAndBytes
 from pyqkern.checkpoints.formats.compressed_tensors import CompressedTensors
 from pyqkern.checkpoints.formats.pyqkern import Pyqkern
+from pyqkern.schemes import check_type
 
 FORMATS: dict[str, Format] = {
     format.name: format
@@ -19,7 +20,8 @@ FORMATS: dict[str, Format] = {
 
 
 def get_format(name: str) -> Format:
-    """The format of that name. ValueError for others."""
+    """The format of that name. ValueError for others, TypeError for what is no name."""
+    check_type("format", name, str, "a name")
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     return FORMATS[name]
