@@ -85,6 +85,22 @@ def check_agreement(groups: list[Group], format: Format, files: Files) -> None:
             )
 
 
+def check_float(files: Files) -> None:
+    """For a folder whose config.json says nothing of quantization: ValueError, naming a key of a quantized layer."""
+    marks = {mark for format in FORMATS.values() for mark in format.marks}
+    for key in files:
+        if module_of(key) is None or files.shape(key)[1] not in (torch.int8, torch.uint8):
+            continue
+        name = key.rpartition(".")[0]
+        beside = [f"{key}_scale", f"{key}_absmax"]  # of a recurrent layer
+        beside += [f"{one}.{mark}" for one in (name, key) for mark in marks]
+        if any(one in files for one in beside):
+            raise ValueError(
+                f"{CONFIG} of {files.folder}, or the config given instead, must have the quantization_config that the "
+                f"model was saved with: {key} in {files.file_of(key)} is of a quantized layer"
+            )
+
+
 def own_config(folder: Path, said: dict[str, Any], scheme: str | Scheme | None = None) -> dict[str, Any]:
     """The quantization_config of a folder as pyqkern writes its own, so that transformers hands it to pyqkern.
 

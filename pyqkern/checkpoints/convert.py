@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pyqkern.checkpoints.config import CONFIG, groups_of, own_config, quantization_of
+from pyqkern.checkpoints.config import CONFIG, check_float, groups_of, own_config, quantization_of
 from pyqkern.checkpoints.files import Files, root_of
 from pyqkern.checkpoints.formats import format_of, get_format
 from pyqkern.checkpoints.layers import Group, module_of
@@ -59,8 +59,9 @@ def quantize(
     config = _config_of(folder)
     kind = _class_of(config)
     options: dict[str, Any] = {}
-    with Files(folder):  # looks whether they are whole, before the long work
-        pass
+    with Files(folder) as files:  # looks whether they are whole, before the long work
+        if said is None:
+            check_float(files)
     others = _others(folder, out)
     if said is None:
         options["quantization_config"] = _wanted(scheme or "int8", list(exclude), embeddings, recurrent, format)
@@ -217,6 +218,8 @@ def inspect(folder: str | Path) -> str:
     said = quantization_of(folder)
     with Files(folder) as files:
         sizes = {key: files.shape(key) for key in files}
+        if said is None:
+            check_float(files)
         groups = [] if said is None else groups_of(said, files)
     stored = list(_stored(groups, sizes))
     total = sum(_size(*size) for size in sizes.values())

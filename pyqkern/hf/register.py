@@ -7,15 +7,20 @@ imported in the middle of an import of transformers, or of `pyqkern.hf` itself.
 
 import importlib.util
 import inspect
+import itertools
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
-from pyqkern.checkpoints.config import check_config
+from pyqkern.checkpoints.config import check_config, check_float, quantization_of
+from pyqkern.checkpoints.files import Files, files_of
 from pyqkern.hf.wrap import wrap
 from pyqkern.models.replace import replaced
 
@@ -94,11 +99,48 @@ def _get_config_dict(original: Callable[..., Any], kind: type, name: Any, *args:
     except (AttributeError, RecursionError, TypeError) as error:
         raise ValueError(f"config.json of {name} is no config of transformers: {error}") from error
     check_config(found[0], f"config.json of {name}")
+    if found[0].get("quantization_config", "") is None:
+        del found[0]["quantization_config"]  # transformers 4 fails on null
     return found
 
 
-def _watch_saving(module: ModuleType) -> None:
+def _watch_models(module: ModuleType) -> None:
     wrap(module.PreTrainedModel, "save_pretrained", _save_pretrained)
+    wrap(module.PreTrainedModel, "from_pretrained", _from_pretrained)
+
+
+def _from_pretrained(original: Callable[..., Any], kind: type, name: Any, *args: Any, **kwargs: Any) -> Any:
+    """ValueError, which names config.json and a key, where a model in float was made of quantized layers' tensors.
+
+    Without its quantization_config transformers would take codes for weights, or leave the layers as they were made.
+    """
+    is_path = isinstance(name, str | os.PathLike) and not kwargs.get("variant")
+    folder = Path(name, kwargs.get("subfolder") or "") if is_path else None
+    try:
+        loaded = original(kind, name, *args, **kwargs)
+    except RuntimeError:  # sizes that do not match, those of 4-bit codes among them
+        _check_float(folder, kwargs)
+        raise
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    if getattr(model, "hf_quantizer", None) is None and not any(t.dtype in (torch.int8, torch.uint8) for t in tensors):
+        _check_float(folder, kwargs)
+    return loaded
+
+
+def _check_float(folder: Path | None, options: Mapping[str, Any]) -> None:
+    """ValueError for a folder of a quantized model, where its config, or that given instead, does not say so."""
+    if folder is None or not folder.is_dir() or options.get("quantization_config") is not None:
+        return
+    try:
+        given = options.get("config")
+        said = quantization_of(folder) if given is None else getattr(given, "quantization_config", None)
+        paths = files_of(folder)
+    except (OSError, ValueError):
+        return  # transformers has read other files, or says what is wrong with them
+    if said is None:
+        with Files(folder, paths) as files:
+            check_float(files)
 
 
 def _save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +162,7 @@ def _save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwa
 _MODULES = {
     "transformers.configuration_utils": ("PretrainedConfig", _watch_reading),
     "transformers.quantizers.auto": ("AUTO_QUANTIZER_MAPPING", _fill_tables),  # from_pretrained needs it
-    "transformers.modeling_utils": ("PreTrainedModel", _watch_saving),
+    "transformers.modeling_utils": ("PreTrainedModel", _watch_models),
 }
 
 

@@ -204,6 +204,15 @@ codes = torch.ones(20_000, 20_000, dtype=torch.int8); call = lambda: pyqkern.int
     "the linear": """
 layer = pyqkern.QLinear.from_linear(torch.nn.Linear(8192, 8192)).requires_grad_(False)
 x = torch.randn(100_000, 8192, dtype=torch.bfloat16); call = lambda: layer(x)""",
+    "the input of a recurrent layer": """
+layer = pyqkern.QRecurrent.from_recurrent(torch.nn.LSTM(4096, 256)).requires_grad_(False)
+x = torch.randn(3000, 16, 4096); call = lambda: layer(x)""",
+    "the steps of a recurrent layer": """
+layer = pyqkern.QRecurrent.from_recurrent(torch.nn.LSTM(1, 1024)).requires_grad_(False)
+x = torch.randn(3000, 64, 1); call = lambda: layer(x)""",
+    "the steps of one sequence": """
+layer = pyqkern.QRecurrent.from_recurrent(torch.nn.GRU(1, 2048), "nf4").requires_grad_(False)
+x = torch.randn(30_000, 1, 1); call = lambda: layer(x)""",
     "attention": """
 sys.path.insert(0, TESTS + "/support")
 from encoder_layer import Layer

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tiny import bert, saved
+from torch import nn
 
-from pyqkern import replace_linear
+from pyqkern import convert, replace_linear
 
 
 @pytest.fixture
@@ -75,3 +77,64 @@ def test_wrong_options(folder: Path, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as caught:
         transformers.AutoModel.from_pretrained(folder)
     assert str(folder) in str(caught.value), caught.value
+
+
+# ---- a config that does not say that the model is quantized
+
+
+def without(folder: Path, how: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": None} if how == "null" else {})))
+
+
+@pytest.mark.parametrize("how", ["removed", "null"])
+@pytest.mark.parametrize(
+    "scheme, format",
+    [("int8", "pyqkern"), ("nf4", "pyqkern"), ("int8", "bitsandbytes"), ("nf4", "bitsandbytes"),
+     ("int8", "compressed-tensors")],
+)  # fmt: skip
+def test_quantized_layers_are_not_read_as_floats(tmp_path: Path, how: str, scheme: str, format: str) -> None:
+    convert.quantize(saved(bert(num_hidden_layers=1), tmp_path / "float"), tmp_path / "out", scheme, format=format)
+    folder = tmp_path / "out"
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "float")
+    said = r"config.json of .*out.* must have the quantization_config .*: .*\.weight in model.safetensors is of a quant"
+    if format == "pyqkern":  # its own config stands in the folder still
+        with pytest.raises(ValueError, match=said):
+            transformers.BertModel.from_pretrained(folder, config=config)
+    without(folder, how)
+    for call in (
+        transformers.AutoModel.from_pretrained,
+        transformers.BertModel.from_pretrained,
+        lambda folder: transformers.BertForMaskedLM.from_pretrained(folder, ignore_mismatched_sizes=True),
+        lambda folder: transformers.BertModel.from_pretrained(folder, output_loading_info=True),
+        lambda folder: transformers.BertModel.from_pretrained(folder.parent, subfolder="out"),
+        convert.inspect,
+        lambda folder: convert.quantize(folder, tmp_path / "again", "nf4"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call(folder)
+    assert not (tmp_path / "again").exists()
+
+
+class OwnCodes(transformers.BertModel):  # type: ignore[misc]
+    """A model of the user's with codes of its own, which look like ours in a file."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.own = nn.Module()
+        self.own.register_buffer("weight", torch.ones(3, 3, dtype=torch.int8))
+        self.own.register_buffer("weight_scale", torch.ones(3))
+        self.post_init()
+
+
+def test_float_folders_and_codes_of_others_load(tmp_path: Path) -> None:
+    config = bert(num_hidden_layers=1).config
+    model = OwnCodes.from_pretrained(saved(OwnCodes(config), tmp_path))
+    assert model.own.weight.dtype is torch.int8
+    model, told = transformers.BertModel.from_pretrained(
+        saved(bert(num_hidden_layers=1), tmp_path / "float"), output_loading_info=True
+    )
+    assert not told["missing_keys"] and model.config.num_hidden_layers == 1
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        transformers.BertModel.from_pretrained(tmp_path / "float", hidden_size=32)
