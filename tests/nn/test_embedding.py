@@ -185,6 +185,13 @@ def test_a_model_with_a_tied_head() -> None:
     assert kept["bounded"].startswith("max_norm")  # type: ignore[union-attr]
 
 
+def test_two_embeddings_of_one_weight_share_one_table() -> None:
+    model = nn.ModuleList([embedding(20, 64), embedding(20, 64)])
+    model[1].weight = model[0].weight
+    replace_embedding(model, "nf4")
+    assert model[0] is not model[1] and model[0].table is model[1].table
+
+
 def test_summary_counts_shared_bytes_once() -> None:
     model = Tagger()
     before = summary(model)
