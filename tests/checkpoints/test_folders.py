@@ -149,3 +149,9 @@ def test_a_full_disk_is_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pyqkern quantize: ")]
     assert len(lines) == 1 and "No space left on device" in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_without_a_config_says_what_it_lacks(tmp_path: Path) -> None:
+    for call in (lambda: inspect(tmp_path), lambda: quantize(tmp_path, tmp_path / "out")):
+        with pytest.raises(FileNotFoundError, match=r"must hold config\.json, as save_pretrained writes it"):
+            call()
