@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pyqkern import QEmbedding, QLinear, replace_embedding, replace_linear
 from pyqkern.backends import Kernels, cuda, reference
@@ -248,3 +249,20 @@ def test_an_unknown_form_is_refused() -> None:
     layer.packed = layer.packed.view(1, -1)
     with pytest.raises(ValueError, match="save the state_dict instead"):
         copy.deepcopy(layer)
+
+
+@each_scheme
+def test_a_weight_read_in_a_graph_is_a_plain_tensor(scheme: object) -> None:
+    """Graphs know no subclass whose writes raise; what they compute is what is computed outside of them."""
+    layer, x = made(scheme), torch.randn(3, 64)
+
+    def product(x: Tensor) -> Tensor:
+        return x @ layer.weight.t()
+
+    with torch.no_grad():
+        expected = product(x)
+        assert torch.equal(torch.compile(product, backend="eager", fullgraph=True)(x), expected)
+        assert torch.equal(torch.jit.trace(product, x)(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer._apply(mode.from_tensor)
+        assert type(layer.weight) is FakeTensor

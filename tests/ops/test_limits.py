@@ -224,6 +224,15 @@ def test_the_widest_projection(isa: str) -> None:
         run(WIDEST + 1)
 
 
+@pytest.mark.parametrize("k, p, hidden", [(0, 2, 3), (1, 0, 3), (1, 2, 0)])
+def test_a_recurrent_layer_has_no_size_of_zero(k: int, p: int, hidden: int) -> None:
+    shapes = ((4 * hidden, k), (4 * hidden, p), (p, hidden))
+    weights = [ops.int8_pack(torch.ones(shape, dtype=torch.int8)) for shape in shapes]
+    scales, h, c = [torch.ones(shape[:1]) for shape in shapes], torch.zeros(1, p), torch.zeros(1, hidden)
+    with pytest.raises(ValueError, match=f"sizes of x, h and c must be positive, got {k}, {p} and {hidden}"):
+        ops.recurrent(torch.ones(1, 1, k), None, weights, scales, [], h, c, "lstm", False)
+
+
 def test_a_recurrent_layer_that_is_too_wide_says_so() -> None:
     with pytest.raises(ValueError, match=f"at most {WIDEST} for int8 .* got {WIDEST + 1}.*exclude"):
         replace_recurrent(nn.ModuleDict({"rnn": nn.LSTM(WIDEST + 1, 1)}))
