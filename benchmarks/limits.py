@@ -28,8 +28,9 @@ PEAKS = (
 )  # fmt: skip
 
 #: The peaks that bound a scheme's product on AVX2 without VNNI, by how its products may be added up; the best counts.
+#: int8's products are added in twos where the weight is split, from 32 rows on, and else by Winograd's inner product.
 PEAKS_OF_AVX2 = {
-    "int8": ("vpmaddwd ymm", "winograd ymm"),
+    "int8": ("vpmaddwd ymm", "winograd ymm", "vpmaddubsw ymm in twos"),
     "int8-a7": ("vpmaddubsw ymm in twos",),
     "nf4": ("vpmaddubsw ymm in twos",),
     "int4": ("vpmaddubsw ymm in eights",),

@@ -64,7 +64,8 @@ def moved(name: str, arguments: tuple[object, ...]) -> list[object]:
         if name != "unpack_4bit":
             there[at + 1] = cpu.unpack_scales(arguments[at + 1], n, k, blocksize).to(GPU)
     else:
-        there[at] = ops.int8_pack(integers((40, 96), 2, torch.int8).to(GPU))
+        k = 96 if arguments[at].shape == cpu.packed_shape(40, 96) else 256
+        there[at] = ops.int8_pack(ops.int8_unpack(arguments[at], 40, k).to(GPU))
     return there
 
 
