@@ -9,7 +9,7 @@ namespace pyqkern {
 namespace {
 
 constexpr size_t kBlockBytes = 288 << 10;       // quantized rows that stay in L2 beside a strip of the weight
-constexpr size_t kSplitBlockBytes = 512 << 10;  // the same with their columns, for 128 rows at least: each block splits
+constexpr size_t kSplitBlockBytes = 256 << 10;  // the same with their columns, for 128 rows at least: each block splits
                                                 // the weight anew
 constexpr size_t kStripPanels = 12;             // columns of a piece: a multiple of every tile width
 constexpr size_t kDotColumns = 64;              // columns of a piece where nothing is packed

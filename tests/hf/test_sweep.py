@@ -12,7 +12,7 @@ import transformers
 from tiny import saved
 from torch import Tensor, nn
 
-from pyqkern import QLinear, checkpoint_config, replace_embedding, replace_linear
+from pyqkern import QLinear, QMultiheadAttention, checkpoint_config, replace_embedding, replace_linear
 from pyqkern.checkpoints.convert import inspect
 from pyqkern.checkpoints.formats import FORMATS
 from pyqkern.schemes import FP4, NF4, Int4, Int8, Int8Outlier, Int8WeightOnly
@@ -138,7 +138,8 @@ def test_a_folder_is_read_back_or_not_written(name: str, scheme: Any, exclude: b
         try:
             saved(model, folder)
         except ValueError:
-            assert format != "pyqkern" and scheme.name not in FORMATS[format].schemes
+            attentions = any(isinstance(module, QMultiheadAttention) for module in model.modules())  # Siglip's head
+            assert format != "pyqkern" and (attentions or scheme.name not in FORMATS[format].schemes)
             assert not list(folder.iterdir())
             continue
         config = checkpoint_config(folder, scheme=scheme if scheme.name.startswith("int8") else None)
