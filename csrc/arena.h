@@ -19,9 +19,9 @@ struct Arena {
     return {take<char>(n * row_bytes + 64 * 2), take<float>(n), take<int32_t>(n),
             bits};  // softmax writes up to 64 codes more
   }
-  QRows rows_with_columns(size_t n, size_t K) {
-    QRows q = rows(n, split_row_bytes(K));
-    q.columns = take<uint8_t>(column_bytes(n, K));
+  QRows rows_with_columns(size_t n, size_t row_bytes) {
+    QRows q = rows(n, row_bytes);
+    q.columns = take<uint8_t>(column_bytes(n, row_bytes));
     return q;
   }
 };

@@ -17,7 +17,7 @@ int count_for(size_t bytes) { return bytes <= kSerial ? 1 : threads(); }
 void int8_gather(const Packed& w, size_t K, const int64_t* rows, size_t M, int8_t* out) {
   parallel_for(M, count_for(M * K), [&](size_t m) {
     const size_t n = static_cast<size_t>(rows[m]);
-    const int8_t* at = w.panels + n / kPanel * panel_bytes(K) + n % kPanel * 4;
+    const int8_t* at = w.panel(K, n / kPanel) + n % kPanel * 4;
     int8_t* y = out + m * K;
     for (size_t k = 0; k < K; k += 4) memcpy(y + k, at + k / 4 * kLine, std::min<size_t>(4, K - k));
   });

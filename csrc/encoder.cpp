@@ -160,7 +160,7 @@ void find_tokens(Call& c, size_t batch) {
 }
 
 void gemm(const Kernels& k, const QRows& rows, size_t n, size_t K, const Packed& w, const Tail& t) {
-  (n <= k.gemv_rows && !rows.columns ? k.int8_gemv : k.int8_gemm)(rows, 0, n, K, w, 0, panels(t.N), t);
+  (n <= k.gemv_rows ? k.int8_gemv : k.int8_gemm)(rows, 0, n, K, w, 0, panels(t.N), t);
 }
 
 // out [n, N] = activation(the linear of n quantized rows).
@@ -179,7 +179,7 @@ QRows rows(const Call& c, Arena& arena, size_t n, size_t K, std::initializer_lis
   const int bits = c.layer.bits;
   for (const Linear* l : linears)
     if (!splits(c.kernels, n, l->weight.packed, bits)) return arena.rows(n, row_bytes(c.kernels, K, bits), bits);
-  return arena.rows_with_columns(n, K);
+  return arena.rows_with_columns(n, split_row_bytes(K));
 }
 
 // n rows times a factor for each column, in `out`; without a factor the rows themselves.

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "api.h"
+#include "arena.h"
 #include "parallel.h"
 
 namespace pyqkern {
@@ -17,7 +18,7 @@ constexpr size_t kTileRows = 24;                // rows of a block: a multiple o
 
 // How the rows of one product are stored, and cut into blocks.
 struct RowForm {
-  size_t K, bytes;  // of a row
+  size_t bytes;  // of a row
   int bits;
   bool has_columns;
   size_t multiple, most;  // rows of a block: a multiple, and at most so many
@@ -26,11 +27,11 @@ struct RowForm {
 RowForm form_of(const Kernels& k, size_t M, size_t K, const Packed& w, int bits) {
   if (splits(k, M, w, bits)) {
     const size_t bytes = split_row_bytes(K);
-    return {K,    bytes,      bits,
-            true, kSplitRows, std::max(kSplitBlockBytes / (2 * bytes), size_t{128}) / kSplitRows * kSplitRows};
+    return {bytes, bits, true, kSplitRows,
+            std::max(kSplitBlockBytes / (2 * bytes), size_t{128}) / kSplitRows * kSplitRows};
   }
   const size_t bytes = row_bytes(k, K, bits);
-  return {K, bytes, bits, false, kTileRows, std::max(kBlockBytes / bytes / kTileRows, size_t{1}) * kTileRows};
+  return {bytes, bits, false, kTileRows, std::max(kBlockBytes / bytes / kTileRows, size_t{1}) * kTileRows};
 }
 
 QRows rows_at(const QRows& r, size_t m, const RowForm& form) {
@@ -40,11 +41,9 @@ QRows rows_at(const QRows& r, size_t m, const RowForm& form) {
 
 // Room for `rows` quantized rows, kept by this thread.
 QRows row_buffer(size_t rows, const RowForm& form) {
-  char* scales = static_cast<char*>(scratch(kRowScales, rows * 8));
-  const size_t bytes = (rows * form.bytes + 63) / 64 * 64;
-  char* q = static_cast<char*>(scratch(kRows, bytes + (form.has_columns ? column_bytes(rows, form.K) : 0)));
-  return {q, reinterpret_cast<float*>(scales), reinterpret_cast<int32_t*>(scales + rows * 4), form.bits,
-          form.has_columns ? reinterpret_cast<uint8_t*>(q + bytes) : nullptr};
+  return carve(kRows, [&](Arena& a) {
+    return form.has_columns ? a.rows_with_columns(rows, form.bytes) : a.rows(rows, form.bytes, form.bits);
+  });
 }
 
 // fill(m, rows, out) quantizes rows [m, m + rows) into out, to codes of `bits`; the product and the tail follow.
@@ -55,7 +54,7 @@ void product(const Kernels& k, size_t M, size_t N, size_t K, const Packed& w, co
   const size_t all = panels(N);
   const RowForm form = form_of(k, M, K, w, bits);
   auto columns = [&](const QRows& q, const Tail& t, size_t rows_from, size_t rows, size_t begin, size_t end) {
-    auto f = rows <= k.gemv_rows && !q.columns ? k.int8_gemv : k.int8_gemm;
+    auto f = rows <= k.gemv_rows ? k.int8_gemv : k.int8_gemm;
     f(q, rows_from, rows, K, w, begin, end, t);
   };
   // Rows [m, m + rows), by one thread, in a buffer of its own.
@@ -120,7 +119,7 @@ void int8_pack(const int8_t* w, size_t N, size_t K, const Packed& packed) {
 
 void int8_unpack(const Packed& packed, size_t N, size_t K, int8_t* w) {
   parallel_for(N, N * K <= kSerialInt8Ops ? 1 : threads(), [&](size_t n) {
-    const int8_t* column = packed.panels + n / kPanel * panel_bytes(K) + n % kPanel * 4;
+    const int8_t* column = packed.panel(K, n / kPanel) + n % kPanel * 4;
     for (size_t k = 0; k < K; ++k) w[n * K + k] = column[k / 4 * kLine + k % 4];
   });
 }

@@ -2,8 +2,8 @@
 //
 // Of each four weights whose products are added in int16, the positive ones may sum to 128 in main, and so may the
 // negative ones (255 * 128 < 2^15). What is above is taken off the greatest of them, as an entry of the excess. No entry
-// passes 64, so that two of them do not pass 128 together. Four weights have six entries at
-// most, so those of a segment and column are 96 fours at most.
+// passes 64, so that two of them do not pass 128 together. Four weights have six entries at most, so those of a segment
+// and column are 96 fours at most.
 #include <algorithm>
 #include <cstring>
 

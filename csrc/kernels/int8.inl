@@ -148,7 +148,7 @@ static TailFunction tail_of(const Tail& t) {
 
 // Where vector v of the packed weight starts.
 INLINE const int8_t* vector_at(const Packed& w, size_t K, size_t v) {
-  return w.panels + v / VECTORS * panel_bytes(K) + v % VECTORS * COLS * 4;
+  return w.panel(K, v / VECTORS) + v % VECTORS * COLS * 4;
 }
 
 // c[R rows][V vectors] += a [R rows, stride lda] * vectors b, b + stride, ... over Q quads of k, `step` apart. On the
@@ -244,18 +244,13 @@ template <class Wide> INLINE const Wide* widen_strip(const int8_t* b, size_t Q, 
 }
 
 template <class B>
-static void folded_gemm(const QRows&, size_t m0, size_t rows, size_t K, const Packed&, size_t begin, size_t end,
-                        const Tail&);  // int8_a7.inl
-template <class B>
-static void split_gemm(const QRows&, size_t m0, size_t rows, size_t K, const Packed&, size_t begin, size_t end,
+static void bytes_gemm(const QRows&, size_t m0, size_t rows, size_t K, const Packed&, size_t begin, size_t end,
                        const Tail&);  // int8_split.inl
 
 static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const Packed& w, size_t begin, size_t end,
                       const Tail& t) {
-  if constexpr (Bytes::FOLDED) {
-    if (a.columns) return split_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
-    if (is_folded(a)) return folded_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
-  }
+  if constexpr (Bytes::FOLDED)
+    if (is_folded(a)) return bytes_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
   const size_t first = begin * VECTORS, stop = end * kPanel < t.N ? end * kPanel : t.N;
   const size_t vectors = (stop - begin * kPanel + COLS - 1) / COLS;
   const bool widen = WIDE_QUADS && quads(K) <= WIDE_QUADS && rows >= 8 * MR_WIDE;
@@ -322,11 +317,11 @@ static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed
 static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const Packed& w, size_t begin, size_t end,
                       const Tail& t) {
   if constexpr (Bytes::FOLDED)
-    if (is_folded(a)) return folded_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
+    if (is_folded(a)) return bytes_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
   const TailFunction tail = tail_of(t);
   for (size_t panel = begin; panel < end; ++panel) {
     const size_t n0 = panel * kPanel;
-    const int8_t* packed = w.panels + panel * panel_bytes(K);
+    const int8_t* packed = w.panel(K, panel);
     if (rows == 1) gemv_panel<1>(a, m0, K, packed, n0, t, tail);
     else if (rows == 2) gemv_panel<2>(a, m0, K, packed, n0, t, tail);
     else if (rows == 3) gemv_panel<3>(a, m0, K, packed, n0, t, tail);

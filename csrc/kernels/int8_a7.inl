@@ -35,6 +35,21 @@ static void int8_mark(size_t K, int8_t* packed) {
 // How many of the lowest bits are zero.
 INLINE size_t zeros(uint64_t word) { return word ? (size_t)__builtin_ctzll(word) : 64; }
 
+// c[R rows][VECTORS vectors] += two quads of a [R rows, stride lda] * two lines of a panel, added in int16.
+template <class B, int R>
+INLINE void dot_lines(acc_t (&c)[R][VECTORS], const uint8_t* a, size_t lda, const int8_t* b) {
+  typedef typename B::quad_t quad_t;
+  quad_t b0[VECTORS], b1[VECTORS];
+  unroll<VECTORS>([&](auto v) INLINE_LAMBDA {
+    b0[v] = B::load_b(b + v * LANES * 4);
+    b1[v] = B::load_b(b + v * LANES * 4 + kLine);
+  });
+  unroll<R>([&](auto r) INLINE_LAMBDA {
+    const quad_t a0 = B::load_a(a + r * lda), a1 = B::load_a(a + r * lda + 4);
+    unroll<VECTORS>([&](auto v) INLINE_LAMBDA { c[r][v] = B::dot(c[r][v], a0, b0[v], a1, b1[v]); });
+  });
+}
+
 // c[R rows][VECTORS vectors] += a [R rows, stride lda] * b, a panel of Q quads. On the way it asks for the lines at `ahead`.
 template <class B, int R, bool AHEAD>
 INLINE void folded_tile(acc_t (&c)[R][VECTORS], const uint8_t* __restrict a, size_t lda, const int8_t* __restrict b,
@@ -47,17 +62,6 @@ INLINE void folded_tile(acc_t (&c)[R][VECTORS], const uint8_t* __restrict a, siz
     unroll<R>([&](auto r) INLINE_LAMBDA {
       const quad_t av = B::load_a(a + r * lda);
       unroll<VECTORS>([&](auto v) INLINE_LAMBDA { c[r][v] = B::dot(c[r][v], av, bv[v]); });
-    });
-  };
-  auto folded = [&]() INLINE_LAMBDA {
-    quad_t b0[VECTORS], b1[VECTORS];
-    unroll<VECTORS>([&](auto v) INLINE_LAMBDA {
-      b0[v] = B::load_b(b + v * LANES * 4);
-      b1[v] = B::load_b(b + v * LANES * 4 + kLine);
-    });
-    unroll<R>([&](auto r) INLINE_LAMBDA {
-      const quad_t a0 = B::load_a(a + r * lda), a1 = B::load_a(a + r * lda + 4);
-      unroll<VECTORS>([&](auto v) INLINE_LAMBDA { c[r][v] = B::dot(c[r][v], a0, b0[v], a1, b1[v]); });
     });
   };
   auto next = [&](size_t lines) INLINE_LAMBDA {
@@ -73,7 +77,7 @@ INLINE void folded_tile(acc_t (&c)[R][VECTORS], const uint8_t* __restrict a, siz
     pairs -= left;
     while (left) {  // a run of pairs without a mark, and one of pairs with one
       const size_t clear = zeros(word) < left ? zeros(word) : left;
-      for (size_t i = 0; i < clear; ++i, next(2)) folded();
+      for (size_t i = 0; i < clear; ++i, next(2)) dot_lines<B, R>(c, a, lda, b);
       if (!(left -= clear)) break;
       word >>= clear;
       const size_t set = zeros(~word) < left ? zeros(~word) : left;
@@ -103,7 +107,7 @@ static void folded_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const 
                         const Tail& t) {
   const size_t tiles = (rows + B::MR - 1) / B::MR;
   for (size_t panel = begin; panel < end; ++panel) {
-    const int8_t* b = w.panels + panel * panel_bytes(K);
+    const int8_t* b = w.panel(K, panel);
     const Strip strip{a, K, b, nullptr, panel * kPanel, t, tail_of(t)};
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
       height = rows / tiles + (i < rows % tiles);

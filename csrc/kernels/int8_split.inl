@@ -54,25 +54,16 @@ static void copy_main(const int8_t* panel, size_t K, const Excess& x, int8_t* ma
 template <class B, int R, bool AHEAD>
 INLINE void split_tile(acc_t (&c)[R][VECTORS], const uint8_t* __restrict a, size_t lda, const int8_t* __restrict main,
                        size_t pairs, const int8_t* __restrict panel, size_t Q, const int8_t* ahead) {
-  typedef typename B::quad_t quad_t;
   for (size_t i = 0; i < pairs; ++i, main += 2 * kLine) {
     if (AHEAD) {
       __builtin_prefetch(ahead + 2 * i * kLine, 0, 1);
       __builtin_prefetch(ahead + (2 * i + 1) * kLine, 0, 1);
     }
-    quad_t b0[VECTORS], b1[VECTORS];
-    unroll<VECTORS>([&](auto v) INLINE_LAMBDA {
-      b0[v] = B::load_b(main + v * LANES * 4);
-      b1[v] = B::load_b(main + v * LANES * 4 + kLine);
-    });
-    unroll<R>([&](auto r) INLINE_LAMBDA {
-      const quad_t a0 = B::load_a(a + r * lda + 8 * i), a1 = B::load_a(a + r * lda + 8 * i + 4);
-      unroll<VECTORS>([&](auto v) INLINE_LAMBDA { c[r][v] = B::dot(c[r][v], a0, b0[v], a1, b1[v]); });
-    });
+    dot_lines<B, R>(c, a + 8 * i, lda, main);
   }
   for (size_t q = 2 * pairs; q < Q; ++q)
     unroll<VECTORS>([&](auto v) INLINE_LAMBDA {
-      const quad_t b = B::load_b(panel + q * kLine + v * LANES * 4);
+      const typename B::quad_t b = B::load_b(panel + q * kLine + v * LANES * 4);
       unroll<R>([&](auto r) INLINE_LAMBDA { c[r][v] = B::dot_any(c[r][v], B::load_a(a + r * lda + 4 * q), b); });
     });
 }
@@ -101,7 +92,7 @@ static void split_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const P
   alignas(64) int8_t main[(kSplitMost + kSegment) / 4 * kLine];
   alignas(64) int32_t sums[kSplitRows][kPanel];
   for (size_t panel = begin; panel < end; ++panel) {
-    const Strip strip{a, K, w.panels + panel * panel_bytes(K), nullptr, panel * kPanel, t, tail_of(t)};
+    const Strip strip{a, K, w.panel(K, panel), nullptr, panel * kPanel, t, tail_of(t)};
     const Excess excess(w, panel, K);
     copy_main(strip.b, K, excess, main);
     for (size_t m = 0; m < rows; m += kSplitRows) {
@@ -110,11 +101,18 @@ static void split_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const P
       for (size_t i = 0, r = 0, height; i < tiles; ++i, r += height) {
         height = group / tiles + (i < group % tiles);
         const bool asks = m == 0 && i == 0 && panel + 1 < end;
-        split_rows<B>(height, strip, main, excess.pairs, m0 + m + r, sums + r,
-                      asks ? strip.b + panel_bytes(K) : nullptr);
+        split_rows<B>(height, strip, main, excess.pairs, m0 + m + r, sums + r, asks ? w.panel(K, panel + 1) : nullptr);
       }
     }
   }
+}
+
+// The product of rows of plain bytes: of 8 bits with a split weight, or of 7 bits.
+template <class B>
+static void bytes_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const Packed& w, size_t begin, size_t end,
+                       const Tail& t) {
+  if (a.columns) split_gemm<B>(a, m0, rows, K, w, begin, end, t);
+  else folded_gemm<B>(a, m0, rows, K, w, begin, end, t);
 }
 
 }  // namespace PYQKERN_ISA

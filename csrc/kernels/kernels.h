@@ -95,6 +95,7 @@ static inline size_t excess_bytes(size_t K) {
 struct Packed {
   int8_t* panels;
   int8_t* excess;  // or nullptr
+  const int8_t* panel(size_t K, size_t i) const { return panels + i * panel_bytes(K); }
 };
 static inline bool pays_split(const Packed& w) { return w.excess && w.excess[sizeof(uint32_t)]; }
 
@@ -118,12 +119,14 @@ struct QRows {
   float* scale;  // [rows]
   int32_t* correction;  // [rows], what the ISA's product takes off its sums for a row (simd.h)
   int bits = 8;         // of the codes; 7: asymmetric codes in [0, 127], a form of their own where that is faster
-  // [rows / kSplitRows][4 * ceil(K/4)][kSplitRows]: the codes once more, by column (column_bytes). Given for the product with a split weight, for which q are plain bytes; else nullptr.
+  // [rows / kSplitRows][4 * ceil(K/4)][kSplitRows]: the codes once more, by column, column_bytes in
+  // all. Given for the product with a split weight, for which q are plain bytes; else nullptr.
   uint8_t* columns = nullptr;
 };
 constexpr size_t kSplitRows = 32;
-static inline size_t column_bytes(size_t rows, size_t K) {
-  return (rows + kSplitRows - 1) / kSplitRows * kSplitRows * 4 * quads(K) + kSegment * kSplitRows;
+static inline size_t split_row_bytes(size_t K) { return 4 * quads(K); }
+static inline size_t column_bytes(size_t rows, size_t row_bytes) {
+  return (rows + kSplitRows - 1) / kSplitRows * kSplitRows * row_bytes + kSegment * kSplitRows;
 }
 
 // A 4-bit code: what its sixteen codes stand for, in units of a block's scale.
@@ -299,11 +302,10 @@ struct Kernels {
   void (*four_bit_finish_bf16)(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype);
 };
 
-// Bytes of one quantized row; and of one that has columns.
+// Bytes of one quantized row without columns.
 static inline size_t row_bytes(const Kernels& k, size_t K, int bits = 8) {
   return 4 * quads(K) * (bits == 7 ? k.row_element_bytes_a7 : k.row_element_bytes);
 }
-static inline size_t split_row_bytes(size_t K) { return 4 * quads(K); }
 
 // Whether `rows` rows are quantized for the split form of a weight.
 static inline bool splits(const Kernels& k, size_t rows, const Packed& w, int bits) {
