@@ -204,14 +204,13 @@ def main() -> int:
         for inverse in (False, True) for mode in MODES for size in arguments.sizes
     ]  # fmt: skip
     found = common.header(missing, arguments.threads)
-    results: list[Result] = []
-    records: list[dict[str, Any]] = []
-    for threads in arguments.threads:
-        isolate = common.isolated(arguments, threads)
-        everyone = [*chosen, *(LIMITS if found else ())]
-        results += common.measure(build, everyone, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
-        records += (new := summarize(results, cases, chosen, threads))
-        show(new, chosen, threads)
+
+    def shown(measured: list[Result], threads: int) -> list[dict[str, Any]]:
+        show(new := summarize(measured, cases, chosen, threads), chosen, threads)
+        return new
+
+    everyone = [*chosen, *(LIMITS if found else ())]
+    results, records = common.measure_all(arguments, build, everyone, cases, shown)
     failed = common.failures(results)
     common.write_json(arguments.json, found=found, missing=missing, results=results, summary=records)
     if arguments.plot:

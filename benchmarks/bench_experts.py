@@ -116,13 +116,9 @@ def main() -> int:
     contenders = [*own, *(f"transformers {name}" for name in FLOATS)]
     found = common.header({}, arguments.threads)
     cases = [Case(m) for m in arguments.m]
-    results: list[Result] = []
-    records: list[dict[str, Any]] = []
-    for threads in arguments.threads:
-        isolate = common.isolated(arguments, threads)
-        measured = common.measure(build, contenders, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
-        results += measured
-        records += show(measured, cases, contenders, threads)
+    results, records = common.measure_all(
+        arguments, build, contenders, cases, lambda measured, threads: show(measured, cases, contenders, threads)
+    )
     failed = common.failures(results)
     common.write_json(arguments.json, found=found, missing={}, results=results, summary=records)
     return 1 if failed else 0

@@ -337,14 +337,12 @@ def main() -> int:
         bounds = set(itertools.chain(*(_limits_of(name, kind) for name in chosen for kind in kinds)))
         avx2 = any((ours := common.own(name)) and ours.isa == "avx2" for name in chosen)
         chosen += sorted(bounds | ({"limit: fp32 fma ymm"} if avx2 else set()))
-    results: list[Result] = []
-    records: list[dict[str, Any]] = []
-    for threads in arguments.threads:
-        isolate = common.isolated(arguments, threads)
-        measured = common.measure(build, chosen, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
-        results += measured
-        records += (new := summarize(results, cases, threads))
-        show(new, measured)
+
+    def shown(measured: list[Result], threads: int) -> list[dict[str, Any]]:
+        show(new := summarize(measured, cases, threads), measured)
+        return new
+
+    results, records = common.measure_all(arguments, build, chosen, cases, shown)
     show_scaling(records)
     failed = common.failures(results)
     common.write_json(arguments.json, found=found, missing=missing, results=results, summary=records)

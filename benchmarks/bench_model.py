@@ -235,14 +235,13 @@ def main() -> int:
     cases = [Case(model, size) for model in arguments.models for size in arguments.sizes]
     found = common.header(missing, arguments.threads)
     peaks = {peak for ours in map(common.own, shown) if ours and found for peak in peaks_of(ours.isa, ours.scheme)}
-    results: list[Result] = []
-    records: list[dict[str, Any]] = []
-    for threads in arguments.threads:
-        isolate = common.isolated(arguments, threads)
-        everyone = [*shown, *(f"limit: {peak}" for peak in sorted(peaks))]
-        results += common.measure(build, everyone, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
-        records += (new := summarize(results, cases, threads))
-        show(new, shown)
+
+    def summarized(measured: list[Result], threads: int) -> list[dict[str, Any]]:
+        show(new := summarize(measured, cases, threads), shown)
+        return new
+
+    everyone = [*shown, *(f"limit: {peak}" for peak in sorted(peaks))]
+    results, records = common.measure_all(arguments, build, everyone, cases, summarized)
     failed = common.failures(results)
     common.write_json(arguments.json, found=found, missing=missing, results=results, summary=records)
     if arguments.plot:

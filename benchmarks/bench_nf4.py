@@ -263,13 +263,9 @@ def main() -> int:
     copy = ["limit: copy", "limit: copy, non-temporal"]  # the faster one counts
     limit = (["limit: read"] if arguments.cold else copy if arguments.tensors else []) if found else []
     chosen = [*own, *theirs, *others, *limit]
-    results: list[Result] = []
-    records: list[dict[str, Any]] = []
-    for threads in arguments.threads:
-        isolate = common.isolated(arguments, threads)
-        measured = common.measure(build, chosen, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
-        results += measured
-        records += show(measured, cases, chosen, threads)
+    results, records = common.measure_all(
+        arguments, build, chosen, cases, lambda measured, threads: show(measured, cases, chosen, threads)
+    )
     failed = common.failures(results)
     common.write_json(arguments.json, found=found, missing=missing, results=results, summary=records)
     return 1 if failed else 0

@@ -254,11 +254,9 @@ def main() -> int:
     else:
         cases = [*(Case(kind, batch) for kind in ("LSTM", "GRU") for batch in BATCHES), Case("tagger", 1)]
         chosen = [*own, *theirs, "torch fp32"]
-        for threads in arguments.threads:
-            isolate = common.isolated(arguments, threads)
-            measured = common.measure(build, chosen, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
-            results += measured
-            records += show(measured, cases, chosen, threads)
+        results, records = common.measure_all(
+            arguments, build, chosen, cases, lambda measured, threads: show(measured, cases, chosen, threads)
+        )
     failed = common.failures(results)
     common.write_json(arguments.json, found=found, missing=missing, results=results, summary=records)
     return 1 if failed else 0

@@ -67,6 +67,7 @@ class Case(Protocol):
 
 
 Build = Callable[[str, Any, int], Job]
+Show = Callable[["list[Result]", int], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -303,8 +304,18 @@ def options(description: str, *, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def isolated(arguments: argparse.Namespace, threads: int) -> bool:
-    return threads > 1 if arguments.isolate is None else bool(arguments.isolate)
+def measure_all(
+    arguments: argparse.Namespace, build: Build, contenders: Sequence[str], cases: Sequence[Case], show: Show
+) -> tuple[list[Result], list[dict[str, Any]]]:
+    """`measure` for each number of threads. show(results, threads) prints what was measured and returns its records."""
+    results: list[Result] = []
+    records: list[dict[str, Any]] = []
+    for threads in arguments.threads:
+        isolate = threads > 1 if arguments.isolate is None else bool(arguments.isolate)
+        measured = measure(build, contenders, cases, threads=threads, rounds=arguments.rounds, isolate=isolate)
+        results += measured
+        records += show(measured, threads)
+    return results, records
 
 
 class Own(NamedTuple):
