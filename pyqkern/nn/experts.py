@@ -112,12 +112,13 @@ class QExperts(nn.Module):
         linears: list[Any] = [linear for _, linear in self.linears()]
         scheme = linears[0].scheme
         sizes = (self.num_experts, self.intermediate_dim, self.activation)
+        tensors = [[linear._buffers["packed"], linear._scales()] for linear in linears]
         if isinstance(scheme, Int8):
-            tensors = [[linear._buffers["packed"], linear._buffers["weight_scale"]] for linear in linears]
             return (*tensors, *sizes, scheme.symmetric, scheme.activation_bits)
         assert isinstance(linears[0], Linear4bit)
-        names = ("packed", "absmax", *(NESTED if linears[0].double_quant else ()))
-        tensors = [[linear._buffers[name] for name in names] for linear in linears]
+        if linears[0].double_quant:
+            for of_linear, linear in zip(tensors, linears, strict=True):
+                of_linear += [linear._buffers[name] for name in NESTED]
         return (*tensors, *sizes, False, 8, linears[0].quant_type, linears[0].blocksize, scheme.compute)
 
     def extra_repr(self) -> str:

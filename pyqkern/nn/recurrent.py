@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from pyqkern.backends import GATES
-from pyqkern.nn.four_bit import Linear4bit
+from pyqkern.nn.four_bit import NESTED, Linear4bit
 from pyqkern.nn.linear import QLinear, as_linear
 from pyqkern.ops.checks import INT, check_float
 from pyqkern.schemes import SCHEMES, Float16, Int8, Scheme, check_type, get_scheme
@@ -209,8 +209,7 @@ def _arguments(biases: Sequence[Tensor], linears: Sequence[Any], how: How) -> tu
     if isinstance(scheme, Int8):
         return (weights, scales, fp32), (*how[:2], scheme.symmetric, scheme.activation_bits)
     assert isinstance(linears[0], Linear4bit)
-    names = ("nested_absmax", "nested_map", "nested_offset") if linears[0].double_quant else ()
-    nested = [linear._buffers[name] for linear in linears for name in names]
+    nested = [linear._buffers[name] for linear in linears for name in NESTED if linear.double_quant]
     rest = (False, 8, linears[0].quant_type, linears[0].blocksize, nested, scheme.compute)
     return (weights, scales, fp32), (*how[:2], *rest)
 
