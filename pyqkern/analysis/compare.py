@@ -76,7 +76,8 @@ def error_propagation(
     for record in records:
         if math.isnan(record.mse):
             raise ValueError(f"{record.name}: outputs must be finite, got NaN or an infinity; look at the batches")
-    return Records(ErrorRecord, records, _draw_errors, "SQNR along depth: first layer on top, output at the bottom")
+    title = "SQNR along depth: first layer on top, output at the bottom"
+    return Records(ErrorRecord, records, _draw_errors, title, lambda record: -record.sqnr)
 
 
 def _add_errors(

@@ -91,7 +91,8 @@ def range_report(
         for name, seen in watches.items()
     ]
     records.sort(key=lambda record: -record.coarseness)
-    return Records(RangeRecord, records, _draw_coarseness, "Step of the input over its spread (red: outlier-driven)")
+    title = "Step of the input over its spread (red: outlier-driven)"
+    return Records(RangeRecord, records, _draw_coarseness, title, lambda record: record.coarseness)
 
 
 def _record(name: str, module: nn.Module, seen: _Watch, bounds: Range | None) -> RangeRecord:
@@ -134,11 +135,10 @@ def _fold(counts: Tensor, width: float, low: float, high: float) -> tuple[list[f
 
 
 def _draw_coarseness(records: Sequence[RangeRecord], axes: Any) -> None:
-    shown = records[:40]
-    colors = ["#c1121f" if record.outlier_driven else "#1d3557" for record in shown]
-    top = 2 * max((record.coarseness for record in shown if math.isfinite(record.coarseness)), default=COARSE_STEP)
-    values = [min(record.coarseness, top) for record in shown]  # infinite where most channels are zero
-    barh(axes, [record.name for record in shown], values, "step / spread", colors)
+    colors = ["#c1121f" if record.outlier_driven else "#1d3557" for record in records]
+    top = 2 * max((record.coarseness for record in records if math.isfinite(record.coarseness)), default=COARSE_STEP)
+    values = [min(record.coarseness, top) for record in records]  # infinite where most channels are zero
+    barh(axes, [record.name for record in records], values, "step / spread", colors)
     axes.set_xscale("symlog", linthresh=COARSE_STEP / 10)  # one outlier would hide all the others
     axes.axvline(COARSE_STEP, color="#c1121f", linewidth=1)
 
@@ -151,7 +151,7 @@ def draw_histograms(record: RangeRecord, axes: Sequence[Any]) -> None:
     ):
         axis.stairs(counts, edges, fill=True, color="#457b9d")
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_title(f"{record.name}: {title}", fontsize=8)
+        axis.set_title(f"{record.name}: {title}", fontsize=8, parse_math=False)
         axis.tick_params(labelsize=7)
     for bound in (record.lo, record.hi):
         axes[0].axvline(bound, color="#c1121f", linewidth=1)

@@ -3,22 +3,33 @@
 import csv
 import math
 import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 Record = TypeVar("Record")
 
+BARS = 40  # that are told apart in a figure as they are; more layers are drawn by block
+
 
 class Records(Sequence[Record], Generic[Record]):
     """A list of dataclass records of one kind: prints as a table, becomes plain data, CSV or a matplotlib figure."""
 
     def __init__(
-        self, kind: type[Record], records: Sequence[Record], draw: Callable[[Sequence[Record], Any], None], title: str
+        self,
+        kind: type[Record],
+        records: Sequence[Record],
+        draw: Callable[[Sequence[Record], Any], None],
+        title: str,
+        badness: Callable[[Record], float] | None = None,
     ) -> None:
+        """badness: of a layer's record, by which the worst stands for its block in a figure. None: not of layers."""
         self.kind, self.records, self.title = kind, list(records), title
-        self._draw = draw
+        self._draw, self._badness = draw, badness
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
@@ -50,15 +61,30 @@ class Records(Sequence[Record], Generic[Record]):
         return [[_short(getattr(record, name)) for name in self.columns] for record in self.records]
 
     def plot(self, axes: Any = None) -> Any:
-        """Draws into the matplotlib axes, or a figure of its own; returns the figure."""
+        """Draws into the matplotlib axes, or a figure of its own; returns the figure.
+
+        Of more than BARS layers the worst of each block is drawn: of "encoder.layer.3.output.dense" and its like, one.
+        """
+        shown = self._drawn()
         if axes is None:
             pyplot = matplotlib_pyplot()
-            figure, axes = pyplot.subplots(figsize=(9, min(30, max(3, 0.22 * len(self) + 1.2))))
+            figure, axes = pyplot.subplots(figsize=(9, min(40, max(3, 0.22 * len(shown) + 1.2))))
             pyplot.close(figure)  # shown by whoever gets it, and not kept by pyplot
-        self._draw(self.records, axes)
-        axes.set_title(self.title)
-        axes.figure.tight_layout()
+        self._draw(shown, axes)
+        axes.set_title(self.title if len(shown) == len(self) else f"{self.title}\nthe worst layer of each block")
+        with without_glyph_warnings():
+            axes.figure.tight_layout()
         return axes.figure
+
+    def _drawn(self) -> list[Record]:
+        if self._badness is None or len(self) <= BARS:
+            return self.records
+        worst: dict[str, Record] = {}  # in the order of the first layer of each block
+        for record in self.records:
+            block = block_of(record.name)  # type: ignore[attr-defined]
+            if block not in worst or self._badness(record) > self._badness(worst[block]):
+                worst[block] = record
+        return list(worst.values())
 
     def __str__(self) -> str:
         rows = [self.columns, *self.rows()]
@@ -76,6 +102,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def block_of(name: str) -> str:
+    """The block that a layer is in: its name up to the first number, "encoder.layer.3"; else the name itself."""
+    found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
+    return found.group() if found else name
+
+
 def matplotlib_pyplot() -> Any:
     """matplotlib.pyplot, or an error that says how to get it."""
     try:
@@ -85,11 +117,19 @@ def matplotlib_pyplot() -> Any:
     return pyplot
 
 
+@contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """Names and texts may be in scripts that matplotlib's font lacks; a box stands for each letter then."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
 def barh(axes: Any, names: Sequence[str], values: Sequence[float], label: str, colors: Any = "#1d3557") -> None:
-    """Horizontal bars, the first on top."""
+    """Horizontal bars, the first on top. Names are text as it stands: a $ begins no formula."""
     places = range(len(names))
     axes.barh(places, values, color=colors)
-    axes.set_yticks(places, names, fontsize=7)
+    axes.set_yticks(places, [" ".join(name.split()) for name in names], fontsize=7, parse_math=False)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel(label)

@@ -59,13 +59,13 @@ class Sensitivity(Records[SensitivityRecord]):
     """The records, that of the largest drop first, and the two ends: the score in float and with all quantized."""
 
     def __init__(self, records: Sequence[SensitivityRecord], float_score: float, quantized_score: float) -> None:
-        super().__init__(SensitivityRecord, records, _draw, "Score lost with this layer alone quantized")
+        title = "Score lost with this layer alone quantized"
+        super().__init__(SensitivityRecord, records, _draw, title, lambda record: record.drop)
         self.float_score, self.quantized_score = float_score, quantized_score
 
 
 def _draw(records: Sequence[SensitivityRecord], axes: Any) -> None:
-    shown = records[:40]
-    barh(axes, [record.name for record in shown], [record.drop for record in shown], "float score - score")
+    barh(axes, [record.name for record in records], [record.drop for record in records], "float score - score")
 
 
 def sensitivity(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyqkern.analysis.compare import compare_samples, error_propagation, first_tensor
 from pyqkern.analysis.ranges import range_report
 from pyqkern.analysis.records import matplotlib_pyplot
-from pyqkern.analysis.report import report
+from pyqkern.analysis.report import Finding, report
 from pyqkern.analysis.sensitivity import fallback, sensitivity
 from pyqkern.calibration.calibrate import calibrate
 from pyqkern.calibration.run import evaluated
@@ -60,8 +60,12 @@ def run(options: argparse.Namespace) -> None:
         samples=compare_samples(task.network, quantized, task.batches, task.texts),
         ranges=range_report(task.network, task.batches, scheme.carried_ranges()),
     )
-    print("\n" + "\n".join(f"- {finding.text}\n  {finding.advice}" for finding in advice))
+    print("\n" + "\n".join(f"- {_marked(finding)}\n  {finding.advice}" for finding in advice))
     print(f"\nwritten: {options.output}")
+
+
+def _marked(finding: Finding) -> str:
+    return f"note: {finding.text}" if finding.kind == "note" else finding.text
 
 
 @dataclass

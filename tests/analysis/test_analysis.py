@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import multiprocessing
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from closeness import Closeness, Dying, Net, X
+from closeness import Closeness, Dying, Net, X, net_analyses
 from require import require
 from tiny import moe, output
 from torch import Tensor, nn
@@ -303,21 +302,8 @@ def test_bad_input(call: Callable[[], object], error: type[Exception], message: 
 # ---- records and the report
 
 
-def analyses() -> dict[str, Any]:
-    model, quantized = Net(), replace_linear(Net())
-    order = sensitivity(model, Closeness(), progress=False)
-    texts = [f"<script>{i}</script>" for i in range(64)]
-    return {
-        "sensitivity": order,
-        "fallback": fallback(model, Closeness(), order[0].all_but, order=order, progress=False),
-        "propagation": error_propagation(model, quantized, [X], progress=False),
-        "samples": compare_samples(model, quantized, [X], texts, progress=False),
-        "ranges": range_report(model, [X], progress=False),
-    }
-
-
 def test_records_are_plain_data(tmp_path: Path) -> None:
-    for name, records in analyses().items():
+    for name, records in net_analyses().items():
         if name == "fallback":
             continue
         assert json.loads(json.dumps(records.to_dict())) and str(records).splitlines()[0].split()
@@ -325,19 +311,6 @@ def test_records_are_plain_data(tmp_path: Path) -> None:
         with (tmp_path / "records.csv").open() as file:
             rows = list(csv.reader(file))
         assert rows[0] == records.columns and len(rows) == 1 + len(records)
-
-
-def test_report_is_one_file_that_says_what_to_do(tmp_path: Path) -> None:
-    require("matplotlib", "the report draws with it")
-    path = tmp_path / "report.html"
-    findings = report(path, title="A & B", **analyses())
-    text = path.read_text()
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-    assert text.count("data:image/png;base64,") == 5 and not re.search(r'(src|href)="(?!data:)', text)
-    assert "A &amp; B" in text and "<script>" not in text and "&lt;script&gt;" in text
-    said = " ".join(f"{finding.text} {finding.advice}" for finding in findings)
-    assert "bad alone loses" in said and "channel 5 of its input" in said and "exclude=['bad']" in said
-    assert "pyqkern.smooth" in said and "With bad in float" in said
 
 
 def test_drawing_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """A small model with a weak spot, and scores for it, in a module that processes started by a test can import."""
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyqkern import QLinear
+from pyqkern import QLinear, replace_linear
+from pyqkern.analysis import compare_samples, error_propagation, fallback, range_report, sensitivity
 
 
 class Net(nn.Module):
@@ -48,3 +50,17 @@ class Dying(Closeness):
         if quantized == ["bad"]:
             os._exit(1)
         return super().__call__(model)
+
+
+def net_analyses() -> dict[str, Any]:
+    """Every analysis of Net, under the names that `report` has for them; the texts of the samples are HTML."""
+    model, quantized = Net(), replace_linear(Net())
+    order = sensitivity(model, Closeness(), progress=False)
+    texts = [f"<script>{i}</script>" for i in range(64)]
+    return {
+        "sensitivity": order,
+        "fallback": fallback(model, Closeness(), order[0].all_but, order=order, progress=False),
+        "propagation": error_propagation(model, quantized, [X], progress=False),
+        "samples": compare_samples(model, quantized, [X], texts, progress=False),
+        "ranges": range_report(model, [X], progress=False),
+    }
