@@ -175,17 +175,18 @@ def summarize(results: Sequence[Result], cases: Sequence[Case], threads: int) ->
         rate = (own.facts["bytes"] if cold else case.operations) / own.seconds
         limits = [found for name in _limits_of(contender, cold) if (found := get(contender=name))]
         fma = get(contender="limit: fp32 fma ymm")
-        others = {
-            result.contender: result.seconds / own.seconds
-            for result in results
+        peers = [
+            result for result in results
             if result.case == case.label and result.threads == threads and result.seconds
             and not result.contender.startswith(("pyqkern", "limit"))
-        }  # fmt: skip
+        ]  # fmt: skip
+        others = {peer.contender: own.ratio(peer) for peer in peers}
         records.append({
             "contender": contender, "case": case.label, "threads": threads, "us": own.seconds * 1e6,
             "spread": own.spread, "giga": rate / 1e9, "unit": "GB/s" if cold else "GOP/s",
             "share": rate / max(map(_rate, limits)) if limits else None,
             "over_fp32_ymm": rate / _rate(fma) if fma and not cold else None, "ratios": others,
+            "others_us": {peer.contender: peer.seconds * 1e6 for peer in peers if peer.seconds},
             "to_fastest": min((others[name] for name in FASTEST_OF if name in others), default=None),
         })  # fmt: skip
     return records
@@ -210,7 +211,7 @@ def show(records: list[dict[str, Any]], results: Sequence[Result]) -> None:
             row.append(f"{record['share']:.0%}" if record["share"] else "")
             for name in others:
                 ratio = record["ratios"].get(name)
-                row.append(f"{_number(record['us'] * ratio)} ({ratio:.2f}x)" if ratio else "failed")
+                row.append(f"{_number(record['others_us'][name])} ({ratio:.2f}x)" if ratio else "failed")
             rows.append(row + ([f"{record['to_fastest']:.2f}x" if record["to_fastest"] else ""] if beaten else []))
         means = [_mean([record["ratios"].get(name) for record in own]) for name in others]
         means += [_mean([record["to_fastest"] for record in own])] if beaten else []

@@ -130,10 +130,13 @@ def summarize(results: Sequence[Result], cases: Sequence[Case], threads: int) ->
         limits = {name: r.facts["operations"] / r.facts["amount"] for name, r in here.items() if "amount" in r.facts}
         times = {name: time * 1e3 for name, time in seconds.items() if name not in limits}
         engines = [name for name in ENGINES if name in times]
+        ours = [r for name, r in here.items() if name.startswith("pyqkern")]
+        theirs = [r for name, r in here.items() if name in times and not name.startswith(("pyqkern", "fp32"))]
         records.append({
             "model": case.model, "size": case.size, "threads": threads, "ms": times,
             "limits_ms": {name: seconds[name] * 1e3 * share for name, share in limits.items()},
             "spread": {name: r.spread for name, r in here.items()},
+            "to_fastest": {own.contender: min(map(own.ratio, theirs)) for own in ours} if theirs else {},
             "best_engine": min(engines, key=times.__getitem__, default=None),
             "error": {name: r.facts["error"] for name, r in here.items() if "error" in r.facts},
             "bytes": {name: r.facts["bytes"] for name, r in here.items() if "bytes" in r.facts},
@@ -155,6 +158,13 @@ def show(records: Sequence[dict[str, Any]], shown: Sequence[str]) -> None:
             rows.append([f"linears alone, at the {name.removeprefix('limit: ')} peak", *cells, "", ""])
         title = f"{MODELS[model]}, {common.threads_title(own[0]['threads'])}, ms"
         print(f"{common.table([title, *sizes, 'relative error', 'MB'], rows)}\n")
+        beaten = [
+            [common.title(name), *(f"{r['to_fastest'][name]:.2f}x" if name in r["to_fastest"] else "" for r in own)]
+            for name in shown
+            if any(name in record["to_fastest"] for record in own)
+        ]
+        if beaten:
+            print(f"{common.table(['to the fastest quantized peer', *sizes], beaten)}\n")
         spread = max((value for record in own for value in record["spread"].values()), default=0.0)
         star = "; * the faster engine of torch quantize_dynamic" if any(record["best_engine"] for record in own) else ""
         print(f"Largest distance between the quartiles: {spread:.0%} of the median{star}.\n")

@@ -87,6 +87,13 @@ class Result:
         """The distance between the quartiles, as a share of the median."""
         return (self.quartiles[1] - self.quartiles[0]) / self.seconds if self.quartiles and self.seconds else math.nan
 
+    def ratio(self, other: Result) -> float:
+        """How many times this one's time the other takes: the median over the rounds, in each of which both ran.
+
+        A slow phase of the machine is longer than a round and falls out of it; of the ratio of two medians it does not.
+        """
+        return statistics.median(theirs / own for own, theirs in zip(self.samples, other.samples, strict=True))
+
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
