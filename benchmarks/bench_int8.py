@@ -5,11 +5,11 @@ Weights are normal, as trained ones nearly are; activations are quantized per to
 python benchmarks/bench_int8.py --peers --threads 1,2 --json int8.json --plot int8.png
 python benchmarks/bench_int8.py --cold --m 1,16,128         weights come from DRAM, as in a model
 python benchmarks/bench_int8.py --isa all --m 1024          one row of figures for each instruction set
+python benchmarks/bench_int8.py --cold --m 1,128 --schemes int8-weight-only --peers fp32 --kn 896x4864,2048x8192
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import statistics
@@ -108,7 +108,10 @@ def _check(ours: common.Own, module: Any, x: Tensor, result: Tensor, error: floa
     if int8:
         state, scheme = module.state_dict(), module.scheme
         weight, scale, bias = state["weight"], state["weight_scale"], state["bias"]
-        expected = reference.int8_linear(x, weight, scale, bias, "none", scheme.symmetric, scheme.activation_bits)
+        if ours.scheme == "int8-weight-only":
+            expected = reference.int8_linear_weight_only(x, weight, scale, bias)
+        else:
+            expected = reference.int8_linear(x, weight, scale, bias, "none", scheme.symmetric, scheme.activation_bits)
     else:
         _C.set_isa("scalar")
         with torch.inference_mode():
@@ -300,24 +303,12 @@ def plot(path: Any, results: Sequence[Result], cases: Sequence[Case], threads: S
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def shapes_of(text: str) -> list[tuple[int, int]]:
-    try:
-        return [(int(k), int(n)) for k, n in (pair.split("x") for pair in text.split(","))]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be KxN,KxN,... like 768x768,768x3072; got {text!r}") from None
-
-
 def main() -> int:
     parser = common.options(__doc__.splitlines()[0] if __doc__ else "", rounds=25)
     parser.add_argument(
         "--m", type=common.numbers, help="rows of the activation (default: 1,16,128,1024, with --cold 1)"
     )
-    parser.add_argument(
-        "--kn",
-        type=shapes_of,
-        default=list(shapes.LINEARS),
-        help="in_features x out_features (default: 768x768,768x3072,3072x768)",
-    )
+    shapes.add_linears(parser)
     what = parser.add_mutually_exclusive_group()
     common.add_schemes(parser)
     what.add_argument("--cold", action="store_true", help="weights rotate over 96 MiB, so that they come from DRAM")

@@ -6,6 +6,7 @@ Examples:
                                                      module, and the operator alone (the module's own Python objects
                                                      have left the cache too, which costs some microseconds)
   python benchmarks/bench_nf4.py --cold --isa avx2   the same on AVX2, against torch's fp32 linear
+  python benchmarks/bench_nf4.py --cold --m 1,128 --compute fp32 --kn 896x4864,2048x8192
   python benchmarks/bench_nf4.py --tensors           quantize_4bit and dequantize_4bit, 1 to 64 M elements, as a share
                                                      of a copy's bandwidth: bytes read and bytes written both count
   python benchmarks/bench_nf4.py --models            BERT-base (random weights), 1x128 and 8x128, by replace_linear
@@ -238,6 +239,7 @@ def _of_case(result: Result, case: Any) -> float:
 def main() -> int:
     parser = common.options(__doc__.splitlines()[0] if __doc__ else "", rounds=15)
     parser.add_argument("--m", type=common.numbers, help="rows (default: 1,4,16,128,1024; with --cold 1)")
+    shapes.add_linears(parser)
     parser.add_argument(
         "--compute", type=common.names, default=["auto"], help="e.g. auto,fp32,bf16,int8 (default: auto)"
     )
@@ -276,11 +278,11 @@ def _cases(arguments: argparse.Namespace) -> list[Any]:
         return [ModelCase(size) for size in (shapes.MODEL_SIZES[0], shapes.MODEL_SIZES[-1])]
     if arguments.tensors:
         return [TensorCase(n, inverse) for inverse in (False, True) for n in shapes.FOUR_BIT_SIZES]
-    copies = {kn: max(1, int(shapes.COLD_BYTES / (kn[0] * kn[1] * BYTES_PER_WEIGHT))) for kn in shapes.LINEARS}
+    copies = {kn: max(1, int(shapes.COLD_BYTES / (kn[0] * kn[1] * BYTES_PER_WEIGHT))) for kn in arguments.kn}
     return [
         Case(m, k, n, copies[k, n] if arguments.cold else 1)
         for m in arguments.m or ([1] if arguments.cold else shapes.ROWS_4BIT)
-        for k, n in shapes.LINEARS
+        for k, n in arguments.kn
     ]
 
 

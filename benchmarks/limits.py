@@ -36,6 +36,7 @@ PEAKS_OF_AVX2 = {
     "int4": ("vpmaddubsw ymm in eights",),
 }
 PEAKS_OF_VNNI = {"avx512vnni": ("vpdpbusd zmm",), "avxvnni": ("vpdpbusd ymm",)}
+PEAKS_OF_FLOATS = {"avx512vnni": ("fp32 fma zmm",), "avxvnni": ("fp32 fma ymm",), "avx2": ("fp32 fma ymm",)}
 
 READ_SIZES = (16 << 10,) if DRY else (16 << 10, 512 << 10, 1 * MIB, 8 * MIB, 24 * MIB, 64 * MIB, 256 * MIB)
 MOVED = MIB if DRY else 320 * MIB
@@ -48,7 +49,9 @@ class LimitsUnavailable(RuntimeError):
 
 
 def peaks_of(isa: str, scheme: str) -> tuple[str, ...]:
-    """The peaks that bound the product of a scheme with integer activations; none for an ISA without vectors."""
+    """The peaks that bound the product of a scheme; none for an ISA without vectors."""
+    if scheme == "int8-weight-only":
+        return PEAKS_OF_FLOATS.get(isa, ())
     return PEAKS_OF_AVX2.get(scheme, ()) if isa == "avx2" else PEAKS_OF_VNNI.get(isa, ())
 
 

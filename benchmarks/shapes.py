@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -79,3 +80,17 @@ def model_inputs(size: str, text_tokens: list[int] | None = None) -> tuple[torch
     length[0] = high
     mask = (torch.arange(high) < length).long()
     return ids * mask, mask
+
+
+def _pairs(text: str) -> list[tuple[int, int]]:
+    try:
+        return [(int(k), int(n)) for k, n in (pair.split("x") for pair in text.split(","))]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be KxN,KxN,... like 768x768,768x3072; got {text!r}") from None
+
+
+def add_linears(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kn", type=_pairs, default=list(LINEARS),
+        help="in_features x out_features (default: 768x768,768x3072,3072x768)",
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-// The operations on whole tensors: affine.cpp, int8.cpp, four_bit.cpp, embedding.cpp, encoder.cpp, recurrent.cpp and
+// The operations on whole tensors: affine.cpp, int8.cpp, weight_only.cpp, four_bit.cpp, embedding.cpp, encoder.cpp, recurrent.cpp and
 // gate.cpp cut them into pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix
 // two ISAs.
 // Pointers are to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
@@ -30,6 +30,10 @@ void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, 
 void int8_linear(const void* x, int dtype, const Packed& w, const float* w_scale, const void* bias, int bias_dtype,
                  size_t M, size_t N, size_t K, void* y, int activation, bool symmetric, int bits, const float* x_scale,
                  const int32_t* x_zero);
+
+// y [M, N] = (x [M, K] in fp32 times the transpose of w's codes) * w_scale [N] + bias: weight_only.inl. x and y of `dtype`.
+void int8_linear_weight_only(const void* x, int dtype, const Packed& w, const float* w_scale, const void* bias,
+                             int bias_dtype, size_t M, size_t N, size_t K, void* y);
 
 // Scales of blocks: fp32, or, with `nested`, codes of an 8-bit map in blocks of kNestedBlock of their own:
 // map[absmax[b]] * nested[b / kNestedBlock] + offset, b counted along the flat weight.
@@ -120,13 +124,6 @@ void four_bit_dequantize(const uint8_t* packed, const Scales& scales, size_t blo
 // The flat codes [N * K / 2] to and from panels; rows past N are filled with zeros.
 void four_bit_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* packed);
 void four_bit_unpack(const uint8_t* packed, size_t N, size_t K, uint8_t* flat);
-
-// The weight [N, K] dequantized, row-major.
-void four_bit_weight(const Weight4Bit& w, void* y, int dtype);
-
-// y [M, N] = product [M, N] in bf16, plus bias [N] of bias_dtype or nullptr.
-void four_bit_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y,
-                          int dtype);
 
 // y [M, N] = the 4-bit linear of x [M, K], both of `dtype`; with as_int8 the rows are quantized and the products
 // integers, if the weight is in panels.

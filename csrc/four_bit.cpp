@@ -2,25 +2,15 @@
 #include <algorithm>
 #include <cstring>
 
-#include "api.h"
-#include "parallel.h"
+#include "float_linear.h"
 
 namespace pyqkern {
 namespace {
 
-constexpr size_t kSerial = 1 << 15;     // elements: below this a second thread costs more than it brings
-constexpr size_t kPiece = 1 << 16;      // elements of a piece, a multiple of every blocksize
-constexpr size_t kStream = 16 << 20;    // bytes written: beyond what stays in the cache, stores go past it
-constexpr size_t kSerialOps = 1 << 20;  // multiply-adds
-constexpr size_t kGemvRows = 4;         // rows that read the codes themselves, every one for itself
-constexpr size_t kColumns = 1024;       // columns of a panel that are unpacked at a time: 8 KB, which stay in L1
-constexpr size_t kChunk = 256;          // columns of a strip that are integers at a time: 16 KB, which stay in L1
-constexpr size_t kBlockRows = 192;      // rows that share an expanded step: their totals are 48 KB
-
-size_t strips(size_t N) { return (N + kStrip - 1) / kStrip; }
-size_t panels_of(size_t N, size_t strip) {
-  return std::min<size_t>(kStrip / kPanel, panels(N) - strip * (kStrip / kPanel));
-}
+constexpr size_t kSerial = 1 << 15;   // elements: below this a second thread costs more than it brings
+constexpr size_t kPiece = 1 << 16;    // elements of a piece, a multiple of every blocksize
+constexpr size_t kStream = 16 << 20;  // bytes written: beyond what stays in the cache, stores go past it
+constexpr size_t kChunk = 256;        // columns of a strip that are integers at a time: 16 KB, which stay in L1
 
 const uint8_t* strip_codes(const Weight4Bit& w, size_t strip) {
   return w.packed + strip * (kStrip / kPanel) * (w.K / 8) * kLine;
@@ -81,28 +71,24 @@ struct Rows4Bit {
   Fold fold;
 };
 
-// What all pieces of one call share: fp32 rows, or integers; fp32 scales of a flat weight.
-struct Shared {
-  const float* x;
-  const Rows4Bit* q;
-  const float* flat_scales;
-};
-
-// Ways to fill total [rows][kStrip] with rows [m, m + rows) of one strip.
-
-void fp32_totals(const Kernels& k, const Weight4Bit& w, const float* x, size_t strip, const float* scales, size_t rows,
-                 float* total) {
-  const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize);
+void fp32_totals(const Kernels& k, const Weight4Bit& w, const FloatRows& in, size_t strip, float* total) {
+  const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize), most = kStepMax / size;
+  const float* scales = strip_scales(w, strip);
   const uint8_t* packed = strip_codes(w, strip);
-  if (rows <= kGemvRows) return k.four_bit_gemv(x, rows, w.K, packed, scales, w.blocksize, count, *w.book, total);
-  float* values = static_cast<float*>(scratch(kStep, (kStepMax + 1) * kStrip * sizeof(float)));
-  float* scale = values + kStepMax * kStrip;  // of this step, filled up to a whole strip
-  std::fill(scale, scale + kStrip, 0.0f);
-  std::fill(total, total + rows * kStrip, 0.0f);
-  for (size_t at = 0; at < w.K; at += size) {
-    std::copy_n(scales + at / w.blocksize * count * kPanel, count * kPanel, scale);
-    k.four_bit_expand(packed + at / 8 * count * kLine, size, count, *w.book, values);
-    k.four_bit_gemm(x + at, w.K, rows, size, values, scale, total);
+  if (!in.in_tiles) return k.four_bit_gemv(in.x, in.rows, w.K, packed, scales, w.blocksize, count, *w.book, total);
+  float* values = static_cast<float*>(scratch(kStep, (kStepMax + most) * kStrip * sizeof(float)));
+  float* scale = values + kStepMax * kStrip;  // of these steps, filled up to a whole strip
+  std::fill(scale, scale + most * kStrip, 0.0f);
+  std::fill(total, total + in.rows * kStrip, 0.0f);
+  for (size_t at = 0; at < w.K; at += kStepMax) {
+    const size_t steps = std::min(kStepMax, w.K - at) / size;
+    for (size_t s = 0; s < steps; ++s)
+      std::copy_n(scales + (at + s * size) / w.blocksize * count * kPanel, count * kPanel, scale + s * kStrip);
+    for (size_t p = 0; p < count; p += k.tile_panels) {
+      const size_t some = std::min(k.tile_panels, count - p);
+      k.four_bit_expand(packed + (at / 8 * count + p) * kLine, count * kLine, steps * size, some, *w.book, values);
+      k.float_gemm(in.x, w.K, at, in.rows, size, steps, values, some, scale + p * kPanel, total + p * kPanel);
+    }
   }
 }
 
@@ -131,12 +117,47 @@ void int8_totals(const Kernels& k, const Weight4Bit& w, const Rows4Bit& q, size_
   }
 }
 
-void strip_totals(const Kernels& k, const Weight4Bit& w, const Shared& in, size_t strip, size_t m, size_t rows,
-                  float* total) {
-  if (in.flat_scales) return flat_totals(k, w, in.flat_scales, in.x + m * w.K, strip, rows, total);
-  if (!in.q) return fp32_totals(k, w, in.x + m * w.K, strip, strip_scales(w, strip), rows, total);
-  const Fold& fold = in.q->fold;
-  int8_totals(k, w, {in.q->x + m * fold.bytes(w.K), in.q->scale + m, fold}, strip, rows, total);
+// The linear with quantized rows, for a weight in panels.
+void linear_int8(const Kernels& k, const void* x, int dtype, const Weight4Bit& w, size_t M, int count, Finish finish) {
+  const size_t K = w.K;
+  const Fold fold = fold_of(k, w);
+  const size_t ldx = fold.bytes(K);
+  float* scale = static_cast<float*>(scratch(kRowScales, M * sizeof(float)));
+  int8_t* rows_of = static_cast<int8_t*>(scratch(kPacked, M * ldx));
+  parallel_for((M + 15) / 16, count, [&](size_t i) {
+    const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
+    int32_t correction[16];
+    const QRows part{scratch(kRows, 16 * K * k.row_element_bytes), scale + m, correction};
+    k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, K, rows, K, true, part);
+    k.four_bit_load_rows(part, rows, K, fold, rows_of + m * ldx);
+    for (size_t r = 0; r < rows; ++r) scale[m + r] *= 1.0f / w.book->levels;
+  });
+  finish.row_scale = scale;
+  for_strips(k, Blocks(M), count, finish, [&](size_t m, size_t rows, size_t strip, float* total) {
+    int8_totals(k, w, {rows_of + m * ldx, scale + m, fold}, strip, rows, total);
+  });
+}
+
+// The linear in fp32 for a weight in flat form.
+void linear_flat(const Kernels& k, const void* x, int dtype, const Weight4Bit& w, size_t M, int count,
+                 const Finish& finish) {
+  const size_t N = w.N, K = w.K;
+  const float* rows_of = static_cast<const float*>(x);
+  if (dtype != kFloat32) {
+    float* wide = static_cast<float*>(scratch(kRows, M * K * sizeof(float)));
+    k.widen(x, dtype, M * K, wide);
+    rows_of = wide;
+  }
+  const float* scales = static_cast<const float*>(w.scales.absmax);
+  if (w.scales.nested) {
+    const size_t blocks = (N * K + w.blocksize - 1) / w.blocksize;
+    float* values = static_cast<float*>(scratch(kPacked, blocks * sizeof(float)));
+    for (size_t b = 0; b < blocks; ++b) values[b] = scale_at(w.scales, b, b);
+    scales = values;
+  }
+  for_strips(k, Blocks(M), count, finish, [&](size_t m, size_t rows, size_t strip, float* total) {
+    flat_totals(k, w, scales, rows_of + m * K, strip, rows, total);
+  });
 }
 
 }  // namespace
@@ -195,94 +216,17 @@ void four_bit_unpack(const uint8_t* packed, size_t N, size_t K, uint8_t* flat) {
   });
 }
 
-void four_bit_weight(const Weight4Bit& w, void* y, int dtype) {
-  if (!in_panels(w.N, w.K, w.blocksize))
-    return four_bit_dequantize(w.packed, w.scales, w.blocksize, *w.book, w.N * w.K, y, dtype);
-  const Kernels& k = kernels();
-  const size_t K = w.K, blocks = K / w.blocksize;
-  parallel_for(panels(w.N), w.N * K <= kSerial ? 1 : threads(), [&](size_t p) {
-    const size_t n = p * kPanel, strip = n / kStrip, count = panels_of(w.N, strip), first = p % (kStrip / kPanel);
-    const uint8_t* panel = w.packed + (strip * (kStrip / kPanel) * (K / 8) + first) * kLine;
-    uint8_t flat[kPanel * kColumns / 2];
-    float scales[kColumns / 32];
-    for (size_t k0 = 0; k0 < K; k0 += kColumns) {  // a power of two, so it holds whole blocks, or lies in one
-      const size_t columns = std::min(kColumns, K - k0), block = k0 / w.blocksize,
-                   some = (columns + w.blocksize - 1) / w.blocksize;
-      k.four_bit_unpack_panel(panel + k0 / 8 * count * kLine, count * kLine, columns, flat, kColumns / 2);
-      for (size_t j = 0; j < std::min(kPanel, w.N - n); ++j) {
-        const size_t stored = strip * blocks * kStrip + first * kPanel + j;
-        for (size_t b = 0; b < some; ++b)
-          scales[b] = scale_at(w.scales, stored + (block + b) * count * kPanel, (n + j) * blocks + block + b);
-        k.four_bit_dequantize(flat + j * kColumns / 2, scales, w.blocksize, *w.book, 0, columns,
-                              static_cast<char*>(y) + ((n + j) * K + k0) * dtype_size(dtype), dtype, false);
-      }
-    }
-  });
-}
-
-void four_bit_finish_bf16(const uint16_t* product, const void* bias, int bias_dtype, size_t M, size_t N, void* y,
-                          int dtype) {
-  if (M == 0 || N == 0) return;
-  const Kernels& k = kernels();
-  const float* wide = widened(k, bias, bias_dtype, N);
-  const size_t rows = std::max<size_t>(1, kPiece / N);
-  parallel_for((M + rows - 1) / rows, M * N <= kSerial ? 1 : threads(), [&](size_t i) {
-    const size_t m = i * rows;
-    k.four_bit_finish_bf16(product + m * N, wide, std::min(rows, M - m), N,
-                           static_cast<char*>(y) + m * N * dtype_size(dtype), dtype);
-  });
-}
-
 void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* bias, int bias_dtype, size_t M, void* y,
                      bool as_int8) {
   if (M == 0 || w.N == 0 || w.K == 0) return;  // Python answers these
   const Kernels& k = kernels();
-  const size_t N = w.N, K = w.K;
-  const bool flat = !in_panels(N, K, w.blocksize);
-  const int count = M * N * K <= kSerialOps ? 1 : threads();
-  Shared in{static_cast<const float*>(x), nullptr, nullptr};
-  Rows4Bit q{nullptr, nullptr, {}};
-  if (as_int8 && !flat) {
-    const Fold fold = fold_of(k, w);
-    const size_t ldx = fold.bytes(K);
-    float* scale = static_cast<float*>(scratch(kRowScales, M * sizeof(float)));
-    int8_t* rows_of = static_cast<int8_t*>(scratch(kPacked, M * ldx));
-    parallel_for((M + 15) / 16, count, [&](size_t i) {
-      const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
-      int32_t correction[16];
-      const QRows part{scratch(kRows, 16 * K * k.row_element_bytes), scale + m, correction};
-      k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, K, rows, K, true, part);
-      k.four_bit_load_rows(part, rows, K, fold, rows_of + m * ldx);
-      for (size_t r = 0; r < rows; ++r) scale[m + r] *= 1.0f / w.book->levels;
-    });
-    q = {rows_of, scale, fold};
-    in.q = &q;
-  } else if (dtype != kFloat32) {
-    float* wide = static_cast<float*>(scratch(kRows, M * K * sizeof(float)));
-    k.widen(x, dtype, M * K, wide);
-    in.x = wide;
-  }
-  if (flat) {
-    in.flat_scales = static_cast<const float*>(w.scales.absmax);
-    if (w.scales.nested) {
-      const size_t blocks = (N * K + w.blocksize - 1) / w.blocksize;
-      float* values = static_cast<float*>(scratch(kPacked, blocks * sizeof(float)));
-      for (size_t b = 0; b < blocks; ++b) values[b] = scale_at(w.scales, b, b);
-      in.flat_scales = values;
-    }
-  }
-  const float* wide_bias = widened(k, bias, bias_dtype, N);
-  const size_t blocks = (M + kBlockRows - 1) / kBlockRows, height = (M + blocks - 1) / blocks;
-  parallel_for(blocks * strips(N), count, [&](size_t i) {
-    const size_t m = i / strips(N) * height, strip = i % strips(N);
-    if (m >= M) return;
-    const size_t rows = std::min(height, M - m);
-    float* total = static_cast<float*>(scratch(kTotals, kBlockRows * kStrip * sizeof(float)));
-    strip_totals(k, w, in, strip, m, rows, total);
-    k.four_bit_finish(total, in.q ? q.scale + m : nullptr, wide_bias, kNone, rows, strip * kStrip,
-                      std::min(kStrip, N - strip * kStrip), N, static_cast<char*>(y) + m * N * dtype_size(dtype),
-                      dtype);
-  });
+  const float* wide_bias = widened(k, bias, bias_dtype, w.N);
+  const Finish finish{nullptr, nullptr, wide_bias, w.N, y, dtype};
+  const int count = M * w.N * w.K <= kSerialOps ? 1 : threads();
+  if (!in_panels(w.N, w.K, w.blocksize)) return linear_flat(k, x, dtype, w, M, count, finish);
+  if (as_int8) return linear_int8(k, x, dtype, w, M, count, finish);
+  float_linear(k, x, dtype, M, w.N, w.K, nullptr, wide_bias, y,
+               [&](const FloatRows& in, size_t strip, float* total) { fp32_totals(k, w, in, strip, total); });
 }
 
 void four_bit_rows(const Kernels& k, const QRows& q, size_t rows, const Weight4Bit& w, const float* bias,
@@ -295,8 +239,8 @@ void four_bit_rows(const Kernels& k, const QRows& q, size_t rows, const Weight4B
   float* total = static_cast<float*>(scratch(kTotals, rows * kStrip * sizeof(float)));
   for (size_t strip = 0; strip < strips(w.N); ++strip) {
     int8_totals(k, w, {x, row_scale, fold}, strip, rows, total);
-    k.four_bit_finish(total, row_scale, bias, activation, rows, strip * kStrip, std::min(kStrip, w.N - strip * kStrip),
-                      w.N, y, kFloat32);
+    k.finish_totals(total, row_scale, nullptr, bias, activation, rows, strip * kStrip,
+                    std::min(kStrip, w.N - strip * kStrip), w.N, y, kFloat32);
   }
 }
 

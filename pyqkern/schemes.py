@@ -195,7 +195,8 @@ class Int8Static(_Int8):
 
 @dataclass(frozen=True)
 class Int8WeightOnly(_Int8):
-    """INT8 weights as in "int8"; activations and arithmetic in float. For memory and exactness, not for speed.
+    """INT8 weights as in "int8"; activations are not quantized, and sums are in fp32. A token is faster than in fp32,
+    since a quarter of the bytes is read; many tokens take as long.
 
     >>> import torch, pyqkern
     >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), "int8-weight-only").scheme
@@ -254,10 +255,11 @@ class NF4(_FourBit):
     """NF4 weights in blocks of the flattened weight, as bitsandbytes has them; any shape.
 
     blocksize: 32, 64, ... 4096. double_quant: the blocks' absmax in 8 bits too, 0.516 bytes a weight instead of 0.563.
-    compute: "fp32" multiplies with the dequantized weight; "bf16" rounds both sides to bf16 first (from 5 rows on);
-    "int8" quantizes the activations per token (symmetric) and rounds the codebook to 1/127, an error far below that of
-    4-bit weights, and multiplies integers; "auto" is "int8": measured, the fastest for any number of rows on every
-    ISA. A row that is no whole number of blocks, and a layer of less than 16 out_features, is computed in fp32.
+    compute: "fp32" multiplies with the dequantized weight; "bf16" does so too, and lets CUDA round both sides to bf16
+    from 5 rows on; "int8" quantizes the activations per token (symmetric) and rounds the codebook to integers, an error
+    far below that of 4-bit weights, and multiplies integers; "auto" is "int8": measured, the fastest for any number of
+    rows on every ISA. A row that is no whole number of blocks, and a layer of less than 16 out_features, is computed in
+    fp32.
 
     >>> import torch, pyqkern
     >>> pyqkern.replace_linear(torch.nn.Linear(64, 32), pyqkern.NF4(blocksize=32, double_quant=True)).scheme

@@ -10,7 +10,7 @@
 //               2^24 (127 * 32 * 128 = 520192), so that its conversion to float is exact too.
 #pragma once
 
-#include "kernels/int8.inl"
+#include "kernels/weight_only.inl"
 
 namespace pyqkern {
 namespace PYQKERN_ISA {
@@ -149,7 +149,6 @@ static void four_bit_unpack_panel(const uint8_t* packed, size_t stride, size_t K
 
 // ---- few rows: straight from the packed codes
 
-constexpr int PANEL_VECTORS = kPanel / LANES;
 constexpr size_t PREFETCH_4BIT = 8192;  // bytes ahead
 
 // The bit at which column k%8 of a line's lane starts.
@@ -255,90 +254,23 @@ static void four_bit_dot(const float* x, size_t ldx, size_t rows, size_t K, cons
   for (; m < rows; ++m) dot_tile<1>(x + m * ldx, ldx, K, w, ldw, total + m * kStrip);
 }
 
-// ---- many rows: a step of a strip is expanded once, into L1, for all of them
+// ---- many rows: some columns of a tile's panels are expanded once, into L1, for the tiles of weight_only.inl
 
-static void four_bit_expand(const uint8_t* packed, size_t size, size_t panels, const Codebook& book, float* values) {
+static void four_bit_expand(const uint8_t* packed, size_t stride, size_t size, size_t panels, const Codebook& book,
+                            float* values) {
   const table16 table = load_table(book.value);
-  for (size_t k = 0; k < size; k += 8, values += 8 * kStrip)
-    for (size_t v = 0; v < kStrip / LANES; ++v) {
-      const bool there = v < panels * PANEL_VECTORS;
-      const i32 codes = there ? load((const int32_t*)packed + (k / 8 * panels * PANEL_VECTORS + v) * LANES) : i32{};
+  for (size_t p = 0; p < TILE_PANELS; ++p, packed += kLine, values += PANEL_VALUES) {
+    if (p >= panels) {
+      memset(values, 0, size * kPanel * sizeof(float));
+      continue;
+    }
+    for (size_t k = 0; k < size; k += 8)
+      for (size_t v = 0; v < PANEL_VECTORS; ++v) {
+        const i32 codes = load((const int32_t*)(packed + k / 8 * stride) + v * LANES);
 #pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j)
-        store(values + j * kStrip + v * LANES, there ? lookup(table, codes, shift_of(j)) : f32{});
-    }
-}
-
-template <int R>
-static void gemm_tile(const float* x, size_t ldx, size_t size, const float* values, const float* scale, float* total) {
-  for (size_t v0 = 0; v0 < kStrip; v0 += VECTORS_4BIT * LANES, values += VECTORS_4BIT * LANES) {
-    f32 acc[R][VECTORS_4BIT];
-    clear(acc);
-    for (size_t k = 0; k < size; ++k) {
-      f32 w[VECTORS_4BIT];
-      for (int v = 0; v < VECTORS_4BIT; ++v) w[v] = load(values + k * kStrip + v * LANES);
-      for (int r = 0; r < R; ++r) {
-        const f32 a = set1(x[r * ldx + k]);
-        for (int v = 0; v < VECTORS_4BIT; ++v) acc[r][v] = fma(a, w[v], acc[r][v]);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < VECTORS_4BIT; ++v) {
-        float* t = total + r * kStrip + v0 + v * LANES;
-        store(t, fma(acc[r][v], load(scale + v0 + v * LANES), load(t)));
+        for (int j = 0; j < 8; ++j) store(values + (k + j) * kPanel + v * LANES, lookup(table, codes, shift_of(j)));
       }
   }
-}
-
-static void four_bit_gemm(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale,
-                          float* total) {
-  size_t m = 0;
-  for (; m + ROWS_4BIT <= rows; m += ROWS_4BIT)
-    gemm_tile<ROWS_4BIT>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
-  for (; m + 2 <= rows; m += 2) gemm_tile<2>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
-  if (m < rows) gemm_tile<1>(x + m * ldx, ldx, size, values, scale, total + m * kStrip);
-}
-
-// ---- the tail
-
-template <class T>
-static void finish_rows(const float* total, const float* row_scale, const float* bias, int activation, size_t rows,
-                        size_t n0, size_t columns, size_t N, T* y) {
-  for (size_t m = 0; m < rows; ++m, total += kStrip)
-    for (size_t j = 0; j < columns; j += LANES) {
-      const size_t n = n0 + j, part = columns - j < LANES ? columns - j : LANES;
-      f32 v = load(total + j);
-      if (row_scale) v *= set1(row_scale[m]);
-      if (bias) v += part == LANES ? load(bias + n) : load_part(bias + n, part);
-      v = activate(activation, v);
-      if (part == LANES) store(y + m * N + n, v);
-      else store_part(y + m * N + n, v, part);
-    }
-}
-
-static void four_bit_finish(const float* total, const float* row_scale, const float* bias, int activation, size_t rows,
-                            size_t n0, size_t columns, size_t N, void* y, int dtype) {
-  if (dtype == kFloat32) finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (float*)y);
-  else if (dtype == kBFloat16) finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (bf16*)y);
-  else finish_rows(total, row_scale, bias, activation, rows, n0, columns, N, (fp16*)y);
-}
-
-template <class T> static void finish_bf16_rows(const bf16* product, const float* bias, size_t rows, size_t N, T* y) {
-  for (size_t m = 0; m < rows; ++m, product += N, y += N) {
-    size_t n = 0;
-    for (; n + LANES <= N; n += LANES) store(y + n, bias ? load(product + n) + load(bias + n) : load(product + n));
-    if (n < N)
-      store_part(y + n,
-                 bias ? load_part(product + n, N - n) + load_part(bias + n, N - n) : load_part(product + n, N - n),
-                 N - n);
-  }
-}
-
-static void four_bit_finish_bf16(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y,
-                                 int dtype) {
-  if (dtype == kFloat32) finish_bf16_rows((const bf16*)product, bias, rows, N, (float*)y);
-  else if (dtype == kBFloat16) finish_bf16_rows((const bf16*)product, bias, rows, N, (bf16*)y);
-  else finish_bf16_rows((const bf16*)product, bias, rows, N, (fp16*)y);
 }
 
 }  // namespace PYQKERN_ISA

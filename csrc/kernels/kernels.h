@@ -149,6 +149,20 @@ constexpr size_t kStrip = 64;     // columns of y, rows of W
 constexpr size_t kStepMax = 128;  // a sum runs over at most so many k before it is scaled
 static inline size_t step_of(size_t blocksize) { return blocksize < kStepMax ? blocksize : kStepMax; }
 
+static inline size_t strips(size_t N) { return (N + kStrip - 1) / kStrip; }
+static inline size_t panels_of(size_t N, size_t strip) {
+  const size_t left = panels(N) - strip * (kStrip / kPanel);
+  return left < kStrip / kPanel ? left : kStrip / kPanel;
+}
+
+// Rows that are multiplied in fp32 are cut into tiles of at most `most`, which differ by one row at most.
+struct RowTile { size_t begin, rows; };
+static inline size_t tiles_of(size_t rows, size_t most) { return (rows + most - 1) / most; }
+static inline RowTile row_tile(size_t rows, size_t tiles, size_t i) {
+  const size_t more = rows % tiles;
+  return {i * (rows / tiles) + (i < more ? i : more), rows / tiles + (i < more)};
+}
+
 // A row of activations as the 4-bit product of integers takes it: for each fold of `quads` times four k a start of four
 // bytes, and behind it the s8 codes. The weights are taken as unsigned, `offset` too large, and the start takes
 // offset * (sum of the codes) off again: as one int32 where a fold, then a whole step, is summed in int32; as two int16
@@ -162,13 +176,14 @@ struct Fold {
 
 struct Kernels {
   const char* name;
-  unsigned needs;               // the instruction sets it is compiled for: CpuFeature, or-ed
-  size_t row_element_bytes;     // 1: u8 codes; 2: i16 codes with the zero point already taken off
-  size_t row_element_bytes_a7;  // the same of rows of 7 bits, at most as many
-  size_t gemv_rows;             // int8_gemv takes up to this many rows
-  size_t split_rows;            // rows from which a split weight is faster than a plain one; 0: never
-  size_t dot_rows;              // int8_dot too; 0 where it does not pay
-  bool short_sums;              // the 4-bit product of integers pays to be summed in int16 where a fold is long enough
+  unsigned needs;                 // the instruction sets it is compiled for: CpuFeature, or-ed
+  size_t row_element_bytes;       // 1: u8 codes; 2: i16 codes with the zero point already taken off
+  size_t row_element_bytes_a7;    // the same of rows of 7 bits, at most as many
+  size_t gemv_rows;               // int8_gemv takes up to this many rows
+  size_t split_rows;              // rows from which a split weight is faster than a plain one; 0: never
+  size_t dot_rows;                // int8_dot too; 0 where it does not pay
+  size_t tile_rows, tile_panels;  // the tiles of float_gemm, at most
+  bool short_sums;  // the 4-bit product of integers pays to be summed in int16 where a fold is long enough
 
   // q[i] = clamp(rint(t), qmin, qmax) for i in [begin, end) of the flat tensor, ties to even;
   //   t = fma(x[i], 1/scale, zero_point) per tensor, t = x[i] * (1/scale) + zero_point (two roundings) otherwise:
@@ -279,27 +294,42 @@ struct Kernels {
   // 2, 1 to 1.
   void (*four_bit_dot)(const float* x, size_t ldx, size_t rows, size_t K, const float* w, size_t ldw, float* total);
 
-  // Columns of one strip, [size][kStrip]: values, or integers + offset as [size/4][kStrip][4].
-  void (*four_bit_expand)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, float* values);
+  // Columns of up to tile_panels panels of a strip, whose lines are `stride` bytes apart: [tile_panels][kStepMax][kPanel]
+  // values, of which `size` <= kStepMax are written, zeros where there is no panel.
+  void (*four_bit_expand)(const uint8_t* packed, size_t stride, size_t size, size_t panels, const Codebook&,
+                          float* values);
+
+  // Columns of one strip: integers + offset as [size/4][kStrip][4].
   void (*four_bit_expand_int8)(const uint8_t* packed, size_t size, size_t panels, const Codebook&, const Fold&,
                                uint8_t* integers);
 
-  // total[m][n] = fma(sum over k of x[m][k] * values[k][n], scale[n], total[m][n]): the same chains as four_bit_gemv.
-  void (*four_bit_gemm)(const float* x, size_t ldx, size_t rows, size_t size, const float* values, const float* scale,
-                        float* total);
-
-  // The same of four_bit_load_rows' rows for `steps` steps of `size` columns one after another: x points at the first
-  // of them, integers as four_bit_expand_int8 makes them, scale [steps][kStrip]. The inner sum is an exact integer.
+  // For `steps` steps of `size` columns one after another, of four_bit_load_rows' rows: x points at the first of them,
+  // integers as four_bit_expand_int8 makes them, scale [steps][kStrip].
+  //   total[m][n] = fma(sum over k of x[m][k] * integer[k][n], scale[n], total[m][n]); the inner sum is exact.
   void (*four_bit_gemm_int8)(const int8_t* x, size_t ldx, size_t rows, size_t size, size_t steps, const Fold&,
                              const uint8_t* integers, const float* scale, float* total);
 
-  // y[m][n] = activation(total[m][n] * row_scale[m] + bias[n]) for n in [n0, n0 + columns); row_scale or bias may be
-  // nullptr.
-  void (*four_bit_finish)(const float* total, const float* row_scale, const float* bias, int activation, size_t rows,
-                          size_t n0, size_t columns, size_t N, void* y, int dtype);
+  // total[m][n] = sum over k of x[m][k] * W[n][k] for up to 4 rows of K, one behind the other, and `panels` panels of
+  // int8_pack, at most a strip: one chain of fma from zero, k ascending.
+  void (*int8_gemv_float)(const float* x, size_t rows, size_t K, const int8_t* packed, size_t panels, float* total);
 
-  // y[m][n] = product[m][n] + bias[n] (fp32 or nullptr), product in bf16.
-  void (*four_bit_finish_bf16)(const uint16_t* product, const float* bias, size_t rows, size_t N, void* y, int dtype);
+  // The same as four_bit_expand of such panels, which are `stride` bytes apart. Writes all columns of the last quad.
+  void (*int8_expand)(const int8_t* packed, size_t stride, size_t size, size_t panels, float* values);
+
+  // Rows of a row_tile in fp32, column by column: tile [K][rows].
+  void (*load_tile)(const void* x, int dtype, size_t K, size_t rows, float* tile);
+
+  // Rows of load_tile, tiles of [K][their rows] one behind the other, from column `at` on, times `steps` steps of `size`
+  // columns as four_bit_expand and int8_expand make them. total [rows][kStrip]; with scale [steps][kStrip]:
+  //   total[m][n] = fma(sum over k of a step of x[m][k] * values[k][n], scale[n], total[m][n]), as four_bit_gemv;
+  // with scale = nullptr the chains of int8_gemv_float go on from total.
+  void (*float_gemm)(const float* x, size_t K, size_t at, size_t rows, size_t size, size_t steps, const float* values,
+                     size_t panels, const float* scale, float* total);
+
+  // y[m][n] = activation((total[m][n] * row_scale[m]) * scale[n] + bias[n]) for n in [n0, n0 + columns); row_scale,
+  // scale and bias may be nullptr.
+  void (*finish_totals)(const float* total, const float* row_scale, const float* scale, const float* bias,
+                        int activation, size_t rows, size_t n0, size_t columns, size_t N, void* y, int dtype);
 };
 
 // Bytes of one quantized row without columns.

@@ -17,6 +17,8 @@ const Kernels table = {
     GEMV_ROWS,
     SPLIT_ROWS,
     DOT_ROWS,
+    FLOAT_ROWS,
+    TILE_PANELS,
     SHORT_SUMS,
     quantize,
     dequantize,
@@ -45,10 +47,12 @@ const Kernels table = {
     four_bit_dot,
     four_bit_expand,
     four_bit_expand_int8,
-    four_bit_gemm,
     four_bit_gemm_int8,
-    four_bit_finish,
-    four_bit_finish_bf16,
+    int8_gemv_float,
+    int8_expand,
+    load_tile,
+    float_gemm,
+    finish_totals,
 };
 
 }  // namespace PYQKERN_ISA

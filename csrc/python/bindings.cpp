@@ -183,26 +183,6 @@ void add_four_bit(py::module_& m) {
         [pack](py::handle flat, size_t N, size_t K, py::handle panels) { pack(flat, panels, N, K, true); });
   m.def("unpack_4bit",
         [pack](py::handle panels, size_t N, size_t K, py::handle flat) { pack(flat, panels, N, K, false); });
-  m.def("weight_4bit", [](py::handle packed, py::handle absmax, py::handle nested, py::handle map, py::handle offset,
-                          size_t blocksize, size_t book, py::handle y) {
-    const Tensor to("y", y);
-    to.check_rank(2);
-    const int dtype = to.dtype();
-    const Weight4Bit w = weight_4bit(packed.ptr(), absmax.ptr(), nested.ptr(), map.ptr(), offset.ptr(), to.size(0),
-                                     to.size(1), blocksize, book);
-    without_gil([&] { four_bit_weight(w, to.data, dtype); });
-  });
-  m.def("finish_bf16", [](py::handle product, py::handle bias, py::handle y) {
-    const Tensor from("product", product), to("y", y);
-    if (from.dtype() != kBFloat16) throw py::type_error("product must be bfloat16");
-    if (!from.ndim) from.fail_shape("[..., N]");
-    const size_t N = from.size(from.ndim - 1), M = from.elements() / N;
-    const Floats b = bias_of(bias.ptr(), N);
-    const int dtype = to.dtype();
-    to.check_elements(M * N);
-    without_gil(
-        [&] { four_bit_finish_bf16(static_cast<const uint16_t*>(from.data), b.data, b.dtype, M, N, to.data, dtype); });
-  });
   m.def("gather_4bit", [](py::handle packed, py::handle absmax, size_t N, size_t K, size_t blocksize, py::handle rows,
                           py::handle codes, py::handle scales) {
     check_blocksize(blocksize);

@@ -72,6 +72,19 @@ PyObject* int8_linear_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+PyObject* int8_linear_weight_only_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return translated([&] {
+    check_count(count, 5, 5);
+    const Rows r(args[0], args[4]);
+    const Packed packed = packed_int8(args[1], r.N, r.K, kTrusted);
+    const float* scale = Tensor("weight_scale", args[2], false, kTrusted).as<float>(r.N);
+    const Floats bias = bias_of(args[3], r.N, kTrusted);
+    without_gil([&] {
+      int8_linear_weight_only(r.x.data, r.dtype, packed, scale, bias.data, bias.dtype, r.M, r.N, r.K, r.y.data);
+    });
+  });
+}
+
 PyObject* linear_4bit_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return translated([&] {
     check_count(count, 11, 11);
@@ -90,6 +103,8 @@ template <class F> PyCFunction function(F* f) { return reinterpret_cast<PyCFunct
 PyMethodDef methods[] = {
     {"int8_linear", function(int8_linear_call), METH_FASTCALL,
      "(x, packed, weight_scale, bias or None, y, activation, symmetric, bits[, input_scale, input_zero_point])"},
+    {"int8_linear_weight_only", function(int8_linear_weight_only_call), METH_FASTCALL,
+     "(x, packed, weight_scale, bias or None, y)"},
     {"linear_4bit", function(linear_4bit_call), METH_FASTCALL,
      "(x, packed, absmax, nested_absmax, nested_map, nested_offset (or None, all three), bias or None, y, codebook, "
      "blocksize, as_int8)"},

@@ -204,7 +204,7 @@ INLINE i32 dot(i32 c, w_t low, x_t a, w_t high, x_t b) { return c + widen(dot(sh
 constexpr int MR = 6, NV = 2, MR_WIDE = 4;
 constexpr size_t GEMV_ROWS = 4, SPLIT_ROWS = 32, DOT_ROWS = 4;
 constexpr int GEMV_SUMS = 8;
-constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 2;
+constexpr int FLOAT_ROWS = 6, FLOAT_VECTORS = 2, FLOAT_SUMS = 8;
 constexpr int ROWS_INT8 = 4, VECTORS_INT8 = 2;
 constexpr int GEMV_STEPS_4BIT = 1, GEMV_VECTORS_INT8 = 2, DOT_ROWS_4BIT = 1;
 

@@ -127,7 +127,7 @@ INLINE i32 dot(i32 c, w_t w, x_t x) { return (i32)_mm512_dpbusd_epi32((__m512i)c
 constexpr int MR = 8, NV = 3;
 constexpr size_t GEMV_ROWS = 4, SPLIT_ROWS = 0, DOT_ROWS = 4;
 constexpr int GEMV_SUMS = 16;
-constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 4;
+constexpr int FLOAT_ROWS = 6, FLOAT_VECTORS = 4, FLOAT_SUMS = 16;
 constexpr int ROWS_INT8 = 6, VECTORS_INT8 = 2;
 constexpr int GEMV_STEPS_4BIT = 2, GEMV_VECTORS_INT8 = 4, DOT_ROWS_4BIT = 4;
 

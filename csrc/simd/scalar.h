@@ -188,7 +188,7 @@ INLINE i32 dot(i32 c, const w_t& w, x_t x) {
 constexpr int MR = 4, NV = 2;
 constexpr size_t GEMV_ROWS = 4, SPLIT_ROWS = 0, DOT_ROWS = 0;
 constexpr int GEMV_SUMS = 8;
-constexpr int ROWS_4BIT = 6, VECTORS_4BIT = 2;
+constexpr int FLOAT_ROWS = 6, FLOAT_VECTORS = 2, FLOAT_SUMS = 8;
 constexpr int ROWS_INT8 = 4, VECTORS_INT8 = 2;
 constexpr int GEMV_STEPS_4BIT = 1, GEMV_VECTORS_INT8 = 2, DOT_ROWS_4BIT = 1;
 

@@ -28,8 +28,9 @@
 //   the 4-bit product of integers  c[lane] += sum over four k of x[k] * w[lane][k]: w_t (looked-up integers, u8), x_t
 //                     (four s8 of one row, broadcast), nibbles_t, load_nibbles, load_x, lookup, dot
 //     SHORT_SUMS      dot takes two quads at a time, and sums of int16: short_sum has two to a lane, widen adds them
+//   tiles of the products of fp32 rows with expanded weights
+//     FLOAT_ROWS, FLOAT_VECTORS    many rows;  FLOAT_SUMS: accumulators of few rows of an INT8 weight
 //   tiles of the 4-bit products
-//     ROWS_4BIT, VECTORS_4BIT      many rows, fp32
 //     ROWS_INT8, VECTORS_INT8      many rows, integers: totals stay in registers beside the sums of one step
 //     GEMV_STEPS_4BIT              few rows, fp32: steps side by side for one row
 //     GEMV_VECTORS_INT8            few rows, integers: vectors at a time for more than one row

@@ -167,6 +167,9 @@ class Kernels(Protocol):
     ) -> Tensor:
         """int8_linear with one scale, fp32, and one zero point, int32, for all of x."""
 
+    def int8_linear_weight_only(self, x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., K], not quantized -> [..., N] of x's dtype; weight_scale fp32 [N], bias floats [N]."""
+
     # ---- 4 bits; the packed and absmax of a linear's weight are in this backend's form
 
     def packed_shapes_4bit(self, n: int, k: int, blocksize: int) -> tuple[Shape, Shape]:

@@ -127,13 +127,17 @@ def int8_linear_static(
     return y
 
 
+def int8_linear_weight_only(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+    _C.int8_linear_weight_only(x, packed, weight_scale, bias, y)
+    return y
+
+
 # ---- 4 bits
 
 # "auto" multiplies integers: measured, that is the fastest way for every number of rows on every ISA.
 AS_INT8 = ("int8", "auto")
 
-# compute="bf16": up to this many rows keep the weights in fp32, more of them go through torch's bf16 product.
-BF16_FROM = 4
 _BOOKS: dict[str, int] = {name: _C.add_codebook(book.record) for name, book in CODEBOOKS.items()}
 
 
@@ -200,23 +204,8 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
 
 
 def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
-    n, k = weight.shape
-    if compute == "bf16" and x.numel() // k > BF16_FROM:
-        return _linear_bf16(x, weight, bias)
-    y = x.new_empty((*x.shape[:-1], n))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     _C.linear_4bit(x, *weight[:5], bias, y, _BOOKS[weight.quant_type], weight.blocksize, compute in AS_INT8)
-    return y
-
-
-def _linear_bf16(x: Tensor, weight: Weight4bit, bias: Tensor | None) -> Tensor:
-    """torch's bf16 product with a dequantized copy of the weight, which lives as long as the call."""
-    values = x.new_empty(tuple(weight.shape), dtype=torch.bfloat16)
-    _C.weight_4bit(*weight[:5], weight.blocksize, _BOOKS[weight.quant_type], values)
-    product = functional.linear(x.to(torch.bfloat16), values)
-    if bias is None and x.dtype is torch.bfloat16:
-        return product
-    y = x.new_empty(product.shape)
-    _C.finish_bf16(product, bias, y)
     return y
 
 
@@ -333,12 +322,10 @@ UNFIT = (TypeError, ValueError, KeyError, IndexError, RuntimeError)
 
 
 def _short_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor | None:
-    """None where the operator has another way."""
+    """None where the operator says what is wrong."""
     packed, absmax, nested_absmax, nested_map, nested_offset, quant_type, blocksize, (n, k) = weight
     shape = x.shape
     if not shape or shape[-1] != k or compute not in COMPUTE:
-        return None
-    if compute == "bf16" and x.numel() > BF16_FROM * k:
         return None
     y = x.new_empty((*shape[:-1], n))
     _C.linear_4bit(
@@ -349,7 +336,12 @@ def _short_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str
 
 
 SHORT_WAY: dict[str, Callable[..., Tensor | None]] = (
-    {"int8_linear": int8_linear, "int8_linear_static": int8_linear_static, "linear_4bit": _short_4bit}
+    {
+        "int8_linear": int8_linear,
+        "int8_linear_static": int8_linear_static,
+        "int8_linear_weight_only": int8_linear_weight_only,
+        "linear_4bit": _short_4bit,
+    }
     if READS_FAST
     else {}
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pyqkern.backends import Shape, Sizes, Weight4bit
 from pyqkern.backends.reference.four_bit import (
@@ -76,6 +77,13 @@ def int8_linear_static(
         x.view(-1, x.shape[-1]), packed, weight_scale, bias, activation, input_scale, input_zero_point, bits
     )
     return y.view(*x.shape[:-1], weight_scale.shape[0])
+
+
+def int8_linear_weight_only(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's own product, in x's dtype, with a dequantized copy of the weight."""
+    n, k = weight_scale.shape[0], x.shape[-1]
+    weight = dequantize(int8_unpack(packed, n, k), (1, n, k), weight_scale, None, x.dtype)
+    return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def splits() -> bool:

@@ -33,8 +33,7 @@ class QExperts(nn.Module):
     [tokens, hidden], as those of transformers 5 have it.
 
     Made by `QExperts.from_experts(module, scheme)` or by `replace_linear`. All is computed in fp32; the result has the
-    dtype of hidden_states, fp32, bf16 or fp16. A token's result does not depend on the others (for compute="bf16" of
-    4 bits it does, as in linears).
+    dtype of hidden_states, fp32, bf16 or fp16. A token's result does not depend on the others.
 
     gate_up_proj, down_proj: QLinears without a call of their own, which hold the weights of all experts below each
     other, [experts * 2 * intermediate, hidden] and [experts * hidden, intermediate]. state_dict: theirs.

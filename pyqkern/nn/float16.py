@@ -44,6 +44,9 @@ class Float16Linear(QLinear, scheme=Float16):
     def _dequantize(self) -> Tensor:
         return self.packed.to(self.dtype, copy=True)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.packed[ids].to(self.dtype)
+
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         check_float("x", x.dtype)
         return functional.linear(x, self.packed.to(x.dtype), None if bias is None else bias.to(x.dtype))

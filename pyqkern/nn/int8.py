@@ -6,13 +6,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, Kernels, Shape, qrange, reference
 from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import int8 as ops_int8
-from pyqkern.ops.checks import FLOATS, INT, check_float
+from pyqkern.ops.checks import FLOATS, INT
 from pyqkern.ops.registry import kernels_of
 from pyqkern.schemes import Int8, Int8Outlier, Int8Static, Int8WeightOnly, Range, check_type
 
@@ -192,14 +191,18 @@ def _said(tensor: Tensor) -> str:
 
 
 class Int8WeightOnlyLinear(Int8Linear, scheme=Int8WeightOnly):
-    """INT8 weights, dequantized in each call; x and the product stay in x's dtype."""
+    """INT8 weights, which are expanded piece by piece in the product; x is not quantized.
+
+    y = (x @ q.T) * weight_scale + bias in fp32, rounded to x's dtype once. On CUDA torch's product in x's dtype, with a
+    dequantized copy of the weight.
+    """
 
     scheme: Int8WeightOnly  # type: ignore[assignment]
     _may_split = False
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        check_float("x", x.dtype)
-        return functional.linear(x, self._dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+        buffers: Any = self._buffers
+        return ops_int8.int8_linear_weight_only(x, buffers["packed"], buffers["weight_scale"], bias)
 
 
 class Int8OutlierLinear(Int8Linear, scheme=Int8Outlier):

@@ -15,6 +15,8 @@ from pyqkern.ops.checks import FLOATS, INT, check_float
 from pyqkern.ops.registry import BACKENDS, kernels_of
 from pyqkern.schemes import Range, Scheme, check_type, get_scheme, ranges_for
 
+PIECE = 1 << 20  # elements of the weight that a gradient has dequantized at a time
+
 # The codes of a layer before others were assigned without scales. torch.func.functional_call reads the weight, assigns
 # a state_dict's, and assigns what it has read: these codes alone go back, since the scales that were read beside them
 # may be the state_dict's.
@@ -218,6 +220,20 @@ class QLinear(nn.Module):
         """weight[ids] in `dtype`, [*ids.shape, in_features], of which only these rows are dequantized: an embedding."""
         raise NotImplementedError
 
+    def _times_weight(self, grad: Tensor) -> Tensor:
+        """grad @ weight, [..., out_features] -> [..., in_features]; on the CPU PIECE of its elements at a time.
+
+        The pieces are added in fp32.
+        """
+        n, height = self.out_features, max(1, PIECE // max(1, self.in_features))
+        if n <= height or not grad.is_cpu:
+            return grad @ self._dequantize().to(grad.dtype)
+        total = grad.new_zeros((*grad.shape[:-1], self.in_features), dtype=torch.float32)
+        for begin in range(0, n, height):
+            piece = self.rows(torch.arange(begin, min(begin + height, n), device=grad.device)).to(grad.dtype)
+            total = total + grad[..., begin : begin + height] @ piece
+        return total.to(grad.dtype)
+
     # A subclass stores some keys of its state_dict in a form that each type of device has for itself:
 
     _packed: ClassVar[dict[str, str]] = {}  # key -> buffer, which is not saved
@@ -372,7 +388,7 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.layer._dequantize().to(grad.dtype)).to(ctx.x_dtype)
+            grad_x = ctx.layer._times_weight(grad).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, None

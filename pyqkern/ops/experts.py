@@ -12,8 +12,7 @@ nested_absmax, nested_map and nested_offset. activation: one of GATE_ACTIVATIONS
     h = gate_up[e] @ x;  g = activation(h[:intermediate]) * h[intermediate:];  y = sum of weights[j] * (down[e] @ g)
 
 for e = index[j], in fp32, added to 0 with j ascending, each operation rounded, and once to x's dtype in the end. A
-token's result has the same bits alone and in any batch, on every ISA, with any number of threads (but for compute
-"bf16", as in linears).
+token's result has the same bits alone and in any batch, on every ISA, with any number of threads.
 
     torch.ops.pyqkern.experts_backward(grad, x, ...the same)
 

@@ -1,4 +1,6 @@
-"""The INT8 operators: int8_matmul, int8_pack, int8_unpack, int8_linear, int8_linear_static, int8_linear_outlier."""
+"""The INT8 operators: int8_matmul, int8_pack, int8_unpack, int8_linear, int8_linear_static, int8_linear_weight_only,
+int8_linear_outlier.
+"""
 
 from collections.abc import Callable
 
@@ -262,6 +264,33 @@ def _static(
 # torch.ops.pyqkern.int8_linear_static, by the shortest way.
 int8_linear_static: Callable[[Tensor, Tensor, Tensor, Tensor | None, str, Tensor, Tensor, int], Tensor] = (
     registry.short_way("int8_linear_static", torch.ops.pyqkern.int8_linear_static.default)
+)
+
+# ---- activations that are not quantized
+
+
+def _weight_only_fake(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check_linear(kernels_of(x.device), x, packed, weight_scale, bias, "none")
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+@operator(
+    "int8_linear_weight_only(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias) -> Tensor",
+    _weight_only_fake,
+    linear=True,
+    rowwise=True,
+)
+def _weight_only(kernels: Kernels, x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check_linear(kernels, x, packed, weight_scale, bias, "none")
+    if x.numel() == 0 or weight_scale.numel() == 0:
+        return _linear_of_nothing(x, weight_scale, bias, "none")
+    bias = None if bias is None else bias.contiguous()
+    return kernels.int8_linear_weight_only(x.contiguous(), packed.contiguous(), weight_scale.contiguous(), bias)
+
+
+# torch.ops.pyqkern.int8_linear_weight_only, by the shortest way.
+int8_linear_weight_only: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = registry.short_way(
+    "int8_linear_weight_only", torch.ops.pyqkern.int8_linear_weight_only.default
 )
 
 # ---- outlier columns

@@ -80,6 +80,10 @@ CALLS: dict[str, list[list[Any]]] = {
         [X, PANELS, SCALE, BIAS, torch.empty(M, N), 2, False, 7, torch.ones(1), ints(1, dtype=torch.int32)],
         [floats((33, 256), 7), SPLIT, SCALE, BIAS, torch.empty(33, N), 2, False, 8],
     ],
+    "int8_linear_weight_only": [
+        [X, PANELS, SCALE, BIAS, torch.empty(M, N)],
+        [floats((33, 256), 7), SPLIT, SCALE, BIAS, torch.empty(33, N)],
+    ],
     "quantize_4bit": [[X, BLOCK, NF4, ints(M * K // 2), torch.empty(M * K // BLOCK)]],
     "dequantize_4bit": [
         [FLAT, ABSMAX, None, None, None, BLOCK, NF4, torch.empty(N, K)],
@@ -87,8 +91,6 @@ CALLS: dict[str, list[list[Any]]] = {
     ],
     "pack_4bit": [[FLAT, N, K, torch.empty_like(LINES)]],
     "unpack_4bit": [[LINES, N, K, torch.empty_like(FLAT)]],
-    "weight_4bit": [[LINES, CODES, *NESTED, BLOCK, NF4, torch.empty(N, K)]],
-    "finish_bf16": [[torch.ones(M, N).bfloat16(), BIAS, torch.empty(M, N)]],
     "linear_4bit": [
         [X, LINES, SCALES, None, None, None, BIAS, torch.empty(M, N), NF4, BLOCK, True],
         [X, LINES, CODES, *NESTED, BIAS, torch.empty(M, N), NF4, BLOCK, False],
@@ -99,11 +101,17 @@ CALLS: dict[str, list[list[Any]]] = {
     "recurrent": [recurrent(False, True), recurrent(True, False)],
     "add_codebook": [],  # for one, below
 }
-OPTIONAL = {("quantize", 2), ("dequantize", 2), ("int8_linear", 3), ("finish_bf16", 1)}
+OPTIONAL = {("quantize", 2), ("dequantize", 2), ("int8_linear", 3), ("int8_linear_weight_only", 3)}
 OPTIONAL |= {("recurrent", 4), ("linear_4bit", 6), ("encoder_layer", 1), ("encoder_layer", 2), ("encoder_layer", 5)}
 
 
-TRUSTING = ("int8_linear", "linear_4bit", "encoder_layer", "recurrent")  # see kTrusted of csrc/python/tensors.h
+TRUSTING = (
+    "int8_linear",
+    "int8_linear_weight_only",
+    "linear_4bit",
+    "encoder_layer",
+    "recurrent",
+)  # see kTrusted of csrc/python/tensors.h
 
 
 class Subclass(Tensor):

@@ -48,6 +48,13 @@ CALLS = {
         (X.half()[0], ops.int8_pack(W), SCALE, None, "relu", torch.ones(1), torch.zeros(1, dtype=torch.int32)),
         (X[:0], ops.int8_pack(W), SCALE, BIAS, "none", torch.ones(1), torch.zeros(1, dtype=torch.int32)),
     ],
+    "int8_linear_weight_only": [
+        (X, ops.int8_pack(W), SCALE, BIAS),
+        (X.view(2, 2, 96).bfloat16(), ops.int8_pack(W), SCALE, None),
+        (X.half()[0], ops.int8_pack(W), SCALE, BIAS.half()),
+        (X[:0], ops.int8_pack(W), SCALE, BIAS),
+        (MANY, ops.int8_pack(WIDE, True), SCALE, BIAS),
+    ],
     "int8_linear_outlier": [
         (X, ops.int8_pack(W), SCALE, BIAS, 6.0, False),
         (X.view(2, 2, 96), ops.int8_pack(W), SCALE, None, float(X.abs().median()), True),

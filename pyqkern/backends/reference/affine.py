@@ -21,6 +21,24 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(step_off, torch.nextafter(total, error * torch.inf), total).float()
 
 
+def adds_in_order(x: Tensor) -> bool:
+    """Whether fp32 sums are added in the order of the C++: on the CPU. Elsewhere the K calls of it would take long."""
+    return x.is_cpu
+
+
+def chain(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K], w [N, K], fp32 -> x @ w.T, fp32 [M, N]: one chain of fma for each element, from 0, k ascending.
+
+    Where `adds_in_order` says no: torch's product.
+    """
+    if not adds_in_order(x):
+        return x @ w.T
+    total = torch.zeros(x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
+    for of_x, of_w in zip(x.unbind(1), w.unbind(1), strict=True):
+        total = fma(of_x.unsqueeze(1), of_w, total)
+    return total
+
+
 def min_max(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """The least and the greatest of each channel, fp32 [channels]; NaN in both where an element is NaN or infinite.
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern.backends import NESTED_BLOCKSIZE, Shape, Weight4bit
-from pyqkern.backends.reference.affine import fma
+from pyqkern.backends import NESTED_BLOCKSIZE, PANEL, Shape, Weight4bit
+from pyqkern.backends.reference.affine import adds_in_order, chain, fma
 from pyqkern.backends.reference.int8 import int8_quantize_rows
 
 # The least absmax that a block is divided by; a short last block also stores it.
@@ -214,21 +214,42 @@ def rows_of_flat(
 def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
     """x [..., K], a flat weight [n, K] -> [..., n] of x's dtype.
 
-    compute="fp32": x @ dequantized.T in fp32. "bf16": both rounded to bf16 first. "int8": rows of x as s8 codes q with
-    scale s, and with W the integers of the codebook
+    compute="fp32": total[m, n] + bias[n] in fp32,
+        total = the sum over steps of min(blocksize, 128) columns of absmax * (sum of x * value), by fma, ascending,
+    where the inner sum is one chain too. Where blocks cross rows, below 16 of them, and on other devices than the CPU:
+    x @ dequantized.T.
+    "int8": rows of x as s8 codes q with scale s, and with W the integers of the codebook
         y[m, n] = total[m, n] * (s[m] * (1 / levels)) + bias[n],
-        total = the sum over steps of min(blocksize, 128) columns of absmax * (exact sum of q * W), by fma, ascending;
-    it takes K of whole blocks. "auto" is "fp32".
+        total = the same of absmax * (exact sum of q * W);
+    it takes K of whole blocks. "auto" and "bf16" are "fp32": a device may round both sides to bf16 for "bf16".
     """
-    k = x.shape[-1]
+    k, n = x.shape[-1], weight.shape[0]
     rows = x.reshape(-1, k)
     if compute == "int8" and k % weight.blocksize == 0:
         y = _linear_int8(rows, weight)
+    elif k % weight.blocksize == 0 and n >= PANEL and adds_in_order(x):
+        y = _linear_fp32(rows.float(), weight)
     else:
-        dtype = torch.bfloat16 if compute == "bf16" else torch.float32
-        y = functional.linear(rows.to(dtype), dequantize_4bit(weight, dtype)).float()
+        y = functional.linear(rows.float(), dequantize_4bit(weight, torch.float32))
     y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _step_scales(weight: Weight4bit) -> Tensor:
+    """The scale of each step, [n, steps]."""
+    n, k = weight.shape
+    repeats = weight.blocksize // min(weight.blocksize, STEP)
+    return block_scales(weight).view(n, k // weight.blocksize).repeat_interleave(repeats, 1)
+
+
+def _linear_fp32(x: Tensor, weight: Weight4bit) -> Tensor:
+    codes, scales = unpack(weight.packed, math.prod(weight.shape)).view(*weight.shape), _step_scales(weight)
+    values = CODEBOOKS[weight.quant_type].values.to(x.device)[codes.long()]
+    step = min(weight.blocksize, STEP)
+    total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
+    for s, (of_x, of_w) in enumerate(zip(x.split(step, 1), values.split(step, 1), strict=True)):
+        total = fma(chain(of_x, of_w), scales[:, s].expand_as(total), total)
+    return total
 
 
 def _linear_int8(x: Tensor, weight: Weight4bit) -> Tensor:
@@ -237,7 +258,7 @@ def _linear_int8(x: Tensor, weight: Weight4bit) -> Tensor:
     q = (q.double() - zero.unsqueeze(1)).view(-1, k // step, step)
     w = book.integers.to(x.device)[unpack(weight.packed, n * k).long()].double().view(n, k // step, step)
     products = torch.einsum("msk,nsk->smn", q, w)
-    scales = block_scales(weight).view(n, k // weight.blocksize).repeat_interleave(weight.blocksize // step, 1)
+    scales = _step_scales(weight)
     total = torch.zeros(x.shape[0], n, dtype=torch.float32, device=x.device)
     for s in range(k // step):
         total = fma(products[s].float(), scales[:, s].expand_as(total), total)

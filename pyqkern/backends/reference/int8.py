@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyqkern.backends import PANEL, Shape
-from pyqkern.backends.reference.affine import min_max, qparams_from_range, quantize
+from pyqkern.backends.reference.affine import chain, min_max, qparams_from_range, quantize
 
 
 def int8_matmul(a: Tensor, w: Tensor) -> Tensor:
@@ -79,6 +79,17 @@ def int8_linear_static(
 
 def splits() -> bool:
     return False
+
+
+def int8_linear_weight_only(x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] fp32/bf16/fp16, packed int8 [N, K], the weight itself, weight_scale fp32 [N], bias [N] or
+    None -> [..., N] of x's dtype.
+
+    y[m, n] = (sum_k x[m,k] * w[n,k]) * sw[n] + bias[n], the sum in fp32 as `affine.chain` adds it.
+    """
+    y = chain(x.reshape(-1, x.shape[-1]).float(), packed.float()) * weight_scale
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
 
 
 def int8_pack(weight: Tensor, split: bool = False) -> Tensor:
