@@ -40,12 +40,9 @@ from tqdm import tqdm
 
 SAMPLE_SECONDS = 1e-3  # a sample repeats its call until it takes at least this long
 WARM_BELOW = 20e-3  # a sample shorter than this gets an untimed one before it: the others have taken the caches
-SPREAD_SECONDS = (
-    40e-3  # untimed before a sample with threads: Linux may wake both on one core, and needs a while to see it
-)
-SETTLE_SECONDS = (
-    60e-3  # between two processes; seen after the last call: libgomp's pool spins for 8 ms, ONNX Runtime's 35
-)
+# Untimed before a sample with threads: Linux may wake both on one core, and needs a while to see it.
+SPREAD_SECONDS = 40e-3
+SETTLE_SECONDS = 60e-3  # between two processes: libgomp's pool spins for 8 ms after the last call, ONNX Runtime's 35
 
 PACKAGES = (
     "pyqkern", "torch", "transformers", "onnxruntime", "openvino", "nncf", "torchao", "bitsandbytes", "numpy",
@@ -293,12 +290,8 @@ def options(description: str, *, rounds: int) -> argparse.ArgumentParser:
         + "; without this option with torch's own",
     )  # fmt: skip
     parser.add_argument("--threads", type=numbers, default=[1], help="thread counts, e.g. 1,2 (default: 1)")
-    parser.add_argument(
-        "--isa",
-        type=names,
-        default=[],
-        help="pyqkern's instruction sets, e.g. avx2,avxvnni, or all (default: the best)",
-    )
+    isas = "pyqkern's instruction sets, e.g. avx2,avxvnni, or all (default: the best)"
+    parser.add_argument("--isa", type=names, default=[], help=isas)
     rounds = 1 if DRY else rounds
     parser.add_argument("--rounds", type=int, default=rounds, help=f"samples of each contender (default: {rounds})")
     add_dry(parser)
