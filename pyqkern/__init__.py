@@ -16,6 +16,7 @@ from pyqkern.functional.four_bit import Quantized4bit, dequantize_4bit, quantize
 from pyqkern.functional.int8 import int8_matmul
 from pyqkern.hf.register import register
 from pyqkern.models.optimize import optimize
+from pyqkern.models.plan import Plan
 from pyqkern.models.quantize_dynamic import quantize_dynamic
 from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_embedding, replace_linear
@@ -39,6 +40,7 @@ sys.modules["pyqkern.convert"] = convert  # its public name: `from pyqkern.conve
 
 if TYPE_CHECKING:
     from pyqkern import analysis
+    from pyqkern.analysis.auto import auto
     from pyqkern.hf.config import PyqkernConfig, checkpoint_config
     from pyqkern.hf.lora import lora
 else:
@@ -47,6 +49,8 @@ else:
         """What costs time to import, transformers and peft seconds of it, is imported when it is asked for."""
         if name == "analysis":
             return importlib.import_module("pyqkern.analysis")
+        if name == "auto":
+            return importlib.import_module("pyqkern.analysis.auto").auto
         if name in ("PyqkernConfig", "checkpoint_config"):
             return getattr(importlib.import_module("pyqkern.hf.config"), name)
         if name == "lora":
@@ -74,6 +78,7 @@ __all__ = [
     "Int8WeightOnly",
     "Int8WeightOnlyLinear",
     "NF4Linear",
+    "Plan",
     "PyqkernConfig",
     "QEmbedding",
     "QEmbeddingBag",
@@ -88,6 +93,7 @@ __all__ = [
     "Quantized4bit",
     "Ranges",
     "analysis",
+    "auto",
     "calibrate",
     "checkpoint_config",
     "choose_qparams_affine",

@@ -1,32 +1,24 @@
 """sensitivity: what each layer costs when quantized. fallback: which to keep in float so that a target is met."""
 
 import copy
-import hashlib
-import json
-import math
 import numbers
 import os
-import pickle
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
 from pyqkern.analysis.records import Records, barh
-from pyqkern.calibration.run import in_float64
+from pyqkern.analysis.tasks import Evaluate, ScoreFile, check_tools, fingerprint, run_tasks, score_of
 from pyqkern.models.find import RECURRENT, find_experts, find_layers, find_linears
 from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_linear
 from pyqkern.models.summary import summary
 from pyqkern.nn.recurrent import is_recurrent_scheme
 from pyqkern.schemes import Scheme, check_type, get_scheme
-
-Evaluate = Callable[[nn.Module], float]
 
 ONLY, ALL_BUT = "only", "all but"
 
@@ -45,14 +37,6 @@ class SensitivityRecord:
     only: float
     all_but: float
     float_bytes: int
-
-
-class Interrupted(RuntimeError):
-    """A sensitivity run that stopped half-way. `scores` holds what was finished, and so does the file, if given."""
-
-    def __init__(self, message: str, scores: dict[str, float]) -> None:
-        super().__init__(message)
-        self.scores = scores
 
 
 class Sensitivity(Records[SensitivityRecord]):
@@ -90,8 +74,7 @@ def sensitivity(
     """
     scheme = get_scheme(scheme)
     check_type("model", model, nn.Module, "an nn.Module")
-    check_type("evaluate", evaluate, Callable, "a function of a model")  # type: ignore[arg-type]
-    check_type("executor", executor, (Executor, type(None)), "None or a concurrent.futures.Executor")
+    check_tools(evaluate, executor)
     found = summary(_quantized(model, scheme))
     layers = [record for record in (*found.records, *found.recurrent, *found.experts) if record.scheme is not None]
     sizes = {record.name: record.bytes_before - record.bytes_after for record in layers}
@@ -101,21 +84,10 @@ def sensitivity(
     for name in sizes:
         tasks[f"{ONLY} {name}"] = (name,)
         tasks[f"{ALL_BUT} {name}"] = tuple(other for other in sizes if other != name)
-    kept = _File(file, {"scheme": repr(scheme), "model": _fingerprint(model), "linears": list(sizes)})
-    scores = {key: score for key, score in kept.scores.items() if key in tasks}
-    waiting = {key: names for key, names in tasks.items() if key not in scores}
-    with tqdm(total=len(tasks), initial=len(scores), desc="sensitivity", disable=not progress) as bar:
-
-        def done(key: str, score: float) -> None:
-            scores[key] = score
-            kept.add(key, score)
-            bar.update()
-
-        if executor is None:
-            for key, names in waiting.items():
-                done(key, score_with(model, evaluate, scheme, names))
-        else:
-            _run_on(executor, pickle.dumps((model, evaluate, scheme)), waiting, done, scores, len(tasks))
+    header = {"scheme": repr(scheme), "model": fingerprint(model), "linears": list(sizes)}
+    kept = ScoreFile(file, header, f"this model and scheme ({scheme!r})")
+    work = _Scored(model, evaluate, scheme)
+    scores = run_tasks(tasks, work, kept, executor=executor, title="sensitivity", progress=progress)
     records = [
         SensitivityRecord(
             name,
@@ -131,14 +103,19 @@ def sensitivity(
     return Sensitivity(records, scores["float"], scores["quantized"])
 
 
+class _Scored:
+    """The task of `run_tasks`: the score with the layers of these names quantized. Pickles."""
+
+    def __init__(self, model: nn.Module, evaluate: Evaluate, scheme: Scheme) -> None:
+        self.model, self.evaluate, self.scheme = model, evaluate, scheme
+
+    def __call__(self, names: Sequence[str]) -> float:
+        return score_with(self.model, self.evaluate, self.scheme, names)
+
+
 def score_with(model: nn.Module, evaluate: Evaluate, scheme: Scheme, names: Sequence[str]) -> float:
     """evaluate() of a copy of the model in which the named layers are quantized; what it returns is checked."""
-    score = evaluate(_quantized(model, scheme, names))
-    if hasattr(score, "item") and getattr(score, "numel", lambda: getattr(score, "size", 0))() == 1:
-        score = score.item()
-    if isinstance(score, bool) or not isinstance(score, numbers.Real) or not math.isfinite(score):
-        raise ValueError(f"evaluate must return a finite number, the higher the better, got {score!r:.80}")
-    return float(score)
+    return score_of(evaluate, _quantized(model, scheme, names))
 
 
 def _quantized(model: nn.Module, scheme: Scheme, names: Sequence[str] | None = None) -> nn.Module:
@@ -152,97 +129,6 @@ def _quantized(model: nn.Module, scheme: Scheme, names: Sequence[str] | None = N
         if wanted:
             changed = replace(changed, scheme, include=lambda name, _, wanted=wanted: name in wanted)
     return changed
-
-
-def _run_on(
-    executor: Executor,
-    work: bytes,
-    waiting: dict[str, tuple[str, ...]],
-    done: Callable[[str, float], None],
-    scores: dict[str, float],
-    total: int,
-) -> None:
-    """All that waits, on the executor. A ValueError or TypeError is the user's; anything else an interruption."""
-    futures: dict[Future[float], str] = {}
-    problem: BaseException | None = None
-    try:
-        for key, names in waiting.items():
-            futures[executor.submit(_score_pickled, work, names)] = key
-    except RuntimeError as error:  # a pool that is broken or shut down takes nothing more
-        problem = error
-    for future in as_completed(futures):
-        try:
-            done(futures[future], future.result())
-        except (ValueError, TypeError):
-            for other in futures:
-                other.cancel()
-            raise
-        except Exception as error:  # a worker died; what others have finished is still to be had
-            problem = error
-    if problem is not None:
-        raise Interrupted(
-            f"the executor failed with {len(scores)} of {total} evaluations finished: "
-            f"{type(problem).__name__}: {problem}; "
-            "with file=... a new call goes on from there",
-            dict(scores),
-        ) from problem
-
-
-@lru_cache(maxsize=1)
-def _unpickled(work: bytes) -> Any:
-    return pickle.loads(work)
-
-
-def _score_pickled(work: bytes, names: tuple[str, ...]) -> float:
-    model, evaluate, scheme = _unpickled(work)
-    return score_with(model, evaluate, scheme, names)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Tells models apart by names, shapes and the sums of their tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {float(in_float64(tensor).sum()):.12g}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-class _File:
-    """Finished scores: a first line that says of what, and one line for each. A torn last line is dropped."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, header: dict[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.scores: dict[str, float] = {}
-        if self.path is None:
-            return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        if not lines:
-            self._write([header])
-            return
-        try:
-            found = json.loads(lines[0])
-        except json.JSONDecodeError:
-            found = None
-        if found != header:
-            raise ValueError(f"{self.path} must be of this model and scheme ({header['scheme']}); give another file")
-        for line in lines[1:]:
-            try:
-                entry = json.loads(line)
-                self.scores[str(entry["key"])] = float(entry["score"])
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-                continue
-        self._write([header, *({"key": key, "score": score} for key, score in self.scores.items())])
-
-    def _write(self, entries: Sequence[dict[str, Any]]) -> None:
-        assert self.path is not None
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        part.replace(self.path)
-
-    def add(self, key: str, score: float) -> None:
-        self.scores[key] = score
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, "score": score}) + "\n")
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def smooth(
         done.add(key)
         views = [as_linear(linear) for linear in linears]
         before = None if pair.shared else _before(modules, pair, views[0].in_features)
-        work.append((before, linears, _scales(pair, views, ranges, alpha)))
+        work.append((before, linears, scales(pair, views, ranges, alpha)))
     with torch.no_grad():
         for before, linears, scale in work:
             _apply(None if before is None else _in_place(before), [_in_place(linear) for linear in linears], scale)
@@ -146,7 +146,7 @@ def _before(modules: Mapping[str, nn.Module], pair: Pair, channels: int) -> nn.M
     return module
 
 
-def _scales(pair: Pair, linears: Sequence[nn.Linear], ranges: Mapping[str, Range], alpha: float) -> Tensor:
+def scales(pair: Pair, linears: Sequence[nn.Linear], ranges: Mapping[str, Range], alpha: float) -> Tensor:
     """s, fp32 [channels]: powers of two, so that multiplying and dividing by them changes no mantissa."""
     name, channels = pair.after[0], linears[0].in_features
     if any(linear.in_features != channels for linear in linears):

@@ -1,5 +1,6 @@
 """The config.json of a folder, and what it says of quantized layers, in whatever format they are."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pyqkern.checkpoints.files import Files, check_depth, check_inside, read_jso
 from pyqkern.checkpoints.formats import FORMATS, format_of
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group, groups_from, module_of, scheme_from
+from pyqkern.models.plan import Plan
 from pyqkern.schemes import Scheme, get_scheme
 
 CONFIG = "config.json"
@@ -123,8 +125,11 @@ def own_config(folder: Path, said: dict[str, Any], scheme: str | Scheme | None =
 
 
 def check_own(said: dict[str, Any]) -> None:
-    """ValueError for a quantization_config that pyqkern would not have written: options unknown or of another type."""
-    known = ("quant_method", "version", "scheme", "include", "exclude", "embeddings", "recurrent", "format", "layers")
+    """ValueError for a quantization_config that pyqkern would not write: options unknown or of another type."""
+    known = (
+        "quant_method", "version", "scheme", "include", "exclude", "embeddings", "recurrent", "format", "layers",
+        "plan", "input_scales",
+    )  # fmt: skip
     if unknown := [key for key in said if key not in known]:
         raise ValueError(f"quantization_config must have options of {', '.join(known)}, got {unknown[0]!r}")
     if said.get("version", VERSION) != VERSION or isinstance(said.get("version"), bool):
@@ -142,3 +147,19 @@ def check_own(said: dict[str, Any]) -> None:
     scheme_from(said.get("scheme", "int8"))
     if said.get("layers") is not None:
         groups_from(said["layers"])
+    if said.get("plan") is not None:
+        Plan.from_dict(said["plan"])
+    _check_input_scales(said.get("input_scales"))
+
+
+def _check_input_scales(said: Any) -> None:
+    """name of a linear -> by what its input is multiplied, a number for each of its channels."""
+    if said is None:
+        return
+    if not isinstance(said, dict):
+        raise ValueError(f"input_scales must map names to lists of numbers, got {said!r:.200}")
+    for name, scale in said.items():
+        numbers = scale if isinstance(scale, list) else []
+        good = all(isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one) for one in numbers)
+        if not numbers or not good:
+            raise ValueError(f"input_scales of {name!r} must be a list of finite numbers, got {scale!r:.200}")

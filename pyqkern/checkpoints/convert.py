@@ -18,6 +18,7 @@ from pyqkern.checkpoints.config import CONFIG, check_float, groups_of, own_confi
 from pyqkern.checkpoints.files import Files, root_of
 from pyqkern.checkpoints.formats import format_of, get_format
 from pyqkern.checkpoints.layers import Group, module_of
+from pyqkern.models.plan import Plan
 from pyqkern.models.summary import said_bytes, table
 from pyqkern.schemes import check_type, get_scheme
 
@@ -31,7 +32,7 @@ progress: list[Callable[[int, int], None]] = []
 def quantize(
     model: str | Path,
     out: str | Path,
-    scheme: str | None = None,
+    scheme: str | Plan | None = None,
     *,
     exclude: Iterable[str] = (),
     embeddings: bool = False,
@@ -40,15 +41,20 @@ def quantize(
 ) -> None:
     """Quantizes the folder `model`, or the hub's model of that name, into the new folder `out`.
 
-    scheme: by default "int8". embeddings, recurrent: whether these layers are quantized too. A folder that is quantized
-    already is only written anew in `format`; there scheme, exclude and these must be left out. Tokenizer and whatever
-    else is in the folder are copied.
+    scheme: by default "int8"; or a plan of `auto`, which says for each layer what becomes of it. embeddings, recurrent:
+    whether these layers are quantized too. A folder that is quantized already is only written anew in `format`; there
+    scheme, exclude and these must be left out. Tokenizer and whatever else is in the folder are copied.
 
     The model is written to a temporary folder next to `out`, which is renamed when all is there. Raises ValueError or
     OSError, FileExistsError for an `out` that exists.
     """
     get_format(format)
-    if scheme is not None:
+    if isinstance(scheme, Plan):
+        if list(exclude) or embeddings or recurrent:
+            raise ValueError("exclude, embeddings and recurrent must be left out with a plan, which names its layers")
+        if not scheme.quantizes:
+            raise ValueError("plan must quantize something to be written as a quantized folder, got one all in float")
+    elif scheme is not None:
         get_scheme(scheme)
     check_type("exclude", exclude, Iterable, "name patterns")
     check_type("embeddings", embeddings, bool, "a bool")
@@ -88,8 +94,10 @@ def _check_out(out: Path) -> None:
         raise PermissionError(f"{out} must be in a folder that can be written to, but {parent} cannot")
 
 
-def _wanted(scheme: str, exclude: list[str], embeddings: bool, recurrent: bool, format: str) -> dict[str, Any]:
+def _wanted(scheme: str | Plan, exclude: list[str], embeddings: bool, recurrent: bool, format: str) -> dict[str, Any]:
     """The quantization_config that asks for a model to be quantized as it is read."""
+    if isinstance(scheme, Plan):
+        return {"quant_method": "pyqkern", "plan": scheme.to_dict(), "format": format}
     more = {"embeddings": embeddings, "recurrent": recurrent, "format": format}
     return {"quant_method": "pyqkern", "scheme": get_scheme(scheme).to_dict(), "exclude": exclude} | more
 

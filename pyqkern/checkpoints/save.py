@@ -7,6 +7,7 @@ from pyqkern.checkpoints.layers import Group
 from pyqkern.models.find import find_layers, linear_types
 from pyqkern.nn.attention import QMultiheadAttention
 from pyqkern.nn.embedding import QEmbedding
+from pyqkern.nn.encoder_parts import InputScale
 from pyqkern.nn.experts import QExperts
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
@@ -41,6 +42,20 @@ def describe(model: nn.Module) -> list[Group]:
     return [*groups.values(), kept]
 
 
+def input_scales(model: nn.Module) -> dict[str, list[float]]:
+    """By the names of linears, quantized or not: the factors in front of them that `smooth` or a plan has left."""
+    found = {}
+    for layer in find_layers(model, linear_types()):
+        scales = [hook for hook in layer.module._forward_pre_hooks.values() if type(hook) is InputScale]
+        if len(scales) > 1:
+            raise ValueError(
+                f"{layer.names[0]} was smoothed {len(scales)} times, of which files hold one; smooth it once"
+            )
+        if scales:
+            found[layer.names[0]] = scales[0].factor.cpu().tolist()
+    return found
+
+
 def state_dict(model: nn.Module, format: Format) -> dict[str, Tensor]:
     """The model's state_dict with the quantized layers in a format; what an embedding and its head share, once.
 
@@ -58,6 +73,11 @@ def state_dict(model: nn.Module, format: Format) -> dict[str, Tensor]:
             raise ValueError(
                 f"{format.name} has quantized linears alone, but {name} is a {kind}; use "
                 "format='pyqkern', or leave it in float"
+            )
+        if scaled := input_scales(model):
+            raise ValueError(
+                f"{format.name} has no place for what the input of {next(iter(scaled))} is multiplied by, since it was "
+                "smoothed; use format='pyqkern', or smooth(..., shared=False)"
             )
     for layer in find_layers(model, (QRecurrent,)):
         for name in layer.names[1:]:

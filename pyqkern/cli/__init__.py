@@ -6,9 +6,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pyqkern.cli import analyze, demo, info, inspect, quantize
+from pyqkern.cli import analyze, auto, demo, info, inspect, quantize
 
-COMMANDS = (info, demo, quantize, inspect, analyze)
+COMMANDS = (info, demo, quantize, inspect, analyze, auto)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

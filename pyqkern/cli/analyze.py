@@ -27,23 +27,33 @@ BATCH = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_data_arguments(parser)
+    add = parser.add_argument
+    add("--scheme", default="int8", help='scheme by name (default: int8); "int8-static" is calibrated on the data')
+    add("--tolerance", type=float, default=0.005, help="score that may be lost in the model found (default: 0.005)")
+    add("--output", type=Path, default=Path("analysis.html"), help="the report (default: analysis.html)")
+    add("--state", type=Path, metavar="FILE", help="keep finished evaluations there, and go on from them")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load` asks for."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a sequence classification model")
     add("--data", type=Path, required=True, metavar="FILE.csv", help="texts to run, with a header")
     add("--text-column", default="text", metavar="NAME", help="column of the texts (default: text)")
     add("--label-column", metavar="NAME", help="column of the labels; without it, agreement with float is measured")
-    add("--scheme", default="int8", help='scheme by name (default: int8); "int8-static" is calibrated on the data')
     add("--limit", type=int, default=1000, metavar="N", help="use N texts, evenly spread; 0: all (default: 1000)")
     add("--max-length", type=int, default=128, metavar="TOKENS", help="cut texts there (default: 128)")
-    add("--tolerance", type=float, default=0.005, help="score that may be lost in the model found (default: 0.005)")
-    add("--output", type=Path, default=Path("analysis.html"), help="the report (default: analysis.html)")
-    add("--state", type=Path, metavar="FILE", help="keep finished evaluations there, and go on from them")
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the layers that lose most, and writes the report."""
     matplotlib_pyplot()  # before the work, not after it
     task = load(options)
+    task.notes.append(
+        "The score is the mean probability of the right answer; the target is that of the float model less "
+        f"{options.tolerance}."
+    )
     scheme = scheme_of(options.scheme, task.network, task.batches)
     quantized = replace_linear(copy.deepcopy(task.network), scheme)
     losses = sensitivity(task.network, task.evaluate, scheme, file=options.state)
@@ -155,10 +165,7 @@ def load(options: argparse.Namespace) -> Task:
     evaluate = Confidence(batches, truth)
     accuracy = evaluate.accuracy(network)
     metric = "accuracy" if labels is not None else "agreement with the float model"
-    notes = [
-        f"{len(texts)} texts of {options.data.name}. The score is the mean probability of the right answer; "
-        f"the target is that of the float model less {options.tolerance}."
-    ]
+    notes = [f"{len(texts)} texts of {options.data.name}."]
     if accuracy <= 1 / network.config.num_labels:
         notes.append(
             f"The float model is right on {accuracy:.1%} of the texts, no more than guessing one of "

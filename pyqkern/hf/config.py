@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pyqkern.checkpoints.config import VERSION, check_own, own_config, quantization_of
 from pyqkern.checkpoints.formats import get_format
+from pyqkern.models.plan import Plan
 from pyqkern.nn.embedding import check_embedding_scheme
 from pyqkern.nn.recurrent import check_recurrent_scheme
 from pyqkern.schemes import Scheme, check_type
@@ -57,20 +58,23 @@ def checkpoint_config(folder: str | Path, scheme: str | Scheme | None = None, **
 class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How from_pretrained quantizes a model, or how a saved one is quantized.
 
-    scheme: a name or a scheme object, as for `replace_linear`; for calibrated ranges, Int8Static(ranges).
+    scheme: a name or a scheme object, as for `replace_linear`; for calibrated ranges, Int8Static(ranges). Or a plan
+    of `auto`, beside which only `format` may be given; what it smooths, embeddings, recurrent layers and "int8-static"
+    are quantized when all has been read, the rest as it is read.
     include, exclude: name patterns of linears, as for `replace_linear`. What that keeps in float by itself, as a head
     tied to an embedding, is kept whatever exclude says.
     embeddings: also the embeddings, by `replace_embedding`: True for the same scheme, or another one.
     recurrent: also the recurrent layers, by `replace_recurrent`: True for the same scheme, or another one.
     format: what save_pretrained writes: "pyqkern", "bitsandbytes" (nf4, fp4, int8) or "compressed-tensors" (int8).
-    layers: which modules are quantized how; written at saving, not for users.
+    layers, input_scales: which modules are quantized how, and by what the inputs of smoothed ones are multiplied;
+    written at saving, not for users. plan: `Plan.to_dict`, of a config that was written before the model was read.
 
     Raises ValueError or TypeError for values that do not exist.
     """
 
     def __init__(
         self,
-        scheme: str | Scheme | dict[str, Any] = "int8",
+        scheme: str | Scheme | Plan | dict[str, Any] = "int8",
         *,
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] = (),
@@ -78,13 +82,20 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
         recurrent: bool | str | Scheme | dict[str, Any] = False,
         format: str = "pyqkern",
         layers: list[dict[str, Any]] | None = None,
+        plan: dict[str, Any] | None = None,
+        input_scales: dict[str, list[float]] | None = None,
         version: int = VERSION,
         quant_method: str = "pyqkern",
     ) -> None:
         if version != VERSION:
             raise ValueError(f"version of the quantization_config must be {VERSION}, got {version!r}; update pyqkern")
         self.quant_method = "pyqkern"
-        self.scheme = Scheme.from_dict(scheme)
+        self.plan = scheme if isinstance(scheme, Plan) else None if plan is None else Plan.from_dict(plan)
+        if self.plan is not None:
+            if include is not None or exclude or embeddings or recurrent:
+                raise ValueError("a plan names its layers: leave include, exclude, embeddings and recurrent out")
+            scheme = next((one.scheme for one in self.plan.choices if one.scheme is not None), "int8")
+        self.scheme = Scheme.from_dict(scheme)  # type: ignore[arg-type]
         self.include = _patterns("include", include)
         self.exclude = _patterns("exclude", exclude) or []
         self.embeddings = self.recurrent = None
@@ -97,6 +108,7 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format = get_format(format).name
         check_type("layers", layers, (list, type(None)), "None or a list")
         self.layers = layers
+        self.input_scales = input_scales or {}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -111,7 +123,7 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def own_dict(self) -> dict[str, Any]:
         """All of it, as the constructor takes it."""
-        return {
+        said = {
             "quant_method": "pyqkern",
             "version": VERSION,
             "scheme": self.scheme.to_dict(),
@@ -120,7 +132,14 @@ class PyqkernConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "embeddings": False if self.embeddings is None else self.embeddings.to_dict(),
             "format": self.format,
             "layers": copy.deepcopy(self.layers),
-        } | ({} if self.recurrent is None else {"recurrent": self.recurrent.to_dict()})
+        }
+        if self.recurrent is not None:
+            said["recurrent"] = self.recurrent.to_dict()
+        if self.plan is not None and self.layers is None:
+            said["plan"] = self.plan.to_dict()
+        if self.input_scales:
+            said["input_scales"] = copy.deepcopy(self.input_scales)
+        return said
 
 
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:

@@ -20,7 +20,7 @@ from pyqkern.checkpoints.files import Files
 from pyqkern.checkpoints.formats import get_format
 from pyqkern.checkpoints.formats.base import Format
 from pyqkern.checkpoints.layers import Group, groups_from, renamed
-from pyqkern.checkpoints.save import describe, state_dict
+from pyqkern.checkpoints.save import describe, input_scales, state_dict
 from pyqkern.hf.checks import check_sizes, is_as_saved
 from pyqkern.hf.config import PyqkernConfig
 from pyqkern.hf.model import PLACEHOLDER, dequantize, equip, give_config, models_in, retie, untie
@@ -38,13 +38,22 @@ from pyqkern.hf.slots import (
 )
 from pyqkern.hf.transformers4 import Transformers4, rename_for_slots
 from pyqkern.models.find import RECURRENT, Layer, find_layers, linear_types
+from pyqkern.models.plan import Plan
 from pyqkern.models.recurrent import replace_recurrent
-from pyqkern.models.replace import linears_to_replace, named, put, replace_embedding, replace_linear
+from pyqkern.models.replace import (
+    linears_to_replace,
+    named,
+    planned_layers,
+    put,
+    replace_embedding,
+    replace_linear,
+)
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS
+from pyqkern.nn.encoder_parts import InputScale
 from pyqkern.nn.experts import WEIGHTS, QExperts, has_experts, stacked
 from pyqkern.nn.linear import QLinear
-from pyqkern.schemes import range_of
+from pyqkern.schemes import Scheme, range_of
 
 
 def attach(model: nn.Module) -> None:
@@ -88,6 +97,8 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         self._experts: list[Layer] = []  # those of `chosen` that are no linears, but experts
         self._quantized: dict[str, QLinear] = {}  # weight's name -> what became of it
         self._count = 0  # how many there are to quantize
+        self._schemes: dict[str, Scheme] = {}  # of each weight in `chosen`
+        self._input_scales: list[tuple[str, list[float]]] = []  # linear in the model, what multiplies its input
         self._folder: Path | None = None  # of the files, for messages
         self.own_names = False  # whether files being saved have the model's names, as save_original_format=False asks
 
@@ -133,18 +144,29 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
     def _choose(self, model: Any) -> None:
         """Which linears are to be quantized as their weights are read."""
         config = self.quantization_config
-        linears, reasons = linears_to_replace(model, config.scheme, config.include, config.exclude)
-        chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
+        if config.plan is None:
+            linears, reasons = linears_to_replace(model, config.scheme, config.include, config.exclude)
+            chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
+            schemes = [config.scheme] * len(chosen)
+        else:
+            chosen, schemes = _planned(model, config.plan)
+        of_layer = {id(layer.module): scheme for layer, scheme in zip(chosen, schemes, strict=True)}
         # The files have no weights of projections: attentions are quantized when all has been read.
         chosen = [linear for linear in chosen if not isinstance(linear.module, Projection)]
         self._experts = [layer for layer in chosen if has_experts(layer.module)]
         for layer in chosen:
             keys = WEIGHTS if has_experts(layer.module) else ("weight",)
             self.chosen |= {f"{name}.{key}": layer for name in layer.names for key in keys}
+            self._schemes |= {f"{name}.{key}": of_layer[id(layer.module)] for name in layer.names for key in keys}
         self._count = len(chosen) + len(self._experts)
 
     def _put_slots(self, model: Any, groups: list[Group], format: Format) -> dict[str, Slot]:
         names = [name for group in groups for name in group.names()]
+        find = _finder(model, names)
+        for name, scale in self.quantization_config.input_scales.items():
+            if (layer := find(name)) is None:
+                raise ValueError(f"input_scales must name linears of this model, but it has no {name!r}")
+            self._input_scales.append((layer.names[0], scale))
         put_experts_slots(model, [name for group in groups for name in group.modules()], partial(in_model, model))
         slots = put_slots(model, groups, format, _finder(model, names))
         if not slots:
@@ -162,7 +184,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
 
     def quantize_weight(self, model: Any, name: str, value: Tensor) -> bool:
         """Quantizes a weight of a linear or of experts; False where it does not fit, which transformers then says."""
-        layer, scheme, key = self.chosen[name], self.quantization_config.scheme, name.rpartition(".")[2]
+        layer, scheme, key = self.chosen[name], self._schemes[name], name.rpartition(".")[2]
         module = layer.module
         parameter = module._parameters[key]
         if value.shape != parameter.shape:
@@ -212,13 +234,18 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
                 fill_slots(model)
             except ValueError as error:
                 raise ValueError(f"{error}; in the files of {self._folder}") from error
+            for name, scale in self._input_scales:
+                _scale_input(model.get_submodule(name), name, scale)
         else:
             self._put_quantized(model)
-            if config.embeddings is not None:
-                replace_embedding(model, config.embeddings)
-            if config.recurrent is not None:
-                replace_recurrent(model, config.recurrent)
-            replace_linear(model, config.scheme, include=config.include, exclude=config.exclude)
+            if config.plan is not None:
+                replace_linear(model, config.plan)
+            else:
+                if config.embeddings is not None:
+                    replace_embedding(model, config.embeddings)
+                if config.recurrent is not None:
+                    replace_recurrent(model, config.recurrent)
+                replace_linear(model, config.scheme, include=config.include, exclude=config.exclude)
         attach(model)
         if not models_in(model):  # everything is in float, and so it is saved
             self.remove_quantization_config(model)
@@ -241,11 +268,12 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         """Where one of the weights was not quantized, because it was not in the files, it is now."""
         names = {key: f"{name}.{key}" for name in layer.names for key in WEIGHTS if f"{name}.{key}" in self._quantized}
         if names:
+            scheme = self._schemes[next(iter(names.values()))]
             with named(layer):
                 gate_up_proj, down_proj = (
                     self._quantized.pop(names[key])
                     if key in names
-                    else QLinear.from_linear(stacked(layer.module._parameters[key]), self.quantization_config.scheme)
+                    else QLinear.from_linear(stacked(layer.module._parameters[key]), scheme)
                     for key in WEIGHTS
                 )
             module = QExperts(gate_up_proj, down_proj, layer.module)
@@ -267,6 +295,7 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         names = in_files(model, modules, [name for group in groups for name in group.names()], self.own_names)
         config = copy.copy(self.quantization_config)
         config.layers = [group.to_dict() for group in renamed(groups, names.__getitem__)]
+        config.input_scales = {names[name]: scale for name, scale in input_scales(model).items()}
         if getattr(model.config, "quantization_config", None) is not self.quantization_config:
             give_config(model)
         model.config.quantization_config = self.quantization_config = config
@@ -295,6 +324,26 @@ class PyqkernHfQuantizer(Transformers4, HfQuantizer):  # type: ignore[misc]
         model.__dict__.pop("resize_token_embeddings", None)
         model._parameters.pop(PLACEHOLDER, None)
         return model
+
+
+def _planned(model: Any, plan: Plan) -> tuple[list[Layer], list[Scheme]]:
+    """What a plan has quantized as it is read, and how: what it neither smooths nor needs the ranges of."""
+    layers, schemes = [], []
+    for one in planned_layers(model, plan):
+        scheme = one.choice.scheme
+        if scheme is None or scheme.needs_ranges or one.choice.smoothing:
+            continue
+        if one.choice.kind in ("linear", "encoder layer", "experts"):
+            layers.append(one.layer)
+            schemes.append(scheme)
+    return layers, schemes
+
+
+def _scale_input(module: nn.Module, name: str, scale: list[float]) -> None:
+    if getattr(module, "in_features", None) != len(scale):
+        raise ValueError(f"input_scales of {name!r} must be one for each of its in_features, got {len(scale)}")
+    factor = torch.tensor(scale, dtype=torch.float32, device="cpu")
+    module.register_forward_pre_hook(InputScale(factor), with_kwargs=True)
 
 
 def _finder(model: Any, names: list[str]) -> Find:

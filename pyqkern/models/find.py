@@ -33,6 +33,9 @@ _WRAPPED = ("base_layer", "original_module", "base_model", "model")
 # The recurrent layers and cells of torch, and those that are quantized already.
 RECURRENT: tuple[type[nn.Module], ...] = (*QRecurrent._classes, QRecurrent)
 
+# What a plan leaves on a layer that was smoothed before it was quantized.
+SMOOTHED = "_pyqkern_smoothed"
+
 # Where optimize leaves the reason on an encoder layer that it did not fuse.
 UNFUSED = "_pyqkern_unfused"
 
@@ -172,7 +175,9 @@ def _with_patterns(
     ]
 
 
-def _reasons(model: nn.Module, linears: list[Layer], include: Pattern | None, exclude: Pattern) -> list[str | None]:
+def linear_reasons(
+    model: nn.Module, linears: list[Layer], include: Pattern | None, exclude: Pattern
+) -> list[str | None]:
     """Why each linear, and the experts of each layer, are kept; None where they are to be replaced."""
     owners, kept = weight_owners(model), kept_modules(model)
     named = {one for one in _listed(include) if isinstance(one, type)}

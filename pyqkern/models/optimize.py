@@ -6,6 +6,7 @@ from torch import nn
 
 from pyqkern.models.find import UNFUSED, Pattern
 from pyqkern.models.layouts import layout_of, resembles_one
+from pyqkern.models.plan import Plan
 from pyqkern.models.replace import replace_linear
 from pyqkern.nn.encoder import QEncoderLayer, fused_class
 from pyqkern.nn.encoder_parts import find_parts
@@ -13,7 +14,7 @@ from pyqkern.schemes import Scheme
 
 
 def optimize(
-    model: nn.Module, scheme: str | Scheme = "int8", *, include: Pattern | None = None, exclude: Pattern = ()
+    model: nn.Module, scheme: str | Scheme | Plan = "int8", *, include: Pattern | None = None, exclude: Pattern = ()
 ) -> nn.Module:
     """Quantizes the linears of `model` as `replace_linear` does, and makes every encoder layer it knows one operator.
 
@@ -22,8 +23,8 @@ def optimize(
     layer was left as it was. What the model takes and returns stays, and so do the keys of its state_dict: they are
     those that replace_linear alone gives.
 
-    scheme, include, exclude, errors: as for `replace_linear`. Linears that are quantized already, by it or as they were
-    loaded, stay what they are. A layer is fused where all six linears have the same
+    scheme (or a plan of `auto`), include, exclude, errors: as for `replace_linear`. Linears that are quantized already,
+    by it or as they were loaded, stay what they are. A layer is fused where all six linears have the same
     scheme and it quantizes activations per token: "int8" or "int8-a7" (whose attention keeps 8 bits), or "nf4", "fp4"
     and "int4" with compute "auto" or "int8".
 

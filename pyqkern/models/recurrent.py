@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from pyqkern.models.find import KEPT, RECURRENT, Layer, Pattern, find_layers, recurrent_reasons
-from pyqkern.models.replace import hand_over_hooks, named, put, tell
+from pyqkern.models.find import KEPT, RECURRENT, Pattern, find_layers, recurrent_reasons
+from pyqkern.models.replace import put, quantized_recurrent, tell
 from pyqkern.nn.recurrent import QRecurrent, check_recurrent_scheme
 from pyqkern.schemes import Scheme
 
@@ -37,7 +37,9 @@ def replace_recurrent(
     layers = find_layers(model, RECURRENT)
     reasons = recurrent_reasons(model, layers, include, exclude)
     plans = [
-        (layer, _quantized(layer, scheme)) for layer, reason in zip(layers, reasons, strict=True) if reason is None
+        (layer, quantized_recurrent(layer, scheme))
+        for layer, reason in zip(layers, reasons, strict=True)
+        if reason is None
     ]
     for layer, reason in zip(layers, reasons, strict=True):
         if reason is not None and not isinstance(layer.module, QRecurrent):
@@ -47,11 +49,3 @@ def replace_recurrent(
         result = put(layer, module, result)
     tell(result)
     return result
-
-
-def _quantized(layer: Layer, scheme: Scheme) -> QRecurrent:
-    """The quantized layer, with the hooks of the float one. Errors name it."""
-    with named(layer):
-        module = QRecurrent.from_recurrent(layer.module, scheme)
-    hand_over_hooks(layer.module, module)
-    return module

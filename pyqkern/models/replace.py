@@ -1,35 +1,43 @@
-"""replace_linear and replace_embedding, which quantize a model in place."""
+"""replace_linear and replace_embedding, which quantize a model in place, and what applies a plan."""
 
 import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pyqkern.models.find import (
     EXCLUDED,
     KEPT,
     NOT_INCLUDED,
+    RECURRENT,
+    SMOOTHED,
     Layer,
     Pattern,
-    _reasons,
     as_linear,
     embedding_reasons,
     find_experts,
     find_layers,
     find_linears,
     keep,
+    linear_reasons,
     linear_types,
+    recurrent_reasons,
 )
-from pyqkern.models.summary import said_bytes
+from pyqkern.models.plan import Choice, Plan
+from pyqkern.models.summary import said_bytes, shape_of
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding, check_embedding_scheme, quantized_table
+from pyqkern.nn.encoder_parts import InputScale
 from pyqkern.nn.experts import QExperts, has_experts, scheme_misfit
 from pyqkern.nn.linear import QLinear
+from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.schemes import Range, Scheme, get_scheme, range_of, ranges_for
 
 # What hooks on a module are made of. The quantized layer takes over the very dicts, so that handles stay valid.
@@ -54,7 +62,7 @@ replaced: list[Callable[[nn.Module], None]] = []
 
 def replace_linear(
     model: nn.Module,
-    scheme: str | Scheme = "int8",
+    scheme: str | Scheme | Plan = "int8",
     *,
     ranges: Mapping[str, Range] | None = None,
     include: Pattern | None = None,
@@ -66,7 +74,8 @@ def replace_linear(
     nn.MultiheadAttention are linears too, called q_proj, k_proj, v_proj and out_proj; it becomes a QMultiheadAttention.
     The experts of a mixture-of-experts layer, which transformers 5 keeps in two parameters, become one QExperts.
 
-    scheme: a name, or a scheme object where its defaults do not do (see `pyqkern.schemes`).
+    scheme: a name, or a scheme object where its defaults do not do (see `pyqkern.schemes`). Or a plan of `auto`, which
+    says for each layer what becomes of it, embeddings and recurrent layers too; then nothing else may be given.
     ranges: for "int8-static" what `calibrate` returned; a linear that it did not reach is kept.
     include, exclude: which linears, as name patterns (fnmatch on the qualified name, "encoder.*.dense"), types, or a
     predicate (name, module) -> bool. exclude wins. A linear with several names is one module, and any of its names
@@ -93,6 +102,10 @@ def replace_linear(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(scheme, Plan):
+        if ranges is not None or include is not None or exclude != ():
+            raise ValueError("ranges, include and exclude must be left out with a plan, which names its layers")
+        return _apply(model, scheme)
     scheme = get_scheme(scheme)
     ranges = ranges_for(scheme, ranges)
     linears, reasons = linears_to_replace(model, scheme, include, exclude, ranges)
@@ -125,13 +138,13 @@ def linears_to_replace(
     """
     ranges = ranges_for(scheme, ranges)
     linears = [*find_linears(model), *find_experts(model)]
-    reasons = _reasons(model, linears, include, exclude)
+    reasons = linear_reasons(model, linears, include, exclude)
     return linears, [
-        reason or _scheme_reason(linear, scheme, ranges) for linear, reason in zip(linears, reasons, strict=True)
+        reason or scheme_reason(linear, scheme, ranges) for linear, reason in zip(linears, reasons, strict=True)
     ]
 
 
-def _scheme_reason(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> str | None:
+def scheme_reason(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> str | None:
     """Why the scheme cannot quantize this linear, embedding or these experts."""
     if has_experts(layer.module):
         return scheme_misfit(layer.module, scheme)
@@ -218,7 +231,7 @@ def replace_embedding(
     scheme = check_embedding_scheme(scheme)
     embeddings = find_layers(model, (*EMBEDDINGS, QEmbedding))
     reasons = [
-        reason or _scheme_reason(layer, scheme, None)
+        reason or scheme_reason(layer, scheme, None)
         for layer, reason in zip(embeddings, embedding_reasons(model, embeddings, include, exclude), strict=True)
     ]
     chosen = [layer for layer, reason in zip(embeddings, reasons, strict=True) if reason is None]
@@ -236,6 +249,13 @@ def replace_embedding(
 def _plan_tables(model: nn.Module, embeddings: list[Layer], scheme: Scheme) -> list[tuple[Layer, nn.Module]]:
     """What takes the place of what: the embeddings, and before them the linears tied to them."""
     linears = [layer for layer in find_layers(model, linear_types()) if not isinstance(layer.module, QLinear)]
+    return quantized_tables(linears, embeddings, scheme)
+
+
+def quantized_tables(
+    linears: Sequence[Layer], embeddings: Sequence[Layer], scheme: Scheme
+) -> list[tuple[Layer, nn.Module]]:
+    """As `_plan_tables`. linears: those among which the tied ones are."""
     plans: list[tuple[Layer, nn.Module]] = []
     tables: dict[int, QLinear] = {}
     for layer in embeddings:
@@ -280,6 +300,14 @@ def _quantized_linear(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] 
     return module
 
 
+def quantized_recurrent(layer: Layer, scheme: Scheme) -> QRecurrent:
+    """The quantized recurrent layer, with the hooks of the float one. Errors name it."""
+    with named(layer):
+        module = QRecurrent.from_recurrent(layer.module, scheme)
+    hand_over_hooks(layer.module, module)
+    return module
+
+
 @contextmanager
 def named(layer: Layer) -> Iterator[None]:
     """Puts the layer's name before a TypeError's or ValueError's message."""
@@ -298,3 +326,134 @@ def hand_over_hooks(old: nn.Module, new: nn.Module) -> None:
     for hook in new._load_state_dict_pre_hooks.values():
         if getattr(hook, "with_module", False):  # torch's wrapper, which passes on the module that it knows
             hook.module = weakref.ref(new)
+
+
+# ---- plans
+
+
+@dataclass
+class Planned:
+    """A layer of the model, and what the plan says of it."""
+
+    choice: Choice
+    name: str
+    layer: Layer
+
+
+def planned_layers(model: nn.Module, plan: Plan) -> list[Planned]:
+    """The layers that the plan quantizes and the model has in float.
+
+    Raises ValueError for a plan of another model: where a layer is missing, of another kind or shape, is quantized in
+    another scheme, or cannot be quantized.
+    """
+    layers = _layers_of_kinds(model)
+    found = []
+    for choice in plan.choices:
+        for name, shape in choice.layers.items():
+            layer, reason = layers.get(("linear" if choice.kind == "encoder layer" else choice.kind, name), (None, ""))
+            if layer is None:
+                raise ValueError(f"plan must be of this model, but it has no {choice.kind} {name!r}")
+            scheme = getattr(layer.module, "scheme", None)
+            if scheme is not None and scheme == choice.scheme:
+                continue
+            if scheme is None and shape_of(layer.module) != shape:
+                got = list(shape_of(layer.module))
+                raise ValueError(f"plan must be of this model, but the shape of {name!r} is {got}, not {list(shape)}")
+            if choice.scheme is None:
+                continue
+            if reason is None and choice.kind != "recurrent layer":
+                ranges = {name: Range(torch.tensor(0.0), torch.tensor(0.0))} if choice.scheme.needs_ranges else None
+                reason = scheme_reason(layer, choice.scheme, ranges)
+            if reason is not None:
+                raise ValueError(
+                    f"plan must be of this model, but {name!r} cannot become {choice.scheme.name}: {reason}"
+                )
+            found.append(Planned(choice, name, layer))
+    return found
+
+
+def _layers_of_kinds(model: nn.Module) -> dict[tuple[str, str], tuple[Layer, str | None]]:
+    """By kind and each of its names: the layer, and why it cannot be quantized."""
+    linears, experts = find_linears(model), find_experts(model)
+    recurrent, embeddings = find_layers(model, RECURRENT), find_layers(model, (*EMBEDDINGS, QEmbedding))
+    kinds = (
+        ("linear", linears, linear_reasons(model, linears, None, ())),
+        ("experts", experts, linear_reasons(model, experts, None, ())),
+        ("recurrent layer", recurrent, recurrent_reasons(model, recurrent, None, ())),
+        ("embedding", embeddings, embedding_reasons(model, embeddings, None, ())),
+    )
+    return {
+        (kind, name): (layer, reason)
+        for kind, layers, reasons in kinds
+        for layer, reason in zip(layers, reasons, strict=True)
+        for name in layer.names
+    }
+
+
+def _apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """What `replace_linear` does with a plan: all that it says but for fusing."""
+    work = planned_layers(model, plan)
+    for one in work:
+        _made(model, one)
+    taken, result = {name for one in work for name in one.layer.names}, model
+    for (_, name), (layer, _) in _layers_of_kinds(model).items():
+        if name not in taken and getattr(layer.module, "scheme", None) is None:
+            keep(layer, "in float by the plan")
+    for one in work:
+        for layer, module in _made(model, one):
+            result = put(layer, module, result)
+            _mark(module, one)
+    _leave_fast_path(result)
+    tell(result)
+    return result
+
+
+def _made(model: nn.Module, one: Planned) -> list[tuple[Layer, nn.Module]]:
+    """What takes the place of what; nothing of the model is changed."""
+    scheme, layer = one.choice.scheme, one.layer
+    assert scheme is not None
+    if one.choice.kind == "embedding":
+        return _plan_tables(model, [layer], scheme)
+    if one.choice.kind == "recurrent layer":
+        return [(layer, quantized_recurrent(layer, scheme))]
+    if one.choice.kind == "experts":
+        return [(layer, _quantized(layer, scheme, None))]
+    linear, ranges = _smoothed(one), None
+    if scheme.needs_ranges:
+        lo, hi = (torch.tensor(end, dtype=torch.float32) for end in one.choice.ranges[one.name])
+        ranges = {name: Range(lo, hi) for name in layer.names}
+    with named(layer):
+        module = QLinear.from_linear(linear, scheme, ranges=range_of(ranges, layer.names))
+    hand_over_hooks(layer.module, module)
+    return [(layer, module)]
+
+
+def _smoothed(one: Planned) -> nn.Linear:
+    """The linear as `smooth` would leave it: itself where the plan does not smooth it."""
+    linear = as_linear(one.layer.module)
+    weight, bias = linear.weight.detach(), linear.bias
+    for smoothing in one.choice.smoothing:
+        if one.name in smoothing.after:
+            weight = weight * _scale(smoothing.exponents).to(weight)
+        if smoothing.before and one.name == smoothing.before:
+            weight = weight / _scale(smoothing.exponents).to(weight)[:, None]
+            if bias is not None:
+                bias = nn.Parameter(bias.detach() / _scale(smoothing.exponents).to(bias), bias.requires_grad)
+    if weight is linear.weight or not one.choice.smoothing:
+        return linear
+    smoothed = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta").train(linear.training)
+    smoothed.weight, smoothed.bias = nn.Parameter(weight, requires_grad=False), bias
+    return smoothed
+
+
+def _scale(exponents: Sequence[int]) -> Tensor:
+    return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device="cpu"))
+
+
+def _mark(module: nn.Module, one: Planned) -> None:
+    """The factor in front of a smoothed layer whose input nothing before divides, and what `summary` looks for."""
+    for smoothing in one.choice.smoothing:
+        if one.name in smoothing.after and not smoothing.before:
+            module.register_forward_pre_hook(InputScale(1 / _scale(smoothing.exponents)), with_kwargs=True)
+        if one.name in smoothing.after:
+            setattr(module, SMOOTHED, True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pyqkern.models.find import (
     KEPT,
     RECURRENT,
+    SMOOTHED,
     UNFUSED,
     Layer,
     as_linear,
@@ -28,6 +29,7 @@ from pyqkern.models.find import (
 from pyqkern.nn.attention import PACKED, Projection
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
 from pyqkern.nn.encoder import QEncoderLayer
+from pyqkern.nn.encoder_parts import InputScale
 from pyqkern.nn.experts import QExperts, has_experts
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
@@ -39,7 +41,8 @@ class LayerRecord:
     bytes in float and as they are.
 
     shape: of the weight; of a recurrent layer [hidden_size, input_size]; of experts that of down_proj, [experts,
-    hidden_size, intermediate_size].
+    hidden_size, intermediate_size]. smoothed: whether a plan smoothed it before it was quantized, or `smooth` left a
+    factor in front of it.
     """
 
     name: str
@@ -49,6 +52,7 @@ class LayerRecord:
     reason: str | None
     bytes_before: int
     bytes_after: int
+    smoothed: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Summary:
                 name += f" (= {', '.join(record.aliases)})"
             shape = "x".join(str(size) for size in record.shape)
             what = record.scheme or f"kept: {record.reason}"
+            what += ", smoothed" if record.smoothed else ""
             rows.append((name, shape, what, said_bytes(record.bytes_before), said_bytes(record.bytes_after)))
         totals = [("linears", self.records)]
         others = (
@@ -181,7 +186,7 @@ def summary(model: nn.Module) -> Summary:
     reasons = [structural_reason(layer.module, owners, kept) for layer in linears]
     records = [_record(layer, reason, counted) for layer, reason in zip(linears, reasons, strict=True)]
     for attention in {layer.module.place[0] for layer in linears if isinstance(layer.module, Projection)}:
-        _count_tensors([attention._parameters.get(name) for name in PACKED], counted)  # its projections have them
+        count_tensors([attention._parameters.get(name) for name in PACKED], counted)  # its projections have them
     embeddings = find_layers(model, (*EMBEDDINGS, QEmbedding))
     reasons = embedding_reasons(model, embeddings, None, ())
     recurrent = find_layers(model, RECURRENT)
@@ -218,23 +223,34 @@ def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> 
         shape, scheme, reason = (module.hidden_size, module.input_size), module.scheme.name, None
         before = sum(_float_bytes(linear) for _, linear in module._linears())
     elif isinstance(module, RECURRENT):
-        shape, scheme, before = (layer.module.hidden_size, layer.module.input_size), None, after
+        shape, scheme, before = shape_of(module), None, after
         reason = reason or getattr(module, KEPT, "not replaced yet")
     elif isinstance(module, QExperts):
         sizes = (module.num_experts, module.hidden_dim, module.intermediate_dim)
         shape, scheme, reason = sizes, module.scheme.name, None
         before = sum(_float_bytes(linear) for _, linear in module.linears())
     elif has_experts(module):
-        shape, scheme, before = tuple(layer.module.down_proj.shape), None, after
+        shape, scheme, before = shape_of(module), None, after
         reason = reason or getattr(module, KEPT, "not replaced yet")
     elif isinstance(module, QLinear):
         shape, scheme, reason = (module.out_features, module.in_features), module.scheme.name, None
         before = 0 if tied else _float_bytes(module)
     else:
-        weight = as_linear(module).weight if isinstance(module, linear_types()) else module.weight
-        shape, scheme, before = (weight.shape[0], weight.shape[1]), None, after
+        shape, scheme, before = shape_of(module), None, after
         reason = reason or getattr(module, KEPT, "not replaced yet")
-    return LayerRecord(layer.names[0], tuple(layer.names[1:]), shape, scheme, reason, before, after)
+    smoothed = SMOOTHED in vars(module) or any(type(one) is InputScale for one in module._forward_pre_hooks.values())
+    return LayerRecord(layer.names[0], tuple(layer.names[1:]), shape, scheme, reason, before, after, smoothed)
+
+
+def shape_of(module: Any) -> tuple[int, ...]:
+    """The shape of a linear, embedding, recurrent layer or experts in float, as records have it."""
+    sizes: Any = module
+    if isinstance(module, RECURRENT):
+        return (sizes.hidden_size, sizes.input_size)
+    if has_experts(module):
+        return tuple(module.down_proj.shape)
+    weight: Any = as_linear(module).weight if isinstance(module, linear_types()) else module.weight
+    return (int(weight.shape[0]), int(weight.shape[1]))
 
 
 def _float_bytes(linear: QLinear) -> int:
@@ -244,10 +260,10 @@ def _float_bytes(linear: QLinear) -> int:
 
 def _count(module: nn.Module, counted: set[tuple[int, int]]) -> int:
     """Bytes of the module's own tensors, those that have been counted already left out."""
-    return _count_tensors((*module._parameters.values(), *module._buffers.values()), counted)
+    return count_tensors((*module._parameters.values(), *module._buffers.values()), counted)
 
 
-def _count_tensors(tensors: Iterable[Tensor | None], counted: set[tuple[int, int]]) -> int:
+def count_tensors(tensors: Iterable[Tensor | None], counted: set[tuple[int, int]]) -> int:
     total = 0
     for tensor in tensors:
         if tensor is None:
