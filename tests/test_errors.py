@@ -301,6 +301,28 @@ TABLE: dict[str, Row] = {
         {"model": NO_MODULES, "evaluate": (None, 3), "target": NO_NUMBERS, "scheme": NO_SCHEMES},
         {"target": (2.0, float("nan")), "scheme": ("x",)},
     ),
+    "auto": (
+        pyqkern.auto,
+        {"model": model, "batches": [X], "schemes": ["int8"], "objective": "bytes", "progress": False},
+        {
+            "model": NO_MODULES,
+            "batches": (None, 3),
+            "evaluate": (3, "x"),
+            "budget": NO_NUMBERS,
+            "schemes": (3, [None]),
+            "sizes": (3,),
+            "executor": ("x",),
+        },
+        {
+            "model": (pyqkern.replace_linear(model()), nn.ReLU()),
+            "batches": ([], [NAN]),
+            "evaluate": (lambda _: "x",),
+            "budget": (-1, float("nan")),
+            "objective": ("x", None),
+            "schemes": ("x", []),
+            "sizes": ([], [3], [(0, 1)]),
+        },
+    ),
     "error_propagation": (
         analysis.error_propagation,
         {"float_model": model, "quantized_model": quantized, "batches": [X], "progress": False},
@@ -364,7 +386,7 @@ TABLE: dict[str, Row] = {
 
 # Without an argument that could be wrong, or tested by name elsewhere: files and their errors (checkpoints/, hf/), the
 # constructors of recurrent layers, which from_recurrent calls (nn/test_recurrent.py).
-NOT_HERE = {"analysis", "convert", "isa", "isas", "checkpoint_config", "Ranges", "QEncoderLayer"}
+NOT_HERE = {"analysis", "convert", "isa", "isas", "checkpoint_config", "Ranges", "Plan", "QEncoderLayer"}
 NOT_HERE |= {"QMultiheadAttention", "QExperts"}
 NOT_HERE |= {name for name in pyqkern.__all__ if name in ("QLSTM", "QGRU", "QRNN") or name.endswith("Cell")}
 
@@ -372,7 +394,7 @@ NOT_HERE |= {name for name in pyqkern.__all__ if name in ("QLSTM", "QGRU", "QRNN
 def test_every_public_function_is_in_the_table() -> None:
     here = {name.partition(".")[0] for name in TABLE}
     assert set(pyqkern.__all__) - here - NOT_HERE == set()
-    assert {"Records", "Fallback", "Interrupted", "report"} == set(analysis.__all__) - here
+    assert {"Records", "Fallback", "Interrupted", "report", "auto_report"} == set(analysis.__all__) - here
 
 
 # What messages call an argument whose name is torch's, or has another part of pyqkern for its value.

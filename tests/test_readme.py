@@ -69,4 +69,6 @@ def test_a_command_runs(command: str, model: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     arguments = shlex.split(command, comments=True)[1:]
     assert main([words.get(word, word) for word in arguments]) == 0
-    assert Path("out").exists() == ("OUT" in arguments) and Path("analysis.html").exists() == ("--data" in arguments)
+    assert Path("out").exists() == ("OUT" in arguments) and Path("analysis.html").exists() == (
+        arguments[0] == "analyze"
+    )

@@ -19,7 +19,7 @@ from pyqkern.analysis.choose import Candidate, Loss, Tried, frontier, search
 from pyqkern.analysis.cost import costs, model_seconds, tensors_of, timed_batches, watch
 from pyqkern.analysis.damage import Agreement, Damage, Output, first_guess, output_of
 from pyqkern.analysis.tasks import Evaluate, ScoreFile, check_tools, fingerprint, run_tasks, score_of
-from pyqkern.analysis.units import FLOAT, Option, Ranges, choice_of, find_units, options_of, own_copy
+from pyqkern.analysis.units import FLOAT, Option, Ranges, Unit, choice_of, find_units, options_of, own_copy
 from pyqkern.calibration.calibrate import calibrate
 from pyqkern.calibration.run import counted
 from pyqkern.models.optimize import optimize
@@ -28,7 +28,7 @@ from pyqkern.models.summary import summary
 from pyqkern.schemes import SCHEMES, Scheme, check_type, get_scheme
 
 EVALUATIONS = 6  # of the whole, the float model's included
-DAMAGE_ROWS = 256  # rows of outputs, at least, over which damages are taken: so many batches, evenly spread
+DAMAGE_ROWS = 128  # rows of outputs, at least, over which damages are taken: so many batches, evenly spread
 DAMAGE_VALUES = 1 << 26  # and numbers in these outputs, at most
 COMPARED_BYTES = 1 << 30  # single schemes are measured as whole models where these take no more
 
@@ -158,15 +158,16 @@ class _Auto:
         reached = watch(self.own, self.units, self.damage_batches)
         self.costs = costs(self.units, options, self.ranges, calls, len(self.timed), self.kept, self.progress)
         self.options: list[list[Option]] = []
+        singles = self._cheap_singles()
         self.unreached = [unit.name for unit in self.units if id(unit.layer.module) not in reached]
         for unit, cost in zip(self.units, self.costs, strict=True):
-            # What costs more than float is of use as a part of a single scheme alone.
             useful = [
                 one
                 for one in cost
-                if self.cost_of(cost[one]) < self.cost_of(cost[FLOAT]) or (_is_single(unit) and not one.smoothing)
+                if one.scheme is not None
+                and (self.cost_of(cost[one]) < self.cost_of(cost[FLOAT]) or (_is_single(unit) and one in singles))
             ]
-            self.options.append(useful if unit.name not in self.unreached else [FLOAT])
+            self.options.append([FLOAT, *(useful if unit.name not in self.unreached else [])])
         self.damages = self._damages()
         tried = self._search()
         return self._result(tried)
@@ -202,17 +203,28 @@ class _Auto:
         damage = sum(damages[one] for damages, one in zip(self.damages, chosen, strict=True))
         return Candidate(tuple(picks), cost, damage, single)
 
-    def _singles(self) -> list[Candidate]:
-        """Each scheme alone, as `optimize` has it where it fits."""
+    def _cheap_singles(self) -> list[Option]:
+        """The schemes, not smoothed, that cost less than float where all units take them that can."""
         found = []
-        for scheme in self.schemes:
-            wanted = Option(scheme)
+        for option in map(Option, self.schemes):
+            costs = [
+                cost for cost, unit in zip(self.costs, self.units, strict=True) if option in cost and _is_single(unit)
+            ]
+            if sum(self.cost_of(cost[option]) - self.cost_of(cost[FLOAT]) for cost in costs) < 0:
+                found.append(option)
+        return found
+
+    def _singles(self) -> list[Candidate]:
+        """Each scheme alone that costs less than float, as `optimize` has it where it fits."""
+        found = []
+        for wanted in self._cheap_singles():
             picks = [
                 options.index(wanted) if wanted in options and _is_single(unit) else 0
                 for unit, options in zip(self.units, self.options, strict=True)
             ]
             if any(picks):
-                found.append(self._candidate(picks, scheme.name))
+                assert wanted.scheme is not None
+                found.append(self._candidate(picks, wanted.scheme.name))
         return found
 
     def _search(self) -> list[Tried]:

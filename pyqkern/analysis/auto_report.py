@@ -57,7 +57,8 @@ def draw(plan: Plan) -> Any:
     points = [(one, OURS if one == plan.figures else OTHERS) for one in plan.compared if one.score is not None]
     float_score = next((_score(one) for one, _ in points if one.name == "float"), 0.0)
     # What lies far below is drawn at the edge.
-    bottom = max(min(_score(one) for one, _ in points), float_score - max(10 * plan.budget, 0.02))
+    lowest = min(_score(one) for one, _ in points)
+    bottom = min(max(lowest, float_score - max(10 * plan.budget, 0.02)), float_score - 1.2 * plan.budget)
     space = max(float_score - bottom, 1e-6)
     for one, color in points:
         place = _cost(plan, one), max(_score(one), bottom)

@@ -6,6 +6,7 @@ with the inputs that it is called with. A few units of the form take turns too, 
 come from the cache that they come from in the model.
 """
 
+import functools
 import math
 import statistics
 import time
@@ -25,6 +26,7 @@ from pyqkern.calibration.run import evaluated, evaluating, run_batch
 
 ROUNDS = 7
 COPIES, COPIED_BYTES = 4, 64e6  # units of a form that take turns: so many, of at most so many bytes together in float
+WARM_SECONDS = 20e-3
 SAMPLE_SECONDS = 1e-3  # a sample repeats its calls until it takes at least this long
 TIMED_BATCHES = 3  # of those given
 
@@ -200,41 +202,42 @@ def _measured(
     arguments, keywords = call
     names = {option: f"seconds {option.title} | {shape} | {place} of {form}" for option in built}
 
-    def runner(option: Option) -> Callable[[], None]:
+    def runs(option: Option) -> list[Callable[[], object]]:
         modules = [modules[place] for modules in built[option]]
+        return [functools.partial(module, *arguments, **keywords) for module in modules]
 
-        def run() -> None:
-            for module in modules:
-                module(*arguments, **keywords)
-
-        return run
-
-    missing = [option for option in built if names[option] not in kept.scores]
-    if missing:  # all of them, in turns
-        seconds = interleaved([runner(option) for option in built], ROUNDS)
-        for option, one in zip(built, seconds, strict=True):
-            kept.add(names[option], one / len(built[option]))
+    if any(name not in kept.scores for name in names.values()):  # all of them, in turns
+        for option, seconds in zip(built, interleaved([runs(option) for option in built], ROUNDS), strict=True):
+            kept.add(names[option], seconds)
     return {option: kept.scores[names[option]] for option in built}
 
 
-def interleaved(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """The median seconds of each, which take turns. Before each sample an untimed one has brought its weights."""
+def interleaved(contenders: Sequence[Sequence[Callable[[], object]]], rounds: int) -> list[float]:
+    """The median seconds of one of the calls of each contender; contenders take turns.
+
+    A sample goes through a contender's calls, as far as they fit into WARM_SECONDS, once or several times. Where it is
+    shorter than that, an untimed one before it brings what the other contenders have driven out of the caches.
+    """
     now = clock()
-    repeats, samples = [], [[] for _ in runs]  # type: ignore[var-annotated]
+    plans: list[tuple[Sequence[Callable[[], object]], bool, list[float]]] = []
     with torch.no_grad():
-        for run in runs:
-            run()
+        for calls in contenders:
+            calls[0]()
             start = now()
-            run()
-            repeats.append(max(1, math.ceil(SAMPLE_SECONDS / max(now() - start, 1e-9))))
+            calls[0]()
+            once = max(now() - start, 1e-9)
+            turns = calls[: max(1, math.ceil(WARM_SECONDS / once))]
+            repeat = max(1, math.ceil(SAMPLE_SECONDS / (once * len(turns))))
+            plans.append((list(turns) * repeat, once * len(turns) < WARM_SECONDS, []))
         for _ in range(rounds):
-            for run, repeat, seconds in zip(runs, repeats, samples, strict=True):
-                run()
+            for turns, warms, seconds in plans:
+                for call in turns if warms else ():
+                    call()
                 start = now()
-                for _ in range(repeat):
-                    run()
-                seconds.append((now() - start) / repeat)
-    return [statistics.median(seconds) for seconds in samples]
+                for call in turns:
+                    call()
+                seconds.append((now() - start) / len(turns))
+    return [statistics.median(seconds) for _, _, seconds in plans]
 
 
 def model_seconds(models: Sequence[nn.Module], batches: Sequence[Any], rounds: int = ROUNDS) -> list[float]:
@@ -244,7 +247,7 @@ def model_seconds(models: Sequence[nn.Module], batches: Sequence[Any], rounds: i
         for model in models:
             stack.enter_context(evaluating(model))
         for batch in batches:
-            runs = [lambda model=model: run_batch(model, batch) for model in models]  # noqa: B023  called in this turn
+            runs = [[lambda model=model: run_batch(model, batch)] for model in models]  # noqa: B023  called in this turn
             for i, seconds in enumerate(interleaved(runs, rounds)):
                 totals[i] += seconds / len(batches)
     return totals
