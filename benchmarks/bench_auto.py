@@ -2,9 +2,9 @@
 
     python benchmarks/bench_auto.py --data banking77
 
-The damages are taken over 128 of 256 texts of the training part and the times over three batches of them; `evaluate` is the
-accuracy on the whole test part. Afterwards the plan, "int8", "int8-outlier" and every single scheme are timed in turns
-on three batches of the test part, and the single schemes evaluated too, which `auto` does not do.
+The damages are taken over 128 of 256 texts of the training part, the times over three batches of these; `evaluate` is
+the accuracy on the whole test part. Afterwards the plan, "int8", "int8-outlier" and every single scheme are timed in
+turns on three batches of the test part, and the single schemes evaluated too, which `auto` does not do.
 """
 
 from __future__ import annotations

@@ -222,9 +222,9 @@ class _Auto:
                 options.index(wanted) if wanted in options and _is_single(unit) else 0
                 for unit, options in zip(self.units, self.options, strict=True)
             ]
-            if any(picks):
-                assert wanted.scheme is not None
-                found.append(self._candidate(picks, wanted.scheme.name))
+            single = self._candidate(picks, "" if wanted.scheme is None else wanted.scheme.name)
+            if any(picks) and math.isfinite(single.damage):
+                found.append(single)
         return found
 
     def _search(self) -> list[Tried]:

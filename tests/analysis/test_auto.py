@@ -240,6 +240,9 @@ def test_the_last_evaluation_goes_to_a_single_scheme() -> None:
     single = Candidate((0,), 85.0, 1.1e-6, "int8")
     tried = searched(lambda one: 1.0 if one.single else 0.5, [*LINE, single], start=1.0, evaluations=3)
     assert [one.candidate.single for one in tried] == ["", "", "int8"] and tried[-1].kept
+    worse = Candidate((0,), 5.0, 1.5, "int8")  # with more damage than what misses the budget
+    tried = searched(lambda one: 0.5, [*LINE, worse], start=1.0, evaluations=3)
+    assert [one.candidate.single for one in tried] == ["", "", ""]
 
 
 # ---- what may go wrong
