@@ -1,14 +1,12 @@
 """auto_report: one HTML page of a plan, with a picture of cost against score, the single schemes on it."""
 
-import html
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pyqkern.analysis.records import matplotlib_pyplot
-from pyqkern.analysis.report import STYLE, _image
+from pyqkern.analysis.report import escaped, image, write_page
 from pyqkern.models.plan import Choice, Figures, Plan
 from pyqkern.models.summary import said_bytes
 
@@ -26,10 +24,8 @@ def auto_report(path: str | os.PathLike[str], plan: Plan, *, title: str = "Plan"
     lines = [*notes, plan.note, f"Times: {plan.machine}. Empty marks and numbers in brackets are predicted."]
     shown = [*plan.compared, replace(plan.figures, name="this plan")]
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        *(f"<p>{html.escape(line)}</p>" for line in lines if line),
         f"<h2>{'Time' if plan.objective == 'time' else 'Bytes'} against score</h2>",
-        _image(draw(plan), "cost against score of the plan, float and single schemes"),
+        image(draw(plan), "cost against score of the plan, float and single schemes"),
         _table(["", "ms", "MB", "damage", "score"], [_figures_row(one) for one in shown]),
         "<h2>Layers</h2>",
         _table(
@@ -37,15 +33,7 @@ def auto_report(path: str | os.PathLike[str], plan: Plan, *, title: str = "Plan"
             [_choice_row(choice) for choice in plan.choices],
         ),
     ]
-    text = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+    write_page(path, title, [line for line in lines if line], body)
 
 
 def draw(plan: Plan) -> Any:
@@ -112,6 +100,6 @@ def _choice_row(choice: Choice) -> list[str]:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     return f'<div class="scroll"><table>{line(columns, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
