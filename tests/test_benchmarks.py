@@ -21,7 +21,7 @@ WAYS = {
     "bench_experts.py": ["--json r.json", "--isa all --schemes int8 --m 2"],
     "bench_recurrent.py": ["--json r.json", "--errors"],
     "bench_accuracy.py": [],
-    "bench_auto.py": ["--json r.json --report pages"],
+    "bench_auto.py": [],
 }
 IN_README = re.findall(r"`python benchmarks/(\w+\.py)([^`]*)`", README)
 

@@ -403,6 +403,7 @@ NAMES = {
     "linear": ["linear", "weight"],
     "embedding": ["embedding", "max_norm"],
     "embeddings": ["embedding"],
+    "schemes": ["scheme"],
 }
 
 
