@@ -21,6 +21,7 @@ WAYS = {
     "bench_experts.py": ["--json r.json", "--isa all --schemes int8 --m 2"],
     "bench_recurrent.py": ["--json r.json", "--errors"],
     "bench_accuracy.py": [],
+    "bench_training.py": ["--json r.json", "--threads 2 --optimizers SGD,Lion", "--data FOLDER"],
 }
 IN_README = re.findall(r"`python benchmarks/(\w+\.py)([^`]*)`", README)
 

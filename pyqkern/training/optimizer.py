@@ -128,6 +128,8 @@ class Optimizer8bit(torch.optim.Optimizer):
                 state = self.state.get(p)
                 if state and state["state1"].shape != p.shape:
                     raise ValueError(f"state1 must be of shape {tuple(p.shape)}, got {tuple(state['state1'].shape)}")
+                if state and state["state1"].device != p.device:
+                    raise ValueError(f"{where} must be on {state['state1'].device}, where its state is, got {p.device}")
                 yield _Trained(p, p.grad, group, where)
 
     def _scale(self, trained: list[_Trained]) -> float:
@@ -149,8 +151,10 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _refuse(self, trained: list[_Trained], scale: float) -> None:
         for one in trained:
-            decays = bool(self._numbers(one.group, 1).get("l2"))
-            for what, tensor, factor in (("gradients", one.grad, scale), ("parameters that decay", one.p, 1.0))[: 1 + decays]:
+            tensors = [("gradients", one.grad, scale)]
+            if self._numbers(one.group, 1).get("l2"):
+                tensors.append(("parameters that decay", one.p, 1.0))
+            for what, tensor, factor in tensors:
                 if not math.isfinite(_square_sum([tensor], factor)):
                     raise ValueError(
                         f"{what} must be finite and below 2**59, which those of {one.name} are not; nothing was "

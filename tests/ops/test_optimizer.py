@@ -128,8 +128,8 @@ def test_a_code_is_that_of_the_interval(isa: str, signed: bool) -> None:
     x = torch.cat([x if signed else x.abs(), torch.tensor([1.0])])
     codes, absmax = encode(x.unsqueeze(0), signed)
     error = (decode(codes[0], signed) * absmax - x).abs()
-    # A value below a decade by less than 2**-9 may be taken for one of it, and one below the first decade for 0 or for its
-    # first value: the lines are raised by 2**-10 of an interval.
+    # A value below a decade by less than 2**-9 may be taken for one of it, and one below the first decade for 0 or for
+    # its first value: the lines are raised by 2**-10 of an interval.
     decade = (x.abs() * (1 + 2.0**-9)).clamp(min=1.0001e-7).log10().ceil().clamp(max=0)
     width = 0.9 * 10**decade / 2 ** (decade + (6 if signed else 7))
     assert (error <= 0.5 * width * (1 + 2.0**-8) + 1e-7 * (x.abs() < 1.01e-7)).all()
