@@ -148,7 +148,7 @@ class SGD8bit(Optimizer8bit):
         momentum, nesterov = group["momentum"], group["nesterov"]
         return {
             "l2": group["weight_decay"],
-            "keep1": 0.0 if step == 1 else momentum,
+            "keep1": momentum,
             "add1": 1.0 if step == 1 else 1 - group["dampening"],
             "keep2": momentum if nesterov else 1.0,
             "add2": float(nesterov),

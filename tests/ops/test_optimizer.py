@@ -90,14 +90,15 @@ def test_the_sum_of_squares(isa: str, sizes: list[int], seed: int, dtype: torch.
     assert abs(float(total) - exact) <= 24 * 2.0**-24 * exact
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**59, -(2.0**60)])
+LARGE = [(dtype, bad) for dtype in FLOATS for bad in (math.nan, math.inf, -math.inf)]  # fp16 has no 2**59
+LARGE += [(dtype, bad) for dtype in FLOATS[:2] for bad in (2.0**59, -(2.0**60))]
+
+
+@pytest.mark.parametrize("dtype, bad", LARGE)
 @pytest.mark.parametrize("n, at", [(1, 0), (15, 14), (300, 256), (300, 299), (70000, 69999), (70000, 3)])
 def test_a_gradient_that_is_too_large(isa: str, dtype: torch.dtype, bad: float, n: int, at: int) -> None:
     x = torch.ones(n, dtype=dtype)
     x[at] = bad
-    if float(x[at]) != bad and bad == bad:
-        pytest.skip("fp16 has no such number")
     for kernels in (cpu, reference):
         assert kernels.square_sum([torch.ones(5), x], 1.0).isnan()
         assert not kernels.square_sum([torch.ones(5), torch.ones(n)], 1.0).isnan()
