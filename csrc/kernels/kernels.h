@@ -182,8 +182,8 @@ enum Optimizer : int { kAdam = 0, kMomentum = 1, kLion = 2 };
 //   value of code c: fma(slope[e], x, offset[e] * clamp(x, -1, 1)), x = c - 127, or without sign x = c + 1 and no clamp;
 //     e the low three bits of the exponent of x as a float
 //   code of x: u = the least of fma(|x|, code_slope[i] * (1 / max(absmax, 2^-126)), code_offset[i]) for i in [0, 7),
-//     from the largest i on, truncated; 127 + u or 127 - u, or without sign u; saturated. Where |x| >= low * absmax the
-//     first kLowDecades are not the least.
+//     from the largest i on, truncated; 127 + u or 127 - u, or without sign u; saturated. Where |x| is at least
+//     low * max(absmax, 2^-126) the first kLowDecades are not the least.
 constexpr size_t kStateBlock = 256;
 constexpr int kDecades = 7, kLowDecades = 3;
 struct DynamicMap { float slope[8], offset[8], code_slope[kDecades], code_offset[kDecades], low; };

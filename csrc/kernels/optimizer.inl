@@ -65,12 +65,12 @@ template <bool SIGNED> struct Decoder {
 template <bool SIGNED> struct Encoder {
   f32 slope[kDecades], start[kDecades], low;
   Encoder(const DynamicMap& map, float absmax) {
-    const float inverse = 1.0f / (absmax > kLeastNormal ? absmax : kLeastNormal);
+    const float unit = absmax > kLeastNormal ? absmax : kLeastNormal, inverse = 1.0f / unit;
     unroll<kDecades>([&](auto i) INLINE_LAMBDA {
       slope[i] = set1(map.code_slope[i] * inverse);
       start[i] = set1(map.code_offset[i]);
     });
-    low = set1(map.low * absmax);
+    low = set1(map.low * unit);
   }
   // The lines of the largest decades suffice where no |x| is below `low`.
   template <bool ALL> INLINE_MEMBER i32 code(f32 x) const {

@@ -137,11 +137,15 @@ def test_a_code_is_that_of_the_interval(isa: str, signed: bool) -> None:
 
 
 @settings(max_examples=100)
-@given(seed=seeds, size=st.sampled_from([1, 255, 256, 5000]), spread=st.sampled_from([0.0, 1.0, 3.0, 12.0]))
-def test_codes_of_every_magnitude(isa: str, seed: int, size: int, spread: float) -> None:
+@given(
+    seed=seeds, size=st.sampled_from([1, 255, 256, 5000]), spread=st.sampled_from([0.0, 1.0, 3.0, 12.0]),
+    middle=st.sampled_from([0, -19, -39, -43]),
+)  # fmt: skip
+def test_codes_of_every_magnitude(isa: str, seed: int, size: int, spread: float, middle: int) -> None:
     """By Adam with keep = 0: the moments are the gradient's, from denormals on."""
     g = generator(seed)
-    grad = torch.randn(size, generator=g) * 10.0 ** (torch.randn(size, generator=g) * spread).clamp(-40, 15)
+    grad = torch.randn(size, generator=g)
+    grad = (grad.double() * 10.0 ** (middle + torch.randn(size, generator=g) * spread).clamp(-45, 15).double()).float()
     numbers = NUMBERS._replace(scale=1.0, keep1=0.0, keep2=0.0, add1=1.0, add2=1.0)
     blocks = -(-size // 256)
     lists = [[t] for t in (torch.zeros(size), grad)]
