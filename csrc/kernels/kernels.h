@@ -181,11 +181,12 @@ enum Optimizer : int { kAdam = 0, kMomentum = 1, kLion = 2 };
 // no sign), and 1. A code stands for the middle of its interval.
 //   value of code c: fma(slope[e], x, offset[e] * clamp(x, -1, 1)), x = c - 127, or without sign x = c + 1 and no clamp;
 //     e the low three bits of the exponent of x as a float
-//   code of x: u = the least of fma(|x|, code_slope[i] * (1 / max(absmax, 2^-126)), code_offset[i]) for i in [0, 7),
+//   code of x: u = the least of fma(|x|, code_slope[i] * (1 / max(absmax, 2^-100)), code_offset[i]) for i in [0, 7),
 //     from the largest i on, truncated; 127 + u or 127 - u, or without sign u; saturated. Where |x| is at least
-//     low * max(absmax, 2^-126) the first kLowDecades are not the least.
+//     low * max(absmax, 2^-100) the first kLowDecades are not the least.
 constexpr size_t kStateBlock = 256;
 constexpr int kDecades = 7, kLowDecades = 3;
+constexpr float kLeastUnit = 7.888609052210118e-31f;  // 2^-100: the steepest line stays finite
 struct DynamicMap { float slope[8], offset[8], code_slope[kDecades], code_offset[kDecades], low; };
 static_assert(sizeof(DynamicMap) == 31 * sizeof(float), "Python fills a DynamicMap from floats");
 

@@ -65,7 +65,7 @@ template <bool SIGNED> struct Decoder {
 template <bool SIGNED> struct Encoder {
   f32 slope[kDecades], start[kDecades], low;
   Encoder(const DynamicMap& map, float absmax) {
-    const float unit = absmax > kLeastNormal ? absmax : kLeastNormal, inverse = 1.0f / unit;
+    const float unit = absmax > kLeastUnit ? absmax : kLeastUnit, inverse = 1.0f / unit;
     unroll<kDecades>([&](auto i) INLINE_LAMBDA {
       slope[i] = set1(map.code_slope[i] * inverse);
       start[i] = set1(map.code_offset[i]);

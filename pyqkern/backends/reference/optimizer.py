@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyqkern.backends import FLT_MIN, LARGEST_GRADIENT, STATE_BLOCK, StepNumbers
+from pyqkern.backends import LARGEST_GRADIENT, STATE_BLOCK, StepNumbers
 from pyqkern.backends.reference.affine import fma
 
 DECADES = 7
 _LOW_DECADES = 3
+_LEAST_UNIT = 2.0**-100  # what a moment is divided by at least, so that the steepest line stays finite
 _NUDGE = 2.0**-10  # of an interval: so that a block's greatest value, divided by itself, is 1 in spite of the rounding
 
 
@@ -67,7 +68,7 @@ def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """x fp32 [blocks, n] -> uint8 codes of x / absmax and absmax, fp32 [blocks]: that of the interval x is in."""
     lines = map_lines(signed)[16:30].view(2, DECADES).to(x.device)
     absmax = x.abs().amax(1)
-    inverse = (1.0 / absmax.clamp(min=FLT_MIN)).unsqueeze(1)
+    inverse = (1.0 / absmax.clamp(min=_LEAST_UNIT)).unsqueeze(1)
     a, u = x.abs(), None
     for slope, offset in zip(*lines, strict=True):
         line = fma(a, slope * inverse, offset)
