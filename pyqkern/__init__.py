@@ -31,11 +31,14 @@ from pyqkern.nn.int8 import Int8Linear, Int8OutlierLinear, Int8StaticLinear, Int
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QGRU, QLSTM, QRNN, QGRUCell, QLSTMCell, QRecurrent, QRNNCell
 from pyqkern.schemes import FP4, NF4, Float16, Int4, Int8, Int8Outlier, Int8Static, Int8WeightOnly
+from pyqkern.training import optim
 
 __version__ = version("pyqkern")
 
 register()
-sys.modules["pyqkern.convert"] = convert  # its public name: `from pyqkern.convert import quantize, inspect`
+# Their public names: `from pyqkern.convert import quantize, inspect`, `from pyqkern.optim import AdamW8bit`
+sys.modules["pyqkern.convert"] = convert
+sys.modules["pyqkern.optim"] = optim
 
 
 if TYPE_CHECKING:
@@ -104,6 +107,7 @@ __all__ = [
     "isa",
     "isas",
     "lora",
+    "optim",
     "optimize",
     "pack_int4",
     "quantize_4bit",

@@ -341,6 +341,50 @@ TABLE: dict[str, Row] = {
         {"model": NO_MODULES, "batches": (None, 3), "ranges": ("x", 3, {"1": 3})},
         {"batches": ([],), "ranges": (PER_CHANNEL,)},
     ),
+    "optim.param_groups": (
+        pyqkern.optim.param_groups,
+        {"model": model, "options": {"*.weight": {}}},
+        {"model": NO_MODULES, "options": (None, "x", {3: {}})},
+        {"options": ({"x": {}},)},
+    ),
+    **{
+        f"optim.{kind.__name__}": (
+            kind,
+            {"params": [nn.Parameter(X)]},
+            {
+                "lr": NO_NUMBERS,
+                "weight_decay": NO_NUMBERS,
+                "maximize": NO_BOOLS,
+                "bits": NO_INTS,
+                "min_8bit_size": NO_INTS,
+                "max_grad_norm": ("x", [1]),
+                "params": ([nn.Parameter(X.double())],),
+                **types,
+            },
+            {
+                "lr": (-1.0, float("nan"), torch.ones(2)),
+                "weight_decay": (-1, float("inf")),
+                "bits": (4, 16),
+                "min_8bit_size": (-1,),
+                "max_grad_norm": (0, -1.0),
+                **values,
+            },
+        )
+        for kind, types, values in (
+            (
+                pyqkern.optim.AdamW8bit,
+                {"betas": (None, 0.9, (0.9,)), "eps": NO_NUMBERS},
+                {"betas": ((0.9, 1.0),), "eps": (0.0,)},
+            ),
+            (pyqkern.optim.Adam8bit, {"decoupled_weight_decay": ("x", 1)}, {"betas": ((-0.1, 0.9),), "eps": (-1,)}),
+            (
+                pyqkern.optim.SGD8bit,
+                {"momentum": NO_NUMBERS, "nesterov": NO_BOOLS},
+                {"momentum": (0, 1.0), "dampening": (-1,)},
+            ),
+            (pyqkern.optim.Lion8bit, {"betas": (None, "x")}, {"betas": ((0.9, 2),)}),
+        )
+    },
     "PyqkernConfig": (
         pyqkern.PyqkernConfig,
         {},

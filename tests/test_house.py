@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pyqkern"
 # Each room imports those listed before it. A room is a folder of pyqkern/, or the one file schemes.py.
 ROOMS = (
     "schemes", "backends", "ops", "functional", "nn", "models",
-    "calibration", "checkpoints", "hf", "analysis", "cli",
+    "calibration", "training", "checkpoints", "hf", "analysis", "cli",
 )  # fmt: skip
 
 MODULES = {

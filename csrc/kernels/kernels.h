@@ -174,6 +174,49 @@ struct Fold {
   size_t bytes(size_t k) const { return k / (4 * quads) * (4 + 4 * quads); }  // of k codes; k a multiple of 4 * quads
 };
 
+// Optimizers: the rule of Kernels::optimizer_step.
+enum Optimizer : int { kAdam = 0, kMomentum = 1, kLion = 2 };
+
+// A dynamic map of 8 bits: zero, seven decades [10^(i-7), 10^(i-6)] of 2^i intervals each (twice as many where there is
+// no sign), and 1. A code stands for the middle of its interval.
+//   value of code c: fma(slope[e], x, offset[e] * clamp(x, -1, 1)), x = c - 127, or without sign x = c + 1 and no clamp;
+//     e the low three bits of the exponent of x as a float
+//   code of x: u = the least of fma(|x|, code_slope[i] * (1 / max(absmax, 2^-100)), code_offset[i]) for i in [0, 7),
+//     from the largest i on, truncated; 127 + u or 127 - u, or without sign u; saturated. Where |x| is at least
+//     low * max(absmax, 2^-100) the first kLowDecades are not the least.
+constexpr size_t kStateBlock = 256;
+constexpr int kDecades = 7, kLowDecades = 3;
+constexpr float kLeastUnit = 7.888609052210118e-31f;  // 2^-100: the steepest line stays finite
+struct DynamicMap { float slope[8], offset[8], code_slope[kDecades], code_offset[kDecades], low; };
+static_assert(sizeof(DynamicMap) == 31 * sizeof(float), "Python fills a DynamicMap from floats");
+
+// The numbers of one step of an optimizer; g = scale * gradient, and fma(l2, p, g) where l2 is not 0.
+//   kAdam      m = fma(add1, g, keep1 * m)   v = fma(add2 * g, g, keep2 * v)
+//              p = fma(decay, p, (size * m) / fma(sqrt(v), root, eps))
+//   kMomentum  m = fma(add1, g, keep1 * m)   p = fma(size, fma(keep2, m, add2 * g), p)
+//   kLion      p = fma(decay, p, size * sign(fma(add1, g, keep1 * m)))   m = fma(add2, g, keep2 * m)
+struct Step {
+  int optimizer;
+  float scale, l2, decay, keep1, add1, keep2, add2, root, eps, size;
+  const DynamicMap* maps;  // of m, signed, and of v
+};
+constexpr int kStepNumbers = 10;
+
+// A parameter of n elements, its gradient and its moments: uint8 codes with an fp32 absmax for each kStateBlock of them,
+// or fp32. state2 and absmax2 are nullptr where there is no second moment.
+struct Trained {
+  void* p;
+  const void* g;
+  void *state1, *state2;
+  float *absmax1, *absmax2;
+  size_t n;
+  int p_dtype, g_dtype;
+  bool has_codes;
+};
+
+// Gradients of 2^59 and more are taken for infinite: the squares of a block could not be added.
+constexpr float kLargestGradient = 576460752303423488.0f;
+
 struct Kernels {
   const char* name;
   unsigned needs;                 // the instruction sets it is compiled for: CpuFeature, or-ed
@@ -262,6 +305,14 @@ struct Kernels {
   // nullptr; c [rows, n] is the cell state of an LSTM.
   void (*recurrent_gates)(int cell, const float* x, const float* product, size_t rows, size_t n, float* h, float* c,
                           float* y);
+
+  // One step for elements [begin, end), begin a multiple of kStateBlock. Codes are decoded, times absmax; the new
+  // moments' absmax is the greatest |m| of a block. Gradients are finite.
+  void (*optimizer_step)(const Step&, const Trained&, size_t begin, size_t end);
+
+  // The sum of (scale * x)^2: for each kStateBlock sixteen sums in fp32, one for each i % 16, by fma from zero, added in
+  // halves; the blocks' sums one after another in fp64. NaN where a scale * x is NaN, infinite or 2^59 and more.
+  double (*square_sum)(const void* x, int dtype, float scale, size_t n);
 
   // Quantizes blocks [begin, end) of the flat x [n]: absmax[b], and codes packed two to a byte, high four bits first.
   // v = x * (1/absmax), clamped to [-1, 1]; a short last block divides instead, as bitsandbytes does, and stores an

@@ -3,6 +3,7 @@
 
 #include "kernels/four_bit_int8.inl"
 #include "kernels/int8_split.inl"
+#include "kernels/optimizer.inl"
 #include "kernels/recurrent.inl"
 
 namespace pyqkern {
@@ -38,6 +39,8 @@ const Kernels table = {
     elementwise,
     add_layer_norm,
     recurrent_gates,
+    optimizer_step,
+    square_sum,
     four_bit_quantize,
     four_bit_dequantize,
     four_bit_unpack_panel,

@@ -138,9 +138,17 @@ template <class F> void without_gil(const F& f) {
   } catch (const Interrupted&) { throw py::error_already_set(); }
 }
 
+// The same for what must not end half-way: Ctrl-C waits.
+template <class F> void without_gil_to_the_end(const F& f) {
+  use_torchs_threads();
+  py::gil_scoped_release released;
+  f();
+}
+
 // Add what they name to the module.
 void add_tensors(py::module_& m);
 void add_linears(py::module_& m);
 void add_layers(py::module_& m);
+void add_optimizers(py::module_& m);
 
 }  // namespace pyqkern

@@ -17,7 +17,10 @@ namespace PYQKERN_ISA {
 INLINE f32 min(f32 a, f32 b) { return (f32)_mm256_min_ps((__m256)a, (__m256)b); }  // b where either is NaN
 INLINE f32 max(f32 a, f32 b) { return (f32)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-INLINE i32 round(f32 v) { return (i32)_mm256_cvtps_epi32((__m256)v); }  // ties to even
+INLINE f32 sqrt(f32 v) { return (f32)_mm256_sqrt_ps((__m256)v); }
+INLINE i32 truncate(f32 v) { return (i32)_mm256_cvttps_epi32((__m256)v); }
+INLINE bool any(i32 mask) { return _mm256_movemask_ps((__m256)mask) != 0; }  // of lanes that are 0 or -1
+INLINE i32 round(f32 v) { return (i32)_mm256_cvtps_epi32((__m256)v); }       // ties to even
 INLINE f32 to_float(i32 v) { return (f32)_mm256_cvtepi32_ps((__m256i)v); }
 INLINE float reduce_min(f32 v) {
   __m128 m = _mm_min_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
@@ -62,6 +65,9 @@ INLINE f32 lookup(const table16& t, i32 v, int shift) {  // by bits [shift, shif
   const __m256 low = _mm256_permutevar8x32_ps((__m256)t.low, at), high = _mm256_permutevar8x32_ps((__m256)t.high, at);
   return (f32)_mm256_blendv_ps(low, high, (__m256)((u32)v << (28 - shift)));
 }
+struct table8 { f32 values; };  // 8 floats, looked up by the low three bits of each lane
+INLINE table8 load_table8(const float* p) { return {load(p)}; }
+INLINE f32 lookup(const table8& t, i32 at) { return (f32)_mm256_permutevar8x32_ps((__m256)t.values, (__m256i)at); }
 INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
   const __m256 even = _mm256_unpacklo_ps((__m256)a, (__m256)b), odd = _mm256_unpackhi_ps((__m256)a, (__m256)b);
   low = (f32)_mm256_permute2f128_ps(even, odd, 0x20);

@@ -22,7 +22,10 @@ namespace PYQKERN_ISA {
 INLINE f32 min(f32 a, f32 b) { return (f32)_mm512_min_ps((__m512)a, (__m512)b); }  // b where either is NaN
 INLINE f32 max(f32 a, f32 b) { return (f32)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE f32 fma(f32 a, f32 b, f32 c) { return (f32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-INLINE i32 round(f32 v) { return (i32)_mm512_cvtps_epi32((__m512)v); }  // ties to even
+INLINE f32 sqrt(f32 v) { return (f32)_mm512_sqrt_ps((__m512)v); }
+INLINE i32 truncate(f32 v) { return (i32)_mm512_cvttps_epi32((__m512)v); }
+INLINE bool any(i32 mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }  // of lanes that are 0 or -1
+INLINE i32 round(f32 v) { return (i32)_mm512_cvtps_epi32((__m512)v); }          // ties to even
 INLINE f32 to_float(i32 v) { return (f32)_mm512_cvtepi32_ps((__m512i)v); }
 INLINE float reduce_min(f32 v) { return _mm512_reduce_min_ps((__m512)v); }
 INLINE float reduce_max(f32 v) { return _mm512_reduce_max_ps((__m512)v); }
@@ -51,6 +54,9 @@ INLINE f32 lookup(const table16& t, i32 v,
                   int shift) {  // by bits [shift, shift + 4) of each lane; vpermps reads no others
   return (f32)_mm512_permutexvar_ps((__m512i)((u32)v >> shift), (__m512)t.values);
 }
+struct table8 { f32 twice; };  // 8 floats, looked up by the low three bits of each lane; bit 3 chooses the copy
+INLINE table8 load_table8(const float* p) { return {(f32)_mm512_broadcast_f32x8(_mm256_loadu_ps(p))}; }
+INLINE f32 lookup(const table8& t, i32 at) { return (f32)_mm512_permutexvar_ps((__m512i)at, (__m512)t.twice); }
 INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...
   const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   low = (f32)_mm512_permutex2var_ps((__m512)a, from, (__m512)b);

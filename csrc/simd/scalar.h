@@ -24,6 +24,16 @@ INLINE f32 fma(f32 a, f32 b, f32 c) {
   for (int i = 0; i < LANES; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return r;
 }
+INLINE f32 sqrt(f32 v) {
+  for (int i = 0; i < LANES; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+INLINE i32 truncate(f32 v) { return __builtin_convertvector(v, i32); }  // of |v| < 2^31
+INLINE bool any(i32 mask) {                                             // of lanes that are 0 or -1
+  bool r = false;
+  for (int i = 0; i < LANES; ++i) r |= mask[i] != 0;
+  return r;
+}
 INLINE i32 round(f32 v) {  // ties to even; |v| < 2^22
   return (i32)(v + kRounding) - 0x4b400000;
 }
@@ -101,6 +111,13 @@ INLINE f32 lookup(const table16& t, i32 v, int shift) {  // by bits [shift, shif
   const i32 at = (v >> shift) & 15;
   f32 r;
   for (int i = 0; i < LANES; ++i) r[i] = t.values[at[i]];
+  return r;
+}
+struct table8 { const float* values; };  // 8 floats, looked up by the low three bits of each lane
+INLINE table8 load_table8(const float* p) { return {p}; }
+INLINE f32 lookup(const table8& t, i32 at) {
+  f32 r;
+  for (int i = 0; i < LANES; ++i) r[i] = t.values[at[i] & 7];
   return r;
 }
 INLINE void interleave(f32 a, f32 b, f32& low, f32& high) {  // a0 b0 a1 b1 ...

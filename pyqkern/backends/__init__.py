@@ -56,6 +56,14 @@ BITSANDBYTES_TYPES = ("nf4", "fp4")
 # How many absmax share one scale where they are quantized themselves.
 NESTED_BLOCKSIZE = 256
 
+# The rules of optimizers; the position is the code that C++ takes.
+OPTIMIZERS = ("adam", "momentum", "lion")
+
+# How many codes of an optimizer's moment share one absmax, and what scaled gradients must be below: the squares of a
+# block of larger ones could not be added.
+STATE_BLOCK = 256
+LARGEST_GRADIENT = 2.0**59
+
 FLT_MIN = 2.0**-126
 PANEL = 16  # output channels that stand beside each other in the CPU's forms
 STRIP = 64  # channels, of which each k / blocksize has its scales beside each other: csrc's kernels.h
@@ -91,6 +99,21 @@ class Weight4bit(NamedTuple):
     quant_type: str
     blocksize: int
     shape: Sequence[int]
+
+
+class StepNumbers(NamedTuple):
+    """The numbers of one step of an optimizer, each rounded to fp32; what stands for what: csrc's kernels.h, Step."""
+
+    scale: float
+    l2: float
+    decay: float
+    keep1: float
+    add1: float
+    keep2: float
+    add2: float
+    root: float
+    eps: float
+    size: float
 
 
 class Kernels(Protocol):
@@ -231,4 +254,24 @@ class Kernels(Protocol):
         descending: a sequence keeps its row. weights: of the input, of the hidden state and, for an LSTM that projects
         it, of the projection; biases: of the first two, or none. h [batch, P]; c [batch, H] for an LSTM.
         cell: one of GATES, whose order is torch's. INT8: symmetric and bits as for int8_linear; 4 bits: compute.
+        """
+
+    # ---- optimizers
+
+    def square_sum(self, tensors: Sequence[Tensor], scale: float) -> Tensor:
+        """The sum of (scale * x)**2 of all elements, fp64 []; NaN where a scale * x is not below LARGEST_GRADIENT."""
+
+    def optimizer_step(
+        self,
+        optimizer: str,
+        numbers: StepNumbers,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state1: Sequence[Tensor],
+        state2: Sequence[Tensor],
+        absmax1: Sequence[Tensor],
+        absmax2: Sequence[Tensor],
+    ) -> None:
+        """One step of one of OPTIMIZERS, in place. Moments are uint8 codes with absmax fp32 [ceil(n / STATE_BLOCK)], or
+        fp32 and without absmax; state2 is empty but for "adam".
         """

@@ -16,9 +16,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyqkern import _C
-from pyqkern.backends import ACTIVATIONS, GATES, PANEL, STRIP, Shape, Sizes, Weight4bit, Weight8bit
+from pyqkern.backends import (
+    ACTIVATIONS,
+    GATES,
+    OPTIMIZERS,
+    PANEL,
+    STRIP,
+    Shape,
+    Sizes,
+    StepNumbers,
+    Weight4bit,
+    Weight8bit,
+)
 from pyqkern.backends.reference.four_bit import CODEBOOKS, block_scales, nested_scales, plain, slice_nested
 from pyqkern.backends.reference.four_bit import slice_4bit as slice_flat
+from pyqkern.backends.reference.optimizer import map_lines
 from pyqkern.schemes import COMPUTE
 
 _exchange: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
@@ -314,6 +326,29 @@ def recurrent(
         CELL_CODES[cell], reverse, symmetric, bits, compute in AS_INT8, book, blocksize, h, c, y,
     )  # fmt: skip
     return y, h, c
+
+
+# ---- optimizers
+
+_MAPS = torch.stack([map_lines(True), map_lines(False)])
+
+
+def square_sum(tensors: Sequence[Tensor], scale: float) -> Tensor:
+    return torch.tensor(_C.square_sum(list(tensors), scale), dtype=torch.float64, device="cpu")
+
+
+def optimizer_step(
+    optimizer: str,
+    numbers: StepNumbers,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    absmax1: Sequence[Tensor],
+    absmax2: Sequence[Tensor],
+) -> None:
+    lists = (params, grads, state1, state2, absmax1, absmax2)
+    _C.optimizer_step(OPTIMIZERS.index(optimizer), list(numbers), _MAPS, *map(list, lists))
 
 
 # ---- the short way; what does not fit raises one of UNFIT: C++ says so, or new_empty (RuntimeError), or a table

@@ -4,14 +4,16 @@ What they are given has been checked by `pyqkern.ops`. Triton is imported with t
 without it.
 """
 
+import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyqkern.backends import Shape, Sizes, Weight4bit
+from pyqkern.backends import Shape, Sizes, StepNumbers, Weight4bit
 from pyqkern.backends.reference.four_bit import (
     pack_4bit,
     pack_scales,
@@ -22,6 +24,7 @@ from pyqkern.backends.reference.four_bit import (
     unpack_scales,
 )
 from pyqkern.backends.reference.gate import gate
+from pyqkern.backends.reference.optimizer import map_lines
 from pyqkern.backends.reference.recurrent import run
 
 # The reference's; 4-bit weights are flat here too.
@@ -132,3 +135,27 @@ def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def recurrent(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     return run(int8_linear, linear_4bit, *arguments)
+
+
+def square_sum(tensors: Sequence[Tensor], scale: float) -> Tensor:
+    return kernels("optimizer").square_sum(tensors, scale)
+
+
+@functools.cache
+def _maps(device: torch.device) -> Tensor:
+    return torch.stack([map_lines(True), map_lines(False)]).to(device)
+
+
+def optimizer_step(
+    optimizer: str,
+    numbers: StepNumbers,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state1: Sequence[Tensor],
+    state2: Sequence[Tensor],
+    absmax1: Sequence[Tensor],
+    absmax2: Sequence[Tensor],
+) -> None:
+    for i, (p, g, first) in enumerate(zip(params, grads, state1, strict=True)):
+        states = (t[i] if t else None for t in (state2, absmax1, absmax2))
+        kernels("optimizer").optimizer_step(optimizer, numbers, _maps(p.device), p, g, first, *states)

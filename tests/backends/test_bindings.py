@@ -61,6 +61,13 @@ def recurrent(four_bits: bool, projects: bool) -> list[Any]:
     return [X, torch.tensor([2, 1]), weights, scales, biases, nested, *numbers, *states]
 
 
+def step_lists(codes: bool, second: bool) -> list[list[Tensor]]:
+    n = 300
+    states = [[ints(n) if codes else torch.zeros(n)] if i == 0 or second else [] for i in range(2)]
+    absmax = [[torch.ones(2)] if codes and (i == 0 or second) else [] for i in range(2)]
+    return [[torch.ones(n)], [torch.ones(n).half()], *states, *absmax]
+
+
 # Good calls.
 CALLS: dict[str, list[list[Any]]] = {
     "min_max": [[X, 1, M, K, torch.empty(M), torch.empty(M)]],
@@ -99,6 +106,12 @@ CALLS: dict[str, list[list[Any]]] = {
     "dequantize_rows_4bit": [[FLAT, ABSMAX, N, BLOCK, NF4, ROWS, torch.empty(3, K)]],
     "encoder_layer": [encoder(False), encoder(True)],
     "recurrent": [recurrent(False, True), recurrent(True, False)],
+    "optimizer_step": [
+        [0, [1.0] * 10, cpu._MAPS, *step_lists(True, True)],
+        [2, [1.0] * 10, cpu._MAPS, *step_lists(True, False)],
+        [0, [1.0] * 10, cpu._MAPS, *step_lists(False, True)],
+    ],
+    "square_sum": [],  # takes any number of tensors: below
     "add_codebook": [],  # for one, below
 }
 OPTIONAL = {("quantize", 2), ("dequantize", 2), ("int8_linear", 3), ("int8_linear_weight_only", 3)}
@@ -234,3 +247,11 @@ def test_batch_sizes_that_do_not_descend_or_add_up(sizes: list[int]) -> None:
     call[1] = torch.tensor(sizes)
     with pytest.raises(ValueError, match="batch_sizes must"):
         _C.recurrent(*call)
+
+
+def test_what_a_sum_of_squares_does_not_take() -> None:
+    assert _C.square_sum([X, X.half()], 0.5) > 0 and _C.square_sum([], 0.5) == 0
+    for what, bad in changes(X):
+        if not what.startswith(("twice", "half")):
+            with pytest.raises((TypeError, ValueError)):
+                _C.square_sum([X, bad], 0.5)

@@ -55,7 +55,7 @@ def stack_bytes(cubin: bytes) -> int:
 def compile_all(capability: int) -> list[Compiled]:
     """Compiles for one capability; runs in a process of its own."""
     import torch
-    from pyqkern.kernels import affine, device, four_bit, int8, row_quantize, tuning
+    from pyqkern.kernels import affine, device, four_bit, int8, optimizer, row_quantize, tuning
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -106,6 +106,12 @@ def compile_all(capability: int) -> list[Compiled]:
         row_quantize.gelu_quantize_rows(x, True)
         row_quantize.layer_norm_quantize_rows(x, vector, vector, 1e-5, False, x)
     int8.int8_matmul(empty(M, K, dtype=u8), empty(N, K, dtype=s8))
+    for dtype in (torch.float32, bf16):
+        how, p, codes, scales = ([0.5] * 10, empty(2, 31)), empty(N, K, dtype=dtype), empty(N, K, dtype=u8), empty(N)
+        optimizer.optimizer_step("adam", *how, p, p, codes, codes, scales, scales)
+        for rule in ("momentum", "lion"):
+            optimizer.optimizer_step(rule, *how, p, p, codes, None, scales, None)
+        optimizer.optimizer_step("adam", *how, p, p, empty(N, K), empty(N, K), None, None)
     packed4, absmax, absmax8 = empty(N * K // 2, dtype=u8), empty(N * K // 64), empty(N * K // 64, dtype=u8)
     nested = (empty(N * K // 64 // 256), empty(256), empty())
     for quant_type, blocksize in (("nf4", 64), ("fp4", 4096)):
@@ -167,10 +173,13 @@ def compiled(capability: int, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def test_every_kernel_compiles(compiled: list[Compiled]) -> None:
-    from pyqkern.kernels import affine, four_bit, int8, row_quantize
+    from pyqkern.kernels import affine, four_bit, int8, optimizer, row_quantize
 
     listed = {
-        name for module in (affine, four_bit, int8, row_quantize) for name in vars(module) if name.endswith("_kernel")
+        name
+        for module in (affine, four_bit, int8, optimizer, row_quantize)
+        for name in vars(module)
+        if name.endswith("_kernel")
     }
     assert {one.kernel for one in compiled} == listed
     assert all(one.cubin > 0 for one in compiled)
@@ -183,7 +192,7 @@ def test_every_module_with_kernels_is_listed() -> None:
     from pyqkern.kernels import device
 
     with_kernels = {path.stem for path in Path(device.__file__).parent.glob("*.py") if "_kernel(\n" in path.read_text()}
-    assert with_kernels == {"affine", "int8", "four_bit", "row_quantize"}
+    assert with_kernels == {"affine", "int8", "four_bit", "optimizer", "row_quantize"}
 
 
 def test_every_configuration_compiles(compiled: list[Compiled], capability: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from triton_device import INTERPRETED, require_device, same
 
 import pyqkern
-from pyqkern import QExperts, QLinear, QRecurrent, replace_embedding, replace_linear, smooth
+from pyqkern import QExperts, QLinear, QRecurrent, optim, replace_embedding, replace_linear, smooth
 from pyqkern.analysis import error_propagation, range_report, sensitivity
 from pyqkern.backends import cpu
 from pyqkern.calibration.observers import OBSERVERS
@@ -84,6 +84,7 @@ OPERATORS = CALLS | EMBEDDINGS
 def test_every_operator_is_run_here() -> None:
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pyqkern::")}
     modules = {f"pyqkern::{name}{end}" for name in ("recurrent", "experts") for end in ("", "_backward")}  # below
+    modules |= {"pyqkern::optimizer_step", "pyqkern::square_sum"}  # below
     assert names == {f"pyqkern::{name}" for name in OPERATORS} | {"pyqkern::encoder_layer"} | modules  # for CPUs
 
 
@@ -353,3 +354,29 @@ def test_smoothing_and_analysis_run_there(bert: nn.Module, tmp_path: Path) -> No
     assert {r.name for r in found} == {r.name for r in sensitivity(here, score)}
     assert [r.drop for r in found] == [r.drop for r in sensitivity(there, score, file=file)]
     assert len(range_report(there, [there_batch])) == len(range_report(here, [batch]))
+
+
+# ---- optimizers
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.SGD8bit, optim.Lion8bit])
+def test_an_optimizer_has_the_bits_of_the_cpu(kind: type[optim.Optimizer8bit]) -> None:
+    """In three steps, through codes and moments in fp32; NaN changes nothing."""
+    here = [nn.Parameter(floats(size, 1)) for size in ((64, 65), (7,))]
+    there = [nn.Parameter(p.detach().to(GPU)) for p in here]
+    a, b = kind(here, lr=1e-2, weight_decay=0.1), kind(there, lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        for p, q in zip(here, there, strict=True):
+            p.grad = floats(tuple(p.shape), 10 + step)
+            q.grad = p.grad.to(GPU)
+        a.step()
+        b.step()
+    for p, q in zip(here, there, strict=True):
+        same(q.detach(), p.detach())
+        for name, value in a.state[p].items():
+            if isinstance(value, Tensor):
+                same(b.state[q][name], value)
+    there[1].grad = torch.full((7,), math.nan, device=GPU)
+    with pytest.raises(ValueError, match="gradients must be finite"):
+        b.step()
+    same(there[0].detach(), here[0].detach())

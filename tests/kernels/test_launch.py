@@ -14,7 +14,7 @@ from torch import nn
 import pyqkern
 
 if available("triton"):
-    from pyqkern.kernels import affine, device, four_bit, int8, row_quantize, tuning
+    from pyqkern.kernels import affine, device, four_bit, int8, optimizer, row_quantize, tuning
     from pyqkern.kernels.tuning import Config
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -39,7 +39,7 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 # ---- the tests of the numbers, without a GPU
 
 
-@pytest.mark.parametrize("file", ["test_numerics.py", "test_four_bit.py", "test_cuda.py"])
+@pytest.mark.parametrize("file", ["test_numerics.py", "test_four_bit.py", "test_optimizer.py", "test_cuda.py"])
 def test_under_the_interpreter(file: str, tmp_path: Path) -> None:
     """Every kernel of the modules that the file tests runs there; one that no test runs is a failure."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "PYTEST_"))}
@@ -50,7 +50,11 @@ def test_under_the_interpreter(file: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     # test_cuda.py goes through the operators, which do not call every kernel.
-    tested = {"test_numerics.py": (affine, int8, row_quantize), "test_four_bit.py": (four_bit,)}.get(file, ())
+    tested = {
+        "test_numerics.py": (affine, int8, row_quantize),
+        "test_four_bit.py": (four_bit,),
+        "test_optimizer.py": (optimizer,),
+    }.get(file, ())
     kernels = {name for module in tested for name in vars(module) if name.endswith("_kernel")}
     assert kernels - set(json.loads(ran.read_text())) == set()
 

@@ -40,6 +40,12 @@ ALL["recurrent_backward"] = [(*OF_Y, torch.rand(3, 2, 5), None, *LSTM)]
 STACKS = [(torch.ops.pyqkern.int8_pack(integers((2 * n, 16), 1, torch.int8)), torch.rand(2 * n)) for n in (32, 16)]
 TOKENS = (torch.rand(3, 16), torch.tensor([[0, 1], [1, 2], [0, 0]]), torch.rand(3, 2))
 ALL["experts"] = [(*TOKENS, *map(list, STACKS), 2, 16, "silu"), (*TOKENS, *map(list, STACKS), 2, 16, "gelu", False, 7)]
+CODES_OF = [torch.zeros(300, dtype=torch.uint8)]
+ALL["optimizer_step"] = [
+    ("adam", [1.0] * 10, [torch.ones(300)], [torch.ones(300)], CODES_OF, CODES_OF, [torch.ones(2)], [torch.ones(2)]),
+    ("lion", [1.0] * 10, [torch.ones(300)], [torch.ones(300)], [torch.ones(300)], [], [], []),
+]
+ALL["square_sum"] = [([torch.ones(300), torch.ones(3).half()], 1.0)]
 ALL["experts_backward"] = [(torch.rand(3, 16), *ALL["experts"][0])]
 
 
@@ -125,7 +131,7 @@ def check(call: tuple[str, list[Any], list[tuple[int, str]]]) -> None:
     except REFUSED as error:
         assert str(error), "an error says what is wrong"
         return
-    for tensor in result if isinstance(result, tuple) else (result,):
+    for tensor in result if isinstance(result, tuple) else (result,) if result is not None else ():
         assert isinstance(tensor, Tensor)
         if type(tensor) is Tensor and tensor.is_cpu and not torch._is_functional_tensor(tensor):
             tensor.clone()  # all of it can be read

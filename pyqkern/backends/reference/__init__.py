@@ -35,6 +35,7 @@ from pyqkern.backends.reference.int8 import (
     panels,
     splits,
 )
+from pyqkern.backends.reference.optimizer import optimizer_step, square_sum
 from pyqkern.backends.reference.recurrent import recurrent
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "int8_unpack",
     "linear_4bit",
     "min_max",
+    "optimizer_step",
     "pack_4bit",
     "pack_scales",
     "packed_shape",
@@ -67,6 +69,7 @@ __all__ = [
     "rows_4bit",
     "slice_4bit",
     "splits",
+    "square_sum",
     "unpack_4bit",
     "unpack_scales",
 ]
