@@ -141,7 +141,7 @@ def main() -> int:
 
     def batches(rows: list[tuple[str, str]]) -> list[dict[str, Tensor]]:
         texts = [text for text, _ in rows]
-        return [bench_accuracy._tokens(tokenizer, texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+        return [bench_accuracy.tokens(tokenizer, texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
 
     truth = label_ids([label for _, label in test], base.config.label2id)
     data = {"train": batches(chosen), "test": batches(test), "truth": truth}

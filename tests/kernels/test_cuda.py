@@ -45,6 +45,7 @@ PACKED = {
     "int8_linear": 1,
     "int8_linear_static": 1,
     "int8_linear_outlier": 1,
+    "int8_linear_weight_only": 1,
     "int8_embedding": 1,
     "unpack_4bit": 0,
     "linear_4bit": 1,
@@ -112,6 +113,11 @@ def largest_difference(name: str, arguments: tuple[object, ...], y: Tensor) -> f
         x, scales = arguments[0].double(), arguments[2]
         k = x.shape[-1]
         return k * float(x.abs().max()) * float(scales.max()) * (2.0**-8 + 0.5 / 127 + 0.5 / 32)
+    if name == "int8_linear_weight_only":
+        # On a GPU weights are rounded to x's dtype first; each sum of k products is within (k + 1) * 2**-24 of exact.
+        x, scales = arguments[0].double(), arguments[2]
+        k, eps = x.shape[-1], torch.finfo(y.dtype).eps
+        return k * float(x.abs().max()) * 127 * float(scales.max()) * (eps + 2 * (k + 1) * 2.0**-24) + eps * top
     fused = {"int8_linear": 4, "int8_linear_outlier": -1}
     if name == "int8_linear_outlier" or "gelu" in arguments:
         assert name != "int8_linear" or arguments[fused[name]] == "gelu"
