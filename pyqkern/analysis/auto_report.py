@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyqkern.analysis.records import matplotlib_pyplot
-from pyqkern.analysis.report import escaped, image, write_page
+from pyqkern.analysis.report import html_table, image, write_page
 from pyqkern.models.plan import Choice, Figures, Plan
 from pyqkern.models.summary import said_bytes
 
@@ -26,9 +26,9 @@ def auto_report(path: str | os.PathLike[str], plan: Plan, *, title: str = "Plan"
     body = [
         f"<h2>{'Time' if plan.objective == 'time' else 'Bytes'} against score</h2>",
         image(draw(plan), "cost against score of the plan, float and single schemes"),
-        _table(["", "ms", "MB", "damage", "score"], [_figures_row(one) for one in shown]),
+        html_table(["", "ms", "MB", "damage", "score"], [_figures_row(one) for one in shown]),
         "<h2>Layers</h2>",
-        _table(
+        html_table(
             ["layer", "becomes", "ms", "in float", "bytes", "in float", "damage"],
             [_choice_row(choice) for choice in plan.choices],
         ),
@@ -96,10 +96,3 @@ def _choice_row(choice: Choice) -> list[str]:
     times = [f"{1e3 * seconds:.3f}" for seconds in (choice.seconds, choice.float_seconds)]
     sizes = [said_bytes(size) for size in (choice.bytes, choice.float_bytes)]
     return [choice.name or "(the model)", choice.title, *times, *sizes, f"{choice.damage:.3g}"]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f'<div class="scroll"><table>{line(columns, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'

@@ -284,11 +284,15 @@ def image(figure: Any, alternative: str) -> str:
 
 def table(records: Records[Any]) -> str:
     """The first ROWS records as HTML."""
+    rows = records.rows()
+    more = f"<p>and {len(rows) - ROWS} more</p>" if len(rows) > ROWS else ""
+    return html_table(records.columns, rows[:ROWS]) + more
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns and cells, which are text, as HTML that scrolls where it is too wide."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    rows = records.rows()
-    more = f"<p>and {len(rows) - ROWS} more</p>" if len(rows) > ROWS else ""
-    lines = [line(records.columns, "th"), *(line(row, "td") for row in rows[:ROWS])]
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>{more}'
+    return f'<div class="scroll"><table>{line(columns, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
