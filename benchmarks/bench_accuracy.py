@@ -138,6 +138,11 @@ def fine_tuned(
     return folder
 
 
+def batched(tokenizer: Any, rows: Texts) -> Batches:
+    """The texts as the model takes them, BATCH at a time, in their order."""
+    return [tokens(tokenizer, [text for text, _ in rows[i : i + BATCH]]) for i in range(0, len(rows), BATCH)]
+
+
 def tokens(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
     return dict(tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"))
 
@@ -288,9 +293,9 @@ def main() -> int:
     base = AutoModelForSequenceClassification.from_pretrained(folder).float().eval()
     test = sorted(test[: arguments.limit or None], key=lambda row: len(row[0]))
     truth = label_ids([label for _, label in test], base.config.label2id)
-    batches = [tokens(tokenizer, [text for text, _ in test[i : i + BATCH]]) for i in range(0, len(test), BATCH)]
+    batches = batched(tokenizer, test)
     chosen = random.Random(0).sample(train, min(CALIBRATION_TEXTS, len(train)))
-    calibration = [tokens(tokenizer, [t for t, _ in chosen[i : i + BATCH]]) for i in range(0, len(chosen), BATCH)]
+    calibration = batched(tokenizer, chosen)
     contenders = {**own(calibration), **peers()}
     if unknown := set(arguments.only) - set(contenders):
         raise SystemExit(f"--only must be among {', '.join(contenders)}; got {', '.join(unknown)}")

@@ -21,10 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import bench_accuracy
 import common
 import torch
-from bench_accuracy import BATCH, add_outliers, fine_tuned, read
+from bench_accuracy import add_outliers, batched, fine_tuned, read
 from shapes import DRY
 from torch import Tensor, nn
 
@@ -139,12 +138,8 @@ def main() -> int:
     test = sorted(test[: options.limit or None], key=lambda row: len(row[0]))
     chosen = sorted(random.Random(0).sample(train, min(DAMAGE_TEXTS, len(train))), key=lambda row: len(row[0]))
 
-    def batches(rows: list[tuple[str, str]]) -> list[dict[str, Tensor]]:
-        texts = [text for text, _ in rows]
-        return [bench_accuracy.tokens(tokenizer, texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
-
     truth = label_ids([label for _, label in test], base.config.label2id)
-    data = {"train": batches(chosen), "test": batches(test), "truth": truth}
+    data = {"train": batched(tokenizer, chosen), "test": batched(tokenizer, test), "truth": truth}
     machine = common.machine()
     print(f"{machine['cpu']}, {len(test)} test texts, {options.threads} threads\n`{common.command()}`", flush=True)
     found = [measured(base, *CASES[i - 1], data, options) for i in options.cases]

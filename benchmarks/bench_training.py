@@ -145,9 +145,8 @@ def accuracy(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
             tokenizer = AutoTokenizer.from_pretrained(folder)
             with torch.inference_mode():
-                batches = [test[i : i + 32] for i in range(0, len(test), 32)]
-                tokens = [data.tokens(tokenizer, [text for text, _ in batch]) for batch in batches]
-                answers = torch.cat([model(**batch).logits.argmax(-1) for batch in tokens])
+                batches = data.batched(tokenizer, test)
+                answers = torch.cat([model(**batch).logits.argmax(-1) for batch in batches])
             found = float((answers == truth).float().mean())
             rows.append({"optimizer": name, "seed": seed, "accuracy": found})
             print(f"{name}, seed {seed}: {rows[-1]['accuracy']:.4f}", flush=True)

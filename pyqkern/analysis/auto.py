@@ -330,18 +330,21 @@ class _Auto:
 
         Where these would take more than COMPARED_BYTES, only one of them, from which all times are predicted.
         """
-        singles = sorted(self.singles, key=lambda one: one.single != "int8")
+        singles = self._references()
         if summary(self.model).bytes_before * len(singles) > COMPARED_BYTES:
             singles = singles[:1]
         wanted = {one.picks: one for one in (nothing, *singles, *kept)}
         models = [self._built(one) if any(one.picks) else self.model for one in wanted.values()]
         return dict(zip(wanted, model_seconds(models, self.timed), strict=True))
 
+    def _references(self) -> list[Candidate]:
+        """The single schemes; first "int8", if it is one of them, from which all times are predicted."""
+        return sorted(self.singles, key=lambda one: one.single != "int8")
+
     def _rest(self, measured: dict[tuple[int, ...], float]) -> float:
         """What one whole model took, "int8" if there is one, beside its units: what is left is the same in all."""
         nothing = self._candidate([0] * len(self.units))
-        singles = sorted(self.singles, key=lambda one: one.single != "int8")
-        base = next((one for one in singles if one.picks in measured), nothing)
+        base = next((one for one in self._references() if one.picks in measured), nothing)
         return measured[base.picks] - self._seconds(base)
 
     def _seconds(self, candidate: Candidate) -> float:
