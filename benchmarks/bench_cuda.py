@@ -243,7 +243,8 @@ def correctness(bench: Bench, shapes: Sequence[tuple[int, int, int]]) -> None:
 def measure_limits(bench: Bench, size: int) -> None:
     source = torch.randn(size, size, device=bench.device)
     target = torch.empty_like(source)
-    seconds, _ = bench.timer.seconds([lambda: target.copy_(source)])
+    # A kernel that reads and writes: in a graph, copy_ is a copy of the driver's, at 0.65 of its speed on an H200.
+    seconds, _ = bench.timer.seconds([lambda: torch.mul(source, 2, out=target)])
     bench.report.limits["copy GB/s"] = 2 * source.nbytes / seconds / 1e9
     a, b = bench.normal(size // 2, size // 2), bench.normal(size // 2, size // 2)
     seconds, _ = bench.timer.seconds([lambda: a @ b])

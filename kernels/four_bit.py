@@ -233,8 +233,9 @@ def dot_4bit_kernel(
         words = tl.load(words_ptr + row[:, None, None] * (K32 * 4) + word[None, :, :], mask=mask[:, :, None], other=0)
         block = (row[:, None] * K + group[None, :] * GROUP) // BLOCKSIZE
         absmax = _load_absmax(absmax_ptr, nested_absmax_ptr, nested_map_ptr, offset_ptr, block, mask)
-        w = (_unpack(words, levels) * absmax[:, :, None, None, None, None]).to(x_ptr.dtype.element_ty)
-        total = tl.dot(x, tl.reshape(w, (BLOCK_N, BLOCK_K)).T, total)
+        # Rounded behind the reshape: a reshape right before the product breaks Triton 3.6 where GROUP is 32.
+        w = tl.reshape(_unpack(words, levels) * absmax[:, :, None, None, None, None], (BLOCK_N, BLOCK_K))
+        total = tl.dot(x, w.to(x_ptr.dtype.element_ty).T, total)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     y_mask = (m < M)[:, None] & (n < N)[None, :]

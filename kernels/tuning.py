@@ -40,9 +40,11 @@ class Config:
     persistent: int = 0
 
 
-Table = dict[int, tuple[Config, ...]]  # the largest M of a bucket -> its configurations, the largest tile first
+Table = dict[int, tuple[Config, ...]]  # the largest M of a bucket -> its configurations, the first the usual one
 
 LARGE = 1 << 62
+
+GEMV_WARPS = 6  # a matrix-vector kernel has enough warps if each multiprocessor has as many
 
 Problem = TypeVar("Problem")  # the tensors that a kernel is timed on
 
@@ -60,10 +62,9 @@ _INT8_SMALL: Table = {
         Config(64, 32, 256, 4, 3, split_k=0),
     ),
 }
+# Measured at M = 1 on an H200: few warps to a program, which waits at barriers less, as long as there are enough.
 _FOUR_BIT_GEMV: Table = {
-    1: (Config(1, 16, 1024, 4, 2), Config(1, 8, 1024, 4, 3), Config(1, 4, 1024, 4, 3), Config(1, 4, 256, 1, 3)),
-    2: (Config(2, 16, 1024, 4, 2), Config(2, 8, 1024, 4, 3), Config(2, 4, 1024, 4, 3)),
-    4: (Config(4, 16, 512, 4, 2), Config(4, 8, 1024, 4, 2), Config(4, 4, 1024, 4, 2)),
+    m: (Config(m, 16, 256, 2, 3), Config(m, 16, 512, 4, 3), Config(m, 4, 256, 1, 3)) for m in (1, 2, 4)
 }
 _FOUR_BIT_DOT: Table = {
     16: (
@@ -86,11 +87,9 @@ CONFIGS: dict[str, dict[str, Table]] = {
         },
         "90": _INT8_SMALL
         | {
-            # Triton waits for each int8 wgmma before it issues the next: a step of 256 halves the number of gaps.
+            # Triton waits for each int8 wgmma before it issues the next (it overlaps those with fp32 sums only), so two
+            # programs share a multiprocessor: one multiplies while the other waits. One with larger tiles is slower.
             LARGE: (
-                Config(128, 256, 256, 8, 2, tma=True, persistent=1),
-                Config(128, 256, 128, 8, 4, tma=True, persistent=1),
-                Config(256, 128, 128, 8, 4, tma=True, persistent=1),
                 Config(128, 128, 128, 4, 3, tma=True, persistent=2),
                 Config(64, 128, 128, 4, 4, tma=True, persistent=2),
                 Config(64, 64, 128, 4, 4, tma=True, persistent=3),
@@ -131,18 +130,32 @@ def split(config: Config, processors: int, m: int, n: int, k: int) -> Config:
     return replace(config, split_k=max(1, min(2 * processors // tiles, k // (2 * config.block_k), 16)))
 
 
+def _cost(config: Config, processors: int, m: int, n: int) -> float:
+    """A product's time in some unit: how often each multiprocessor is filled, times the work on it then.
+
+    A tile's work is its area, and the more per area the smaller it is: operands are read from shared memory. 24 is from
+    128 x 128 and 64 x 128 at 4096^3 on an H200.
+    """
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    together = max(1, config.persistent)
+    work = config.block_m * config.block_n * (1 + 24 / config.block_m + 24 / config.block_n)
+    return triton.cdiv(tiles, together * processors) * together * work
+
+
 @functools.lru_cache(4096)
 def choose(kernel: str, device: torch.device, m: int, n: int, k: int) -> Config:
-    """The tuned configuration for the shape, or else the largest tile of which there are enough to fill the device."""
+    """The tuned configuration for the shape, or else the one of the table that fills the device best."""
     tuned = _read().get(devices.name(device), {}).get(_key(kernel, m, n, k))
     if tuned is not None:
         return tuned
     processors = devices.processors(device)
-    configs = candidates(kernel, devices.capability(device), m)
-    for config in configs:
-        if config.split_k == 0 or triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) >= processors:
-            return split(config, processors, m, n, k)
-    return split(configs[-1], processors, m, n, k)
+    first, *others = candidates(kernel, devices.capability(device), m)
+    if first.split_k == 0:  # fills the device by itself
+        return split(first, processors, m, n, k)
+    if kernel == "four_bit_gemv":
+        enough = (c for c in (first, *others) if triton.cdiv(n, c.block_n) * c.num_warps >= GEMV_WARPS * processors)
+        return next(enough, others[-1])
+    return min((first, *others), key=lambda config: _cost(config, processors, m, n))
 
 
 def tune(

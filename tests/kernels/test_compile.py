@@ -136,6 +136,7 @@ def compile_all(capability: int) -> list[Compiled]:
                     four_bit.linear_4bit(x, *plain4, bias, "nf4", 64, N, "auto", config)
             if kernel != "int8_matmul":
                 four_bit.linear_4bit(x, *nested4, bias, "fp4", 64, N, "auto", config)
+                four_bit.linear_4bit(x, packed4, empty(N * K // 32), *(None,) * 3, bias, "nf4", 32, N, "auto", config)
     return found
 
 

@@ -132,13 +132,23 @@ def test_an_unknown_approximation_is_refused() -> None:
 # ---- configurations
 
 
-def test_the_largest_tile_that_fills_the_device(h100: Path) -> None:
-    tiles = {m: tuning.choose("int8_matmul", CPU, m, 768, 768) for m in (1, 64, 512, 2048, 16384)}
-    assert (tiles[16384].block_m, tiles[16384].block_n, tiles[16384].tma) == (128, 256, True)  # 384 tiles
-    assert (tiles[2048].block_m, tiles[2048].block_n) == (64, 128)  # 192; the next larger would be 96
-    assert tiles[512] == tuning.candidates("int8_matmul", 90, 512)[-1]  # none has 132
-    assert tiles[1].split_k == tiles[64].split_k == 768 // 256  # all of K, in two steps or more to a program
+def test_the_tile_that_fills_the_device_best(h100: Path) -> None:
+    """As an H200 measured them, which has as many multiprocessors."""
+
+    def tile(kernel: str, m: int, n: int, k: int) -> tuple[int, ...]:
+        config = tuning.choose(kernel, CPU, m, n, k)
+        return config.block_m, config.block_n, config.block_k
+
+    assert tile("int8_matmul", 4096, 4096, 4096) == (128, 128, 128)
+    assert tile("int8_matmul", 16384, 768, 3072) == tile("int8_matmul", 16384, 3072, 768) == (128, 128, 128)
+    assert tile("int8_matmul", 2048, 3072, 768) == (64, 128, 128)  # of 128 x 128 there are 1.5 rounds
+    assert tile("int8_matmul", 2048, 768, 768) == tile("int8_matmul", 512, 768, 768) == (64, 64, 128)
+    for m in (1, 64):
+        assert tuning.choose("int8_matmul", CPU, m, 768, 768).split_k == 768 // 256  # two steps or more to a program
     assert tuning.choose("int8_matmul", CPU, 16, 8192, 8192).split_k == 2  # two programs per multiprocessor are enough
+    assert tile("four_bit_gemv", 1, 8192, 8192) == (1, 16, 256)
+    assert tile("four_bit_gemv", 1, 4096, 4096) == (1, 16, 512)
+    assert tile("four_bit_gemv", 1, 3072, 768) == tile("four_bit_gemv", 1, 16, 768) == (1, 4, 256)
 
 
 def test_every_bucket_is_open_ended_or_small() -> None:
