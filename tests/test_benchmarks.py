@@ -1,4 +1,4 @@
-"""Every benchmark for CPUs runs, with tiny shapes: what the README calls, and every other way through it."""
+"""Every benchmark for CPUs runs, with tiny shapes: what the pages call, and every other way through it."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 from tiny import SENTENCES
 
 ROOT = Path(__file__).resolve().parents[1]
-README = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+PAGES = " ".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "training"))
 
 WAYS = {
     "bench_affine.py": ["--json r.json --plot r.png"],
@@ -24,7 +24,7 @@ WAYS = {
     "bench_auto.py": [],
     "bench_training.py": ["--json r.json", "--threads 2 --optimizers SGD,Lion", "--data FOLDER"],
 }
-IN_README = re.findall(r"`python benchmarks/(\w+\.py)([^`]*)`", README)
+ON_PAGES = re.findall(r"`python benchmarks/(\w+\.py)([^`]*)`", re.sub(r"\s+", " ", PAGES))
 
 # One process for all calls of a benchmark: most of the time goes into importing torch.
 RUN = """
@@ -42,8 +42,8 @@ for call in calls:
 
 
 def calls_of(script: str) -> list[str]:
-    """Those of the README, then the rest; in one process, and without --peers, which must be installed for."""
-    found = [options for name, options in IN_README if name == script]
+    """Those of the pages, then the rest; in one process, and without --peers, which must be installed for."""
+    found = [options for name, options in ON_PAGES if name == script]
     listed = [re.sub(r"--peers( (?!--)\S+)?|--isolate", "", options).strip() for options in found]
     return list(dict.fromkeys([*listed, *WAYS[script]]))
 
@@ -51,7 +51,7 @@ def calls_of(script: str) -> list[str]:
 def test_every_benchmark_is_listed() -> None:
     scripts = {path.name for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert scripts == {*WAYS, "bench_cuda.py"}  # which test_launch.py runs
-    assert {name for name, _ in IN_README} == scripts
+    assert {name for name, _ in ON_PAGES} == scripts
 
 
 @pytest.mark.parametrize("script", WAYS)
