@@ -5,10 +5,13 @@ import platform
 import shlex
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_clib import build_clib
 
 
 def accepted(*flags: str) -> list[str]:
@@ -32,10 +35,22 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512vnni": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
     }
 
+
+class BuildLibraries(build_clib):
+    """Compiles the libraries side by side: each is one file, which takes up to a minute."""
+
+    def build_libraries(self, libraries: list[Any]) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda library: build_clib.build_libraries(self, [library]), libraries))
+
+
+ParallelCompile(default=0).install()  # the extension's files too, on as many threads as there are CPUs
+
 SOURCES = [str(path) for folder in ("csrc", "csrc/python") for path in sorted(Path(folder).glob("*.cpp"))]
 HEADERS = [str(path) for path in sorted(Path("csrc").rglob("*")) if path.suffix in (".h", ".inl")]
 
 setup(
+    cmdclass={"build_clib": BuildLibraries},
     libraries=[
         (
             f"pyqkern_{isa}",
