@@ -140,7 +140,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """absmax fp32 [blocks] -> codes uint8 [blocks], nested_absmax fp32 [blocks / 256], map fp32 [256], offset []."""
     values = dynamic_map().to(absmax.device)
     # On the CPU: a GPU adds in another order.
-    offset = (absmax.cpu() if absmax.is_cuda else absmax).mean().to(absmax.device)
+    offset = absmax.cpu().mean().to(absmax.device)
     centred = absmax - offset
     padded = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
     nested = padded.abs().amax(1)
