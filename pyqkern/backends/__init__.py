@@ -37,6 +37,9 @@ ACTIVATION_BITS = (8, 7)
 # The activations that the linear's tail can apply; the position is the code that C++ takes.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
+# The activations of a decoder's feed-forward; the position is the code that C++ takes.
+DECODER_ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")
+
 # The activations that the gate of experts can apply.
 GATE_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -114,6 +117,46 @@ class StepNumbers(NamedTuple):
     root: float
     eps: float
     size: float
+
+
+class DecoderForm(NamedTuple):
+    """All of a decoder layer but its tensors: `pyqkern.ops.decoder` says what each means."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate_size: int
+    scaling: float
+    eps: float
+    activation: str
+    gated: bool
+    quant_type: str = "int8"
+    symmetric: bool = False
+    compute: str = "auto"
+    blocksize: int = 0
+    norm_offset: float = 0.0
+    interleaved: bool = False
+    window: int = 0
+
+    @property
+    def is_int8(self) -> bool:
+        return self.quant_type.startswith("int8")
+
+    def linears(self, count: int, hidden: int) -> list[tuple[str, int, int]]:
+        """Name and sizes [n, k] of each of `count` linears, in their order."""
+        query, key, wide = self.heads * self.head_size, self.kv_heads * self.head_size, self.intermediate_size
+        one = [("query, key and value", query + 2 * key, hidden)]
+        three = [("query", query, hidden), ("key", key, hidden), ("value", key, hidden)]
+        up = [("gate and up", 2 * wide, hidden)] if self.gated else [("up", wide, hidden)]
+        ways = [(one, up), (three, up)]
+        if self.gated:
+            two = [("gate", wide, hidden), ("up", wide, hidden)]
+            ways += [(one, two), (three, two)]
+        for inputs, first in ways:
+            if len(inputs) + len(first) + 2 == count:
+                return [*inputs, ("output", hidden, query), *first, ("down", hidden, wide)]
+        wanted = "4 to 7" if self.gated else "4 or 6"
+        raise ValueError(f"weights must be {wanted} where gated is {self.gated}, got {count}")
 
 
 class Kernels(Protocol):

@@ -22,6 +22,7 @@ from pyqkern.backends import (
     OPTIMIZERS,
     PANEL,
     STRIP,
+    DecoderForm,
     Shape,
     Sizes,
     StepNumbers,
@@ -294,6 +295,54 @@ def encoder_layer(
         ACTIVATION_CODES[activation], symmetric, bits, book, blocksize, y,
     )  # fmt: skip
     return y
+
+
+# ---- the decoder layer, which no other backend has
+
+
+def decoder_layer(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    past: int,
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norms: Sequence[Tensor],
+    nested: Sequence[Tensor],
+    head_norms: Sequence[Tensor],
+    form: DecoderForm,
+) -> Tensor:
+    from pyqkern.backends.reference.decoder import decoder_layer as reference
+
+    plain_weights, plain_scales = list(weights), list(scales)
+    for i, (_, n, k) in enumerate(form.linears(len(weights), x.shape[-1])):
+        if form.is_int8:
+            plain_weights[i] = int8_unpack(weights[i], n, k)
+        else:
+            plain_weights[i] = unpack_4bit(weights[i], n, k, form.blocksize)
+            plain_scales[i] = unpack_scales(scales[i], n, k, form.blocksize)
+    return reference(
+        x,
+        keys,
+        values,
+        past,
+        mask,
+        position_bias,
+        cos,
+        sin,
+        plain_weights,
+        plain_scales,
+        biases,
+        norms,
+        nested,
+        head_norms,
+        form,
+    )
 
 
 # ---- recurrent layers

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, Kernels, Weight4bit, cpu
+from pyqkern.backends import ACTIVATIONS, INT8_LINEAR_MAX_K, Kernels, cpu
 from pyqkern.ops.checks import FLOATS
-from pyqkern.ops.four_bit import check_format, check_weight
+from pyqkern.ops.four_bit import check_format
+from pyqkern.ops.layers import check_added, check_linear, check_vector, readable
 from pyqkern.ops.registry import nobody_listens, operator
 
 LINEARS = ("query", "key", "value", "output", "up", "down")
@@ -94,17 +95,8 @@ def _check_vectors(norms: Sequence[Tensor], factors: Sequence[Tensor]) -> int:
         if norm.shape != (hidden,):
             raise ValueError(f"norms must be floats [{hidden}] of one dtype, got {norm.dtype} {tuple(norm.shape)}")
     for factor in factors:
-        _check_dtype("factors", factor, hidden, factor.dtype is torch.float32, "float32")
+        check_vector("factors", factor, hidden, factor.dtype is torch.float32, "float32")
     return hidden
-
-
-def _check_dtype(name: str, tensor: Tensor, n: int, is_right: bool, wanted: str) -> None:
-    """A vector [n] of the wanted dtype."""
-    message = f"{name} must be {wanted} [{n}], got {tensor.dtype} {tuple(tensor.shape)}"
-    if not is_right:
-        raise TypeError(message)
-    if tensor.shape != (n,):
-        raise ValueError(message)
 
 
 def _check_format(heads: int, attention: int, wide: int, activation: str, symmetric: bool, form: Form) -> None:
@@ -133,59 +125,9 @@ def check(
     for i, (name, (n, k)) in enumerate(zip(LINEARS, sizes, strict=True)):
         bias = biases[i]
         if bias is not None:
-            _check_dtype(f"the bias of {name}", bias, n, bias.dtype in FLOATS, "floats")
-        if form.is_int8:
-            _check_int8(name, weights[i], scales[i], n, k)
-        else:
-            nested = tuple(form.nested[3 * i : 3 * i + 3]) or (None, None, None)
-            _check_4bit(
-                name, Weight4bit._make((weights[i], scales[i], *nested, form.quant_type, form.blocksize, (n, k)))
-            )
-
-
-def _check_int8(name: str, packed: Tensor, scale: Tensor, n: int, k: int) -> None:
-    if k > INT8_LINEAR_MAX_K:
-        raise ValueError(f"in_features must be at most {INT8_LINEAR_MAX_K}, got {k} in {name}")
-    if packed.dtype is not torch.int8:
-        raise TypeError(f"the weight of {name} must be int8, got {packed.dtype}")
-    if packed.shape not in (cpu.packed_shape(n, k), cpu.packed_shape(n, k, True)):
-        raise ValueError(
-            f"the weight of {name} must be what int8_pack makes of [{n}, {k}], got shape {tuple(packed.shape)}"
-        )
-    _check_dtype(f"the scale of {name}", scale, n, scale.dtype is torch.float32, "float32")
-
-
-def _check_4bit(name: str, weight: Weight4bit) -> None:
-    (n, k), blocksize = weight.shape, weight.blocksize
-    if not cpu.in_panels(n, k, blocksize):
-        raise ValueError(f"the rows of {name} must be whole blocks of {blocksize}, and 16 or more, got [{n}, {k}]")
-    try:
-        check_weight(weight, cpu.packed_shapes_4bit(n, k, blocksize), weight.packed.device)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def _readable(mask: Tensor | None) -> Tensor | None:
-    """A mask or a bias with its keys beside each other, bool or fp32."""
-    if mask is not None and mask.dim() and mask.stride(-1) != 1:
-        mask = mask.contiguous()
-    return mask.float() if mask is not None and mask.dtype in (torch.bfloat16, torch.float16) else mask
-
-
-def _check_added(name: str, mask: Tensor | None, batch: int, heads: int, length: int) -> None:
-    if mask is None:
-        return
-    allowed = ((1, batch), (1, heads), (1, length), (length,))
-    if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
-        way = "; give the model its usual mask, [batch, length] with 1 for tokens and 0 for padding"
-        raise ValueError(
-            f"{name} must be [{batch} or 1, {heads} or 1, {length} or 1, {length}], got {tuple(mask.shape)}"
-            + way * (name == "attention_mask")
-        )
-    if mask.dtype is not torch.bool and mask.dtype not in FLOATS:
-        raise TypeError(f"{name} must be bool or a float added to the scores, got {mask.dtype}")
-    if not mask.is_cpu:
-        raise ValueError(f"{name} must be on the CPU, where x is, got {mask.device}")
+            check_vector(f"the bias of {name}", bias, n, bias.dtype in FLOATS, "floats")
+        nested = form.nested[3 * i : 3 * i + 3]
+        check_linear(name, weights[i], scales[i], n, k, form.quant_type, form.blocksize, nested)
 
 
 def _check_input(
@@ -202,8 +144,9 @@ def _check_input(
         )
     if len(eps) != 2:
         raise ValueError(f"eps must be two numbers, one for each LayerNorm, got {len(eps)}")
-    _check_added("attention_mask", mask, x.shape[0], heads, x.shape[1])
-    _check_added("position_bias", position_bias, x.shape[0], heads, x.shape[1])
+    batch, length = x.shape[:2]
+    check_added("attention_mask", mask, batch, heads, length, (length,))
+    check_added("position_bias", position_bias, batch, heads, length, (length,))
 
 
 def _run(
@@ -214,7 +157,7 @@ def _run(
     """The C++ kernel, which checks what it is given once more."""
     bits = 7 if form.quant_type == "int8-a7" else 8
     return cpu.encoder_layer(
-        x.contiguous(), _readable(mask), _readable(position_bias), weights, scales, biases, form.nested, norms, factors,
+        x.contiguous(), readable(mask), readable(position_bias), weights, scales, biases, form.nested, norms, factors,
         form.rows(scales), heads, eps, scaling, activation, symmetric, bits,
         None if form.is_int8 else form.quant_type, form.blocksize,
     )  # fmt: skip
