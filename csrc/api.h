@@ -1,6 +1,6 @@
 // The operations on whole tensors: affine.cpp, int8.cpp, weight_only.cpp, four_bit.cpp, embedding.cpp, encoder.cpp,
-// recurrent.cpp, gate.cpp and optimizer.cpp cut them into pieces for the kernels and the threads. Each reads kernels()
-// once, so that a call does not mix two ISAs.
+// decoder.cpp, recurrent.cpp, gate.cpp and optimizer.cpp cut them into pieces for the kernels and the threads. Each reads
+// kernels() once, so that a call does not mix two ISAs.
 // Pointers are to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
 #pragma once
 
@@ -55,8 +55,8 @@ struct Weight4Bit {
 };
 bool in_panels(size_t N, size_t K, size_t blocksize);
 
-// One linear of an encoder layer or of a recurrent one: an INT8 weight [N, K] as int8_pack makes it with one scale per
-// row, or, where packed.panels is nullptr, one of 4 bits (in panels for the encoder); bias [N] of bias_dtype or nullptr.
+// One linear of an encoder or decoder layer or of a recurrent one: an INT8 weight [N, K] as int8_pack makes it with one scale per
+// row, or, where packed.panels is nullptr, one of 4 bits (in panels but for a recurrent layer); bias [N] of bias_dtype or nullptr.
 struct EncoderLinear {
   Packed packed;
   const float* scale;
@@ -82,7 +82,7 @@ struct EncoderLayer {
   const float *input_factor, *up_factor;
 };
 
-// An attention mask [batch, heads, length, length]: true where a key is seen, or fp32 added to the scores. Strides in
+// An attention mask [batch, heads, length, keys]: true where a key is seen, or fp32 added to the scores. Strides in
 // elements, 0 where a dimension is broadcast; keys are contiguous. data = nullptr: everyone sees everyone.
 struct Mask {
   const void* data;
@@ -95,6 +95,52 @@ struct Mask {
 // query that NaN is added to gives NaN.
 void encoder_layer(const void* x, int dtype, size_t batch, size_t length, const Mask& mask, const Mask& bias,
                    const EncoderLayer& layer, void* y);
+
+// A decoder layer: h = x + output(attention(norm(x))), y = h + down(activation(gate(norm(h))) * up(norm(h))).
+struct DecoderLayer {
+  EncoderLinear inputs[3];  // query, key and value; or one with the rows of all
+  size_t input_count;
+  bool interleaved;  // the rows of the one: of each head its query, key and value; else all queries, keys, values
+  EncoderLinear output;
+  EncoderLinear wide[2];  // gate and up; or one with the rows of both, or up alone
+  size_t wide_count;
+  bool gated;
+  EncoderLinear down;
+  const void* norm[4];  // weight and bias [hidden size] before attention, and before the feed-forward; no bias: RMSNorm
+  int norm_dtype;
+  const void* head_norm[2];  // weights [head size] of RMSNorm of queries and of keys, or nullptr
+  int head_norm_dtype;
+  float norm_offset, eps, scaling;
+  size_t heads, kv_heads, head_size, hidden, intermediate;
+  int activation;  // Elementwise
+  bool symmetric;  // as for the encoder
+  int bits;
+  bool in_float;  // the rows of linears are not quantized
+  size_t window;  // how many keys a query sees without a mask; 0: all before it
+};
+
+// keys or values [batch, kv_heads, capacity, head_size] of dtype; strides in elements, those of a head are contiguous.
+struct Cache {
+  void* data;
+  size_t batch_stride, head_stride, row_stride;
+};
+struct Caches {
+  Cache keys, values;
+  int dtype;
+  size_t past;  // rows before those of x
+};
+
+// cos and sin [batch, length, dims] of dtype, or nullptr; contiguous, batch_stride 0 where they are one for all.
+struct Rotary {
+  const void *cos, *sin;
+  int dtype;
+  size_t dims, batch_stride;
+};
+
+// y [batch, length, hidden size] of x, both of `dtype`; rows [past, past + length) of the caches are written. A mask
+// says who sees whom among the first past + length keys; without one it is causal. bias as for the encoder.
+void decoder_layer(const void* x, int dtype, size_t batch, size_t length, const Caches& caches, const Mask& mask,
+                   const Mask& bias, const Rotary& rotary, const DecoderLayer& layer, void* y);
 
 // One direction of a recurrent layer: the linears of its input and of its hidden state, to gates_of(cell) gates, and,
 // where projection.N is not 0, that of the new hidden state, to fewer features. Biases are fp32 or nullptr.

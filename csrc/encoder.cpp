@@ -28,8 +28,6 @@ constexpr size_t kTileRows = 8;
 
 struct Sentence { size_t batch, first, count; };  // tokens [first, first + count) of the packed rows
 
-constexpr float kMasked = -1e4f;  // a score lowered by this is out of the softmax
-
 float mask_at(const Mask& m, size_t i) {
   if (m.is_bool) return static_cast<const uint8_t*>(m.data)[i] ? 0.0f : std::numeric_limits<float>::lowest();
   return static_cast<const float*>(m.data)[i];

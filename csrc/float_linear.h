@@ -51,6 +51,29 @@ struct FloatRows {
   bool in_tiles;
 };
 
+// Totals of these rows and one strip, [rows][kStrip], and what is left to do to them (Finish): of an INT8 weight
+// [N, K], w_scale; of one of 4 bits nothing; of integers row_scale.
+void weight_only_totals(const Kernels& k, const Packed& w, size_t N, size_t K, const FloatRows& in, size_t strip,
+                        float* total);
+void four_bit_totals(const Kernels& k, const Weight4Bit& w, const FloatRows& in, size_t strip, float* total);
+
+// Rows as integers: four_bit_load_rows' codes [rows][fold.bytes(K)], and one scale for each row.
+struct IntegerRows {
+  int8_t* x;
+  float* scale;
+  Fold fold;
+};
+void four_bit_totals(const Kernels& k, const Weight4Bit& w, const IntegerRows& q, size_t strip, size_t rows,
+                     float* total);
+
+// How the rows of a call lie as integers.
+Fold fold_of(const Kernels& k, const Weight4Bit& w);
+
+// Quantizes up to kLoadRows rows of x [rows, K] for a weight of this book.
+constexpr size_t kLoadRows = 16;
+void load_integer_rows(const Kernels& k, const void* x, int dtype, size_t rows, size_t K, const Codebook& book,
+                       const IntegerRows& to);
+
 // The rows of x, all in a buffer of this thread, or where they are if nothing is to be done.
 inline FloatRows float_rows(const Kernels& k, const void* x, int dtype, const Blocks& blocks, size_t K, int count) {
   const bool in_tiles = blocks.rows > kGemvRows;

@@ -10,6 +10,7 @@ namespace {
 constexpr size_t kSerial = 1 << 15;   // elements: below this a second thread costs more than it brings
 constexpr size_t kPiece = 1 << 16;    // elements of a piece, a multiple of every blocksize
 constexpr size_t kStream = 16 << 20;  // bytes written: beyond what stays in the cache, stores go past it
+constexpr size_t kShortestFold = 8;   // quads: shorter sums in int16 save nothing
 constexpr size_t kChunk = 256;        // columns of a strip that are integers at a time: 16 KB, which stay in L1
 
 const uint8_t* strip_codes(const Weight4Bit& w, size_t strip) {
@@ -51,9 +52,9 @@ void flat_totals(const Kernels& k, const Weight4Bit& w, const float* absmax, con
   }
 }
 
-constexpr size_t kShortestFold = 8;  // quads: shorter sums in int16 save nothing
+}  // namespace
 
-// How the rows of a call lie as integers. int16 holds a fold where 2 * quads * 127 * (the greatest |integer|) <= 32767.
+// int16 holds a fold where 2 * quads * 127 * (the greatest |integer|) <= 32767.
 Fold fold_of(const Kernels& k, const Weight4Bit& w) {
   const int8_t* integer = w.book->integer;
   const int least = *std::min_element(integer, integer + 16), most = *std::max_element(integer, integer + 16);
@@ -64,14 +65,7 @@ Fold fold_of(const Kernels& k, const Weight4Bit& w) {
   return {short_sums ? quads : step, -least, short_sums};
 }
 
-// Rows as integers: four_bit_load_rows' codes [rows][fold.bytes(K)], and one scale for each row.
-struct Rows4Bit {
-  const int8_t* x;
-  const float* scale;
-  Fold fold;
-};
-
-void fp32_totals(const Kernels& k, const Weight4Bit& w, const FloatRows& in, size_t strip, float* total) {
+void four_bit_totals(const Kernels& k, const Weight4Bit& w, const FloatRows& in, size_t strip, float* total) {
   const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize), most = kStepMax / size;
   const float* scales = strip_scales(w, strip);
   const uint8_t* packed = strip_codes(w, strip);
@@ -92,7 +86,8 @@ void fp32_totals(const Kernels& k, const Weight4Bit& w, const FloatRows& in, siz
   }
 }
 
-void int8_totals(const Kernels& k, const Weight4Bit& w, const Rows4Bit& q, size_t strip, size_t rows, float* total) {
+void four_bit_totals(const Kernels& k, const Weight4Bit& w, const IntegerRows& q, size_t strip, size_t rows,
+                     float* total) {
   const size_t count = panels_of(w.N, strip), size = step_of(w.blocksize), most = kChunk / size,
                ldx = q.fold.bytes(w.K);
   const float* scales = strip_scales(w, strip);
@@ -117,6 +112,17 @@ void int8_totals(const Kernels& k, const Weight4Bit& w, const Rows4Bit& q, size_
   }
 }
 
+void load_integer_rows(const Kernels& k, const void* x, int dtype, size_t rows, size_t K, const Codebook& book,
+                       const IntegerRows& to) {
+  int32_t correction[kLoadRows];
+  const QRows part{scratch(kRows, kLoadRows * K * k.row_element_bytes), to.scale, correction};
+  k.int8_quantize_rows(x, dtype, K, rows, K, true, part);
+  k.four_bit_load_rows(part, rows, K, to.fold, to.x);
+  for (size_t r = 0; r < rows; ++r) to.scale[r] *= 1.0f / book.levels;
+}
+
+namespace {
+
 // The linear with quantized rows, for a weight in panels.
 void linear_int8(const Kernels& k, const void* x, int dtype, const Weight4Bit& w, size_t M, int count, Finish finish) {
   const size_t K = w.K;
@@ -124,17 +130,14 @@ void linear_int8(const Kernels& k, const void* x, int dtype, const Weight4Bit& w
   const size_t ldx = fold.bytes(K);
   float* scale = static_cast<float*>(scratch(kRowScales, M * sizeof(float)));
   int8_t* rows_of = static_cast<int8_t*>(scratch(kPacked, M * ldx));
-  parallel_for((M + 15) / 16, count, [&](size_t i) {
-    const size_t m = i * 16, rows = std::min<size_t>(16, M - m);
-    int32_t correction[16];
-    const QRows part{scratch(kRows, 16 * K * k.row_element_bytes), scale + m, correction};
-    k.int8_quantize_rows(static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, K, rows, K, true, part);
-    k.four_bit_load_rows(part, rows, K, fold, rows_of + m * ldx);
-    for (size_t r = 0; r < rows; ++r) scale[m + r] *= 1.0f / w.book->levels;
+  parallel_for((M + kLoadRows - 1) / kLoadRows, count, [&](size_t i) {
+    const size_t m = i * kLoadRows;
+    load_integer_rows(k, static_cast<const char*>(x) + m * K * dtype_size(dtype), dtype, std::min(kLoadRows, M - m), K,
+                      *w.book, {rows_of + m * ldx, scale + m, fold});
   });
   finish.row_scale = scale;
   for_strips(k, Blocks(M), count, finish, [&](size_t m, size_t rows, size_t strip, float* total) {
-    int8_totals(k, w, {rows_of + m * ldx, scale + m, fold}, strip, rows, total);
+    four_bit_totals(k, w, IntegerRows{rows_of + m * ldx, scale + m, fold}, strip, rows, total);
   });
 }
 
@@ -226,7 +229,7 @@ void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* 
   if (!in_panels(w.N, w.K, w.blocksize)) return linear_flat(k, x, dtype, w, M, count, finish);
   if (as_int8) return linear_int8(k, x, dtype, w, M, count, finish);
   float_linear(k, x, dtype, M, w.N, w.K, nullptr, wide_bias, y,
-               [&](const FloatRows& in, size_t strip, float* total) { fp32_totals(k, w, in, strip, total); });
+               [&](const FloatRows& in, size_t strip, float* total) { four_bit_totals(k, w, in, strip, total); });
 }
 
 void four_bit_rows(const Kernels& k, const QRows& q, size_t rows, const Weight4Bit& w, const float* bias,
@@ -238,7 +241,7 @@ void four_bit_rows(const Kernels& k, const QRows& q, size_t rows, const Weight4B
   for (size_t r = 0; r < rows; ++r) row_scale[r] = q.scale[r] * (1.0f / w.book->levels);
   float* total = static_cast<float*>(scratch(kTotals, rows * kStrip * sizeof(float)));
   for (size_t strip = 0; strip < strips(w.N); ++strip) {
-    int8_totals(k, w, {x, row_scale, fold}, strip, rows, total);
+    four_bit_totals(k, w, IntegerRows{x, row_scale, fold}, strip, rows, total);
     k.finish_totals(total, row_scale, nullptr, bias, activation, rows, strip * kStrip,
                     std::min(kStrip, w.N - strip * kStrip), w.N, y, kFloat32);
   }

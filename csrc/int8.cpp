@@ -2,48 +2,16 @@
 #include <algorithm>
 #include <atomic>
 
-#include "api.h"
-#include "arena.h"
-#include "parallel.h"
+#include "int8_linear.h"
 
 namespace pyqkern {
 namespace {
 
-constexpr size_t kBlockBytes = 288 << 10;       // quantized rows that stay in L2 beside a strip of the weight
-constexpr size_t kSplitBlockBytes = 256 << 10;  // the same with their columns, for 128 rows at least: each block splits
-                                                // the weight anew
-constexpr size_t kStripPanels = 12;             // columns of a piece: a multiple of every tile width
-constexpr size_t kDotColumns = 64;              // columns of a piece where nothing is packed
-constexpr size_t kTileRows = 24;                // rows of a block: a multiple of every tile height
-
-// How the rows of one product are stored, and cut into blocks.
-struct RowForm {
-  size_t bytes;  // of a row
-  int bits;
-  bool has_columns;
-  size_t multiple, most;  // rows of a block: a multiple, and at most so many
-};
-
-RowForm form_of(const Kernels& k, size_t M, size_t K, const Packed& w, int bits) {
-  if (splits(k, M, w, bits)) {
-    const size_t bytes = split_row_bytes(K);
-    return {bytes, bits, true, kSplitRows,
-            std::max(kSplitBlockBytes / (2 * bytes), size_t{128}) / kSplitRows * kSplitRows};
-  }
-  const size_t bytes = row_bytes(k, K, bits);
-  return {bytes, bits, false, kTileRows, std::max(kBlockBytes / bytes / kTileRows, size_t{1}) * kTileRows};
-}
-
-QRows rows_at(const QRows& r, size_t m, const RowForm& form) {
-  return {static_cast<char*>(r.q) + m * form.bytes, r.scale + m, r.correction + m, r.bits,
-          r.columns ? r.columns + m * form.bytes : nullptr};
-}
+constexpr size_t kDotColumns = 64;  // columns of a piece where nothing is packed
 
 // Room for `rows` quantized rows, kept by this thread.
 QRows row_buffer(size_t rows, const RowForm& form) {
-  return carve(kRows, [&](Arena& a) {
-    return form.has_columns ? a.rows_with_columns(rows, form.bytes) : a.rows(rows, form.bytes, form.bits);
-  });
+  return carve(kRows, [&](Arena& a) { return take_rows(a, rows, form); });
 }
 
 // fill(m, rows, out) quantizes rows [m, m + rows) into out, to codes of `bits`; the product and the tail follow.
@@ -52,10 +20,9 @@ void product(const Kernels& k, size_t M, size_t N, size_t K, const Packed& w, co
              const Fill& fill) {
   if (M == 0 || N == 0 || K == 0) return;  // Python answers these
   const size_t all = panels(N);
-  const RowForm form = form_of(k, M, K, w, bits);
+  const RowForm form = row_form(k, K, splits(k, M, w, bits), bits);
   auto columns = [&](const QRows& q, const Tail& t, size_t rows_from, size_t rows, size_t begin, size_t end) {
-    auto f = rows <= k.gemv_rows ? k.int8_gemv : k.int8_gemm;
-    f(q, rows_from, rows, K, w, begin, end, t);
+    int8_columns(k, q, rows_from, rows, K, w, begin, end, t);
   };
   // Rows [m, m + rows), by one thread, in a buffer of its own.
   auto block = [&](size_t m, size_t rows) {
@@ -68,7 +35,7 @@ void product(const Kernels& k, size_t M, size_t N, size_t K, const Packed& w, co
 
   const int count = M * N * K <= kSerialInt8Ops ? 1 : threads();
   const size_t blocks = (M + form.most - 1) / form.most;
-  const size_t height = (M + blocks * form.multiple - 1) / (blocks * form.multiple) * form.multiple;
+  const size_t height = form.height(M);
   if (count == 1 || blocks >= 2 * static_cast<size_t>(count)) {
     parallel_for(blocks, count, [&](size_t i) {
       if (i * height < M) block(i * height, std::min(height, M - i * height));
@@ -127,7 +94,7 @@ void int8_unpack(const Packed& packed, size_t N, size_t K, int8_t* w) {
 void int8_matmul(const uint8_t* a, bool is_unsigned, const int8_t* w, size_t M, size_t N, size_t K, int32_t* y) {
   const Kernels& k = kernels();
   if (M <= k.dot_rows) {
-    const QRows q = row_buffer(M, form_of(k, M, K, Packed{}, 8));
+    const QRows q = row_buffer(M, row_form(k, K, false, 8));
     k.int8_load_rows(a, is_unsigned, M, K, q);
     const size_t pieces = (N + kDotColumns - 1) / kDotColumns;
     return parallel_for(pieces, M * N * K <= kSerialInt8Ops ? 1 : threads(), [&](size_t i) {

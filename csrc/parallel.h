@@ -91,6 +91,10 @@ enum Slot {
   kTotals,
   kEncoderGroup,
   kEncoderBlock,
+  kStageRows,
+  kDecoder,
+  kDecoderGroup,
+  kDecoderPiece,
   kGates,
   kState,
   kSlots

@@ -38,25 +38,28 @@ template <class T, class V> INLINE void store_n(T* p, V v, size_t n) {
   else store_part(p, v, n);
 }
 
+// Elements i of z + x, which become those of z; of z alone where x is nullptr.
+INLINE f32 added(float* z, const float* x, size_t i, size_t part) {
+  if (!x) return load_n(z + i, part);
+  const f32 sum = load_n(z + i, part) + load_n(x + i, part);
+  store_n(z + i, sum, part);
+  return sum;
+}
+
 template <class T>
 static void add_layer_norm_as(float* a, const float* residual, size_t rows, size_t n, const float* weight,
                               const float* bias, float eps, T* y) {
   float ones[LANES];
   for (int i = 0; i < LANES; ++i) ones[i] = 1;
   constexpr size_t TOGETHER = 4;  // rows: one's sum is folded while the next one's is added up
-  for (size_t left; rows; rows -= left, a += left * n, residual += left * n, y += left * n) {
+  for (size_t left; rows; rows -= left, a += left * n, y += left * n) {
     left = rows < TOGETHER ? rows : TOGETHER;
     float mean[TOGETHER], inverse[TOGETHER];
     for (size_t r = 0; r < left; ++r) {
       float* z = a + r * n;
-      const float* x = residual + r * n;
-      mean[r] = sum_of(n,
-                       [&](size_t i, size_t part) {
-                         const f32 sum = load_n(z + i, part) + load_n(x + i, part);
-                         store_n(z + i, sum, part);
-                         return sum;
-                       }) /
-                (float)n;
+      mean[r] =
+          sum_of(n, [&](size_t i, size_t part) { return added(z, residual ? residual + r * n : nullptr, i, part); }) /
+          (float)n;
     }
     for (size_t r = 0; r < left; ++r) {
       const float* z = a + r * n;
@@ -79,6 +82,7 @@ static void add_layer_norm_as(float* a, const float* residual, size_t rows, size
         store_part(y + r * n + i,
                    norm(load_part(a + r * n + i, part), load_part(weight + i, part), load_part(bias + i, part)), part);
     }
+    if (residual) residual += left * n;
   }
 }
 
@@ -124,6 +128,7 @@ static void elementwise(int function, const float* x, size_t n, float* y) {
   else if (function == kSigmoid) each(x, n, y, [](f32 v) { return sigmoid(v); });
   else if (function == kTanh) each(x, n, y, [](f32 v) { return tanh(v); });
   else if (function == kSilu) each(x, n, y, [](f32 v) { return v / (exp(-v) + 1.0f); });
+  else if (function == kReluValue) each(x, n, y, [](f32 v) { return activate<kRelu>(v); });
   else if (function == kGeluTanhValue) each(x, n, y, [](f32 v) { return activate<kGeluTanh>(v); });
   else each(x, n, y, [](f32 v) { return to_float(probability_code(v, f32{})); });
 }

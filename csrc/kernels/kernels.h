@@ -27,7 +27,8 @@ enum Elementwise : int {
   kSigmoid = 3,
   kTanh = 4,
   kSilu = 5,
-  kGeluTanhValue = 6
+  kGeluTanhValue = 6,
+  kReluValue = 7
 };
 
 // Recurrent cells; each has its number of gates.
@@ -102,6 +103,14 @@ static inline bool pays_split(const Packed& w) { return w.excess && w.excess[siz
 // The softmax takes this many scores at a time; it overwrites those past the last.
 constexpr size_t kSoftmaxStep = 64;
 static inline size_t softmax_width(size_t n) { return (n + kSoftmaxStep - 1) / kSoftmaxStep * kSoftmaxStep; }
+
+// What is added to the scores of one query: each nullptr or of its n keys. A key is masked where seen is 0, or mask -1e4
+// or less.
+struct AddedLine {
+  const float *bias, *mask;
+  const uint8_t* seen;
+};
+constexpr float kMasked = -1e4f;
 
 // What happens to a sum before it is stored.
 struct Tail {
@@ -296,9 +305,30 @@ struct Kernels {
   // be tested on their own.
   void (*elementwise)(int function, const float* x, size_t n, float* y);
 
-  // y = LayerNorm(a + residual), rows of n behind each other, y of `dtype`; a is overwritten by the sum.
+  // y = LayerNorm(a + residual), rows of n behind each other, y of `dtype`; a is overwritten by the sum. residual may be
+  // nullptr, and fp32 y may be residual.
   void (*add_layer_norm)(float* a, const float* residual, size_t rows, size_t n, const float* weight, const float* bias,
                          float eps, void* y, int dtype);
+
+  // The same with RMSNorm, y = z * (1 / sqrt(mean(z^2) + eps)) * (weight + offset), in fp32.
+  void (*add_rms_norm)(float* a, const float* residual, size_t rows, size_t n, const float* weight, float offset,
+                       float eps, float* y);
+
+  // y = a + b, or a where b is nullptr, rounded to dtype.
+  void (*add_rows)(const float* a, const float* b, size_t n, void* y, int dtype);
+
+  // Attention in fp32, see decoder.inl; d, and rows of queries, keys, values and context, are multiples of 16, filled up
+  // with zeros. scores[r][j] = dot16(query[r], key[j]) * scaling for rows of queries d apart, keys ldk apart.
+  void (*attention_scores)(const float* queries, size_t rows, const float* keys, size_t ldk, size_t count, size_t d,
+                           float scaling, float* scores, size_t ld);
+
+  // scores [n] of one query to p, 0 outside of [begin, end); returns 1 / (their sum), or 0 where that is 0. scores has
+  // room for softmax_width(n).
+  float (*attention_softmax)(float* scores, size_t n, size_t begin, size_t end, const AddedLine& added);
+
+  // context[r] += p[r][j] * value[j] for each j in turn, rows of context d apart, values ldv apart; nothing where p is 0.
+  void (*attention_values)(const float* p, size_t ld, size_t rows, const float* values, size_t ldv, size_t count,
+                           size_t d, float* context);
 
   // One step of a recurrent layer (recurrent.inl), given the products of its input, x, and of its hidden state, both
   // [rows, gates_of(cell) * n] with their biases. h [rows, n] becomes the new hidden state, y is a copy of it unless

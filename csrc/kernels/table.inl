@@ -1,6 +1,7 @@
 // The table of one ISA. isa_*.cpp define PYQKERN_ISA and include this file.
 #pragma once
 
+#include "kernels/decoder.inl"
 #include "kernels/four_bit_int8.inl"
 #include "kernels/int8_split.inl"
 #include "kernels/optimizer.inl"
@@ -38,6 +39,11 @@ const Kernels table = {
     int8_pack_values,
     elementwise,
     add_layer_norm,
+    add_rms_norm,
+    add_rows,
+    attention_scores,
+    attention_softmax,
+    attention_values,
     recurrent_gates,
     optimizer_step,
     square_sum,

@@ -33,8 +33,8 @@ Channels channels_of(py::handle scale, py::handle zero_point, size_t channels, s
 }
 
 void check_function(int function) {
-  if (function < kExp || function > kGeluTanhValue)
-    throw py::value_error("function must be from 0 to 6, got " + std::to_string(function));
+  if (function < kExp || function > kReluValue)
+    throw py::value_error("function must be from 0 to 7, got " + std::to_string(function));
 }
 
 // Row numbers of a weight of n rows.

@@ -1,5 +1,7 @@
-// Whole layers: encoder_layer and recurrent, their parts checked.
+// Whole layers: encoder_layer, decoder_layer and recurrent, their parts checked.
 #include <pybind11/stl.h>
+
+#include <algorithm>
 
 #include "python/tensors.h"
 
@@ -14,19 +16,20 @@ void check_count(const char* name, const Objects& objects, size_t count) {
                           std::to_string(objects.size()));
 }
 
-// A mask or a position bias, or None: [batch or 1, heads or 1, length or 1, length], keys beside each other.
-Mask added(const char* name, const py::object& object, size_t batch, size_t heads, size_t length) {
+// A mask or a position bias, or None: [batch or 1, heads or 1, length or 1, keys or capacity], keys beside each other.
+Mask added(const char* name, const py::object& object, size_t batch, size_t heads, size_t length, size_t keys,
+           size_t capacity) {
   if (object.is_none()) return {nullptr, false, 1, 0, 0, 0};
   const Tensor t(name, object, true, kTrusted);
   t.check_rank(4);
   const size_t whole[] = {batch, heads, length};
   size_t strides[3];
   for (int i = 0; i < 3; ++i) {
-    if (t.size(i) != 1 && t.size(i) != whole[i]) t.fail_shape("[batch or 1, heads or 1, length or 1, length]");
+    if (t.size(i) != 1 && t.size(i) != whole[i]) t.fail_shape("[batch or 1, heads or 1, length or 1, keys]");
     strides[i] = t.size(i) == 1 || !t.strides ? 0 : static_cast<size_t>(t.strides[i]);
   }
-  if (t.size(3) != length || (length > 1 && t.strides && t.strides[3] != 1))
-    t.fail_shape("of " + std::to_string(length) + " keys beside each other");
+  if ((t.size(3) != keys && t.size(3) != capacity) || (t.size(3) > 1 && t.strides && t.strides[3] != 1))
+    t.fail_shape("of " + std::to_string(keys) + " keys beside each other");
   const bool is_bool = t.code == kDLBool && t.bits == 8;
   return {is_bool ? t.data : t.as<float>(), is_bool, t.size(1), strides[0], strides[1], strides[2]};
 }
@@ -118,9 +121,127 @@ void encoder_layer_call(py::handle x, const py::object& mask, const py::object& 
   const int dtype = from.dtype();
   if (to.dtype() != dtype) throw py::type_error("y must have the dtype of x");
   if (length > kMaxK) from.fail_shape("of at most " + std::to_string(kMaxK) + " tokens");
-  const Mask m = added("attention_mask", mask, batch, heads, length),
-             b = added("position_bias", position_bias, batch, heads, length);
+  const Mask m = added("attention_mask", mask, batch, heads, length, length, length),
+             b = added("position_bias", position_bias, batch, heads, length, length, length);
   without_gil([&] { encoder_layer(from.data, dtype, batch, length, m, b, layer, to.data); });
+}
+
+// Keys or values, [batch, kv_heads, capacity, head_size]: the elements of a head beside each other, none in one place.
+Cache cache_of(const Tensor& t, size_t batch, size_t kv_heads, size_t capacity, size_t head_size, int dtype) {
+  t.check_shape({batch, kv_heads, capacity, head_size});
+  if (t.dtype() != dtype) throw py::type_error("keys and values must have one dtype");
+  size_t strides[4] = {kv_heads * capacity * head_size, capacity * head_size, head_size, 1};
+  for (int i = 0; i < 4 && t.strides; ++i) strides[i] = static_cast<size_t>(t.strides[i]);
+  if (head_size > 1 && strides[3] != 1) t.fail_shape("with the elements of a head beside each other");
+  int order[] = {0, 1, 2, 3};
+  std::sort(order, order + 4, [&](int a, int b) { return strides[a] < strides[b]; });
+  size_t extent = 1;
+  for (const int i : order) {
+    if (t.size(i) == 1) continue;
+    if (strides[i] < extent) t.fail_shape("without two elements in one place");
+    extent += strides[i] * (t.size(i) - 1);
+  }
+  return {t.data, strides[0], strides[1], strides[2]};
+}
+
+Rotary rotary_of(const py::object& cos, const py::object& sin, size_t batch, size_t length, size_t head_size) {
+  if (cos.is_none() && sin.is_none()) return {};
+  const Tensor c("cos", cos, false, kTrusted), s("sin", sin, false, kTrusted);
+  c.check_rank(3);
+  const size_t dims = c.size(2), sets = c.size(0) == 1 ? 1 : batch;
+  if (dims % 2 || dims > head_size) c.fail_shape("[.., .., an even number up to head_size]");
+  c.check_shape({sets, length, dims});
+  s.check_shape({sets, length, dims});
+  if (s.dtype() != c.dtype()) throw py::type_error("cos and sin must have one dtype");
+  return {c.data, s.data, c.dtype(), dims, sets == 1 ? 0 : length * dims};
+}
+
+// Linears of a decoder layer: the first and the number of a part's, of `count` in all.
+struct DecoderCounts {
+  size_t inputs, wide;
+  DecoderCounts(size_t count, bool gated) : inputs(count == 4 || count == 5 ? 1 : 3), wide(count - 2 - inputs) {
+    if (count < 4 || count > 7 || (!gated && wide != 1))
+      throw py::value_error("weights must be 4 to 7, or 4 or 6 without a gate, got " + std::to_string(count));
+  }
+};
+
+const void* norm_of(const char* name, const py::object& object, size_t n, int* dtype) {
+  const Tensor norm(name, object, false, kTrusted);
+  norm.check_elements(n);
+  if (*dtype >= 0 && norm.dtype() != *dtype) throw py::type_error(std::string(name) + " must have one dtype");
+  *dtype = norm.dtype();
+  return norm.data;
+}
+
+void decoder_layer_call(py::handle x, py::handle keys, py::handle values, size_t past, const py::object& mask,
+                        const py::object& position_bias, const py::object& cos, const py::object& sin,
+                        const Objects& weights, const Objects& scales, const Objects& biases, const Objects& norms,
+                        const Objects& nested, const Objects& head_norms, size_t heads, size_t kv_heads,
+                        size_t head_size, size_t wide, float scaling, float eps, int activation, bool gated,
+                        bool symmetric, int bits, bool in_float, long book, size_t blocksize, float norm_offset,
+                        bool interleaved, size_t window, py::handle y) {
+  const DecoderCounts counts(weights.size(), gated);
+  check_count("scales", scales, weights.size());
+  check_count("biases", biases, weights.size());
+  check_count("norms", norms, norms.size() == 4 ? 4 : 2);
+  check_count("nested", nested, nested.empty() ? 0 : 3 * weights.size());
+  check_count("head_norms", head_norms, head_norms.empty() ? 0 : 2);
+  if (activation != kSilu && activation != kReluValue && activation != kGeluValue && activation != kGeluTanhValue)
+    throw py::value_error("activation must be 1, 5, 6 or 7, got " + std::to_string(activation));
+  check_bits(bits, symmetric);
+  check_format(book, blocksize, nested, symmetric, bits);
+  if (!heads || !kv_heads || heads % kv_heads || (interleaved && heads != kv_heads) || !head_size || !wide)
+    throw py::value_error("kv_heads must divide heads, and be heads where rows are interleaved");
+  const size_t query = product({heads, head_size}), key = product({kv_heads, head_size});
+
+  DecoderLayer layer{};
+  layer.norm_dtype = layer.head_norm_dtype = -1;
+  const size_t hidden = Tensor("norm", norms[0], false, kTrusted).elements();
+  for (size_t i = 0; i < norms.size(); ++i)
+    layer.norm[norms.size() == 2 ? 2 * i : i] = norm_of("norms", norms[i], hidden, &layer.norm_dtype);
+  for (size_t i = 0; i < head_norms.size(); ++i)
+    layer.head_norm[i] = norm_of("head_norms", head_norms[i], head_size, &layer.head_norm_dtype);
+  const Format format{book, blocksize, nested};
+  size_t next = 0;
+  auto add = [&](EncoderLinear& to, size_t n, size_t k) {
+    if (book != kNoBook && !in_panels(n, k, blocksize)) throw py::value_error("4-bit weights must be in panels");
+    to = linear(format, next, weights[next], scales[next], biases[next], product({n}), k);
+    ++next;
+  };
+  layer.input_count = counts.inputs, layer.wide_count = counts.wide;
+  if (counts.inputs == 1) add(layer.inputs[0], query + 2 * key, hidden);
+  else
+    for (size_t i = 0; i < 3; ++i) add(layer.inputs[i], i ? key : query, hidden);
+  add(layer.output, hidden, query);
+  const size_t columns = gated && counts.wide == 1 ? product({2, wide}) : wide;
+  for (size_t i = 0; i < counts.wide; ++i) add(layer.wide[i], columns, hidden);
+  add(layer.down, hidden, wide);
+  layer.interleaved = interleaved, layer.gated = gated;
+  layer.norm_offset = norm_offset, layer.eps = eps, layer.scaling = scaling;
+  layer.heads = heads, layer.kv_heads = kv_heads, layer.head_size = head_size;
+  layer.hidden = hidden, layer.intermediate = wide, layer.activation = activation;
+  layer.symmetric = symmetric, layer.bits = bits, layer.in_float = in_float, layer.window = window;
+
+  const Tensor from("x", x, false, kTrusted), to("y", y, false, kTrusted);
+  from.check_rank(3);
+  const size_t batch = from.size(0), length = from.size(1);
+  from.check_shape({batch, length, hidden});
+  to.check_shape({batch, length, hidden});
+  const int dtype = from.dtype();
+  if (to.dtype() != dtype) throw py::type_error("y must have the dtype of x");
+  const Tensor k("keys", keys, true, kTrusted), v("values", values, true, kTrusted);
+  k.check_rank(4);
+  const size_t capacity = k.size(2);
+  const Caches caches{cache_of(k, batch, kv_heads, capacity, head_size, k.dtype()),
+                      cache_of(v, batch, kv_heads, capacity, head_size, k.dtype()), k.dtype(), past};
+  if (past > capacity || length > capacity - past)
+    k.fail_shape("of a capacity of at least " + std::to_string(past) + " + " + std::to_string(length));
+  const Rotary rotary = rotary_of(cos, sin, batch, length, head_size);
+  const Mask m = added("mask", mask, batch, heads, length, past + length, capacity),
+             b = added("position_bias", position_bias, batch, heads, length, past + length, capacity);
+  if (b.is_bool) throw py::type_error("position_bias must be float32, got bool");
+  if (m.data && window) throw py::value_error("window must be 0 where a mask is given");
+  without_gil([&] { decoder_layer(from.data, dtype, batch, length, caches, m, b, rotary, layer, to.data); });
 }
 
 void recurrent_call(py::handle x, py::handle batch_sizes, const Objects& weights, const Objects& scales,
@@ -181,6 +302,9 @@ void add_layers(py::module_& m) {
   m.def("encoder_layer", &encoder_layer_call,
         "x and y [batch, length, hidden]; mask and position_bias or None; six weights, scales and biases (or None); "
         "nested: none, or absmax, map and offset for each weight; four norms; no factors or two; book -1: INT8.");
+  m.def("decoder_layer", &decoder_layer_call,
+        "x and y [batch, length, hidden]; keys and values are written; 4 to 7 weights, scales and biases (or None); "
+        "two norms, or four with biases; nested and book as for encoder_layer; activation: an Elementwise.");
   m.def("recurrent", &recurrent_call,
         "x [rows, K], y [rows, P], h [batch, P], c [batch, H] or None; weights of input, hidden state and, where P is "
         "not H, of the projection; h and c become the last states.");

@@ -29,6 +29,12 @@ INLINE i32 round(f32 v) { return (i32)_mm512_cvtps_epi32((__m512)v); }          
 INLINE f32 to_float(i32 v) { return (f32)_mm512_cvtepi32_ps((__m512i)v); }
 INLINE float reduce_min(f32 v) { return _mm512_reduce_min_ps((__m512)v); }
 INLINE float reduce_max(f32 v) { return _mm512_reduce_max_ps((__m512)v); }
+INLINE float add_halves(f32 v) {  // lanes i and i + 8, then i and i + 4, and so on
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  __m128 m = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  m = _mm_add_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
+}
 INLINE f32 load(const bf16* p) {
   return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }

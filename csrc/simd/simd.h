@@ -4,7 +4,7 @@
 //
 // Every header defines, besides the vectors of vectors.h,
 //   NEEDS             the instruction sets it is compiled for, a set of CpuFeature
-//   float and integer vectors: load store min max fma round to_float reduce_min reduce_max narrow stream interleave ...
+//   float and integer vectors: load store min max fma round to_float reduce_min reduce_max add_halves narrow stream ...
 //     store_halves    32 consecutive codes to entries of a table of sixteen 16-bit floats
 //   the INT8 product  acc[COLS columns] += sum over four k of a[k] * b[column][k]: acc_t, a_t (four codes of one row,
 //                     broadcast), b_t (four k of COLS columns), load_a, load_b, dot

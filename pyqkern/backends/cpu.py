@@ -299,6 +299,8 @@ def encoder_layer(
 
 # ---- the decoder layer, which no other backend has
 
+_DECODER_CODES = {"silu": 5, "relu": 7, "gelu": 1, "gelu_tanh": 6}  # Elementwise of csrc's kernels.h
+
 
 def decoder_layer(
     x: Tensor,
@@ -317,32 +319,16 @@ def decoder_layer(
     head_norms: Sequence[Tensor],
     form: DecoderForm,
 ) -> Tensor:
-    from pyqkern.backends.reference.decoder import decoder_layer as reference
-
-    plain_weights, plain_scales = list(weights), list(scales)
-    for i, (_, n, k) in enumerate(form.linears(len(weights), x.shape[-1])):
-        if form.is_int8:
-            plain_weights[i] = int8_unpack(weights[i], n, k)
-        else:
-            plain_weights[i] = unpack_4bit(weights[i], n, k, form.blocksize)
-            plain_scales[i] = unpack_scales(scales[i], n, k, form.blocksize)
-    return reference(
-        x,
-        keys,
-        values,
-        past,
-        mask,
-        position_bias,
-        cos,
-        sin,
-        plain_weights,
-        plain_scales,
-        biases,
-        norms,
-        nested,
-        head_norms,
-        form,
-    )
+    y = torch.empty_like(x)
+    book = -1 if form.is_int8 else _BOOKS[form.quant_type]
+    in_float = form.quant_type == "int8-weight-only" if form.is_int8 else form.compute not in AS_INT8
+    _C.decoder_layer(
+        x, keys, values, past, mask, position_bias, cos, sin, weights, scales, biases, norms, nested, head_norms,
+        form.heads, form.kv_heads, form.head_size, form.intermediate_size, form.scaling, form.eps,
+        _DECODER_CODES[form.activation], form.gated, form.symmetric, 7 if form.quant_type == "int8-a7" else 8, in_float,
+        book, form.blocksize, form.norm_offset, form.interleaved, form.window, y,
+    )  # fmt: skip
+    return y
 
 
 # ---- recurrent layers

@@ -49,9 +49,14 @@ def dot16(a: Tensor, b: Tensor) -> Tensor:
     return _halves(total)
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded one: torch's of fp32 errs by an ulp on some CPUs."""
+    return x.double().sqrt().float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float) -> Tensor:
     """x * (1 / sqrt(mean(x**2) + eps)) * (weight + offset) over the last dimension."""
-    inverse = 1 / torch.sqrt(sum64(x * x) / x.new_tensor(x.shape[-1]) + x.new_tensor(eps))
+    inverse = 1 / _sqrt(sum64(x * x) / x.new_tensor(x.shape[-1]) + x.new_tensor(eps))
     return (x * inverse.unsqueeze(-1)) * (weight.float() + x.new_tensor(offset))
 
 
@@ -59,7 +64,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """((x - mean) * (1 / sqrt(variance + eps))) * weight + bias, the last two by fma."""
     n = x.new_tensor(x.shape[-1])
     centered = x - (sum64(x) / n).unsqueeze(-1)
-    inverse = 1 / torch.sqrt(sum64(centered * centered) / n + x.new_tensor(eps))
+    inverse = 1 / _sqrt(sum64(centered * centered) / n + x.new_tensor(eps))
     return fma(centered * inverse.unsqueeze(-1), weight.float(), bias.float())
 
 
