@@ -82,7 +82,7 @@ void Stage::multiply_int8(int count) const {
     const EncoderLinear& w = *o->linear;
     const size_t m = blocks.begin(i / pieces), n = panels(w.N);
     int8_columns(k, quantized, m, blocks.size(i / pieces), K, w.packed, n * at / of_linear, n * (at + 1) / of_linear,
-                 Tail{w.scale, o->bias, kNone, kFloat32, o->y + m * w.N, w.N, w.N});
+                 Tail{w.scale, o->bias, kNone, kFloat32, o->y, w.N, w.N});
   });
 }
 
