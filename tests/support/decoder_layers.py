@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from pyqkern import QLinear, choose_qparams_affine, quantize_affine
 from pyqkern.backends import DecoderForm
 from pyqkern.backends.reference.decoder import decoder_layer as reference_layer
+from pyqkern.ops.decoder import Parts
 from pyqkern.schemes import FP4, NF4, Int4, Scheme
 
 decoder_layer = torch.ops.pyqkern.decoder_layer
@@ -110,6 +111,10 @@ class Layer:
             x, mask, keys, values, past, cos, sin, self.packed, self.scales, self.biases, self.norms,
             *self.form[:12], self.nested, position_bias, position, self.head_norms, *self.form[12:],
         )  # fmt: skip
+
+    def parts(self) -> Parts:
+        return Parts(self.packed, self.scales, [b if b.numel() else None for b in self.biases], self.norms,
+                     self.nested, self.head_norms)  # fmt: skip
 
     def reference(
         self, x: Tensor, keys: Tensor, values: Tensor, past: int = 0, mask: Tensor | None = None,
