@@ -299,6 +299,9 @@ def encoder_layer(
 
 # ---- the decoder layer, which no other backend has
 
+# Bits of the codes of activations, whether they stay in float, and the codebook: none for INT8.
+_DECODER_ROWS = {"int8": (8, False, -1), "int8-a7": (7, False, -1), "int8-weight-only": (8, True, -1)}
+_IN_FLOAT = {compute: compute not in AS_INT8 for compute in COMPUTE}
 _DECODER_CODES = {"silu": 5, "relu": 7, "gelu": 1, "gelu_tanh": 6}  # Elementwise of csrc's kernels.h
 
 
@@ -320,13 +323,12 @@ def decoder_layer(
     form: DecoderForm,
 ) -> Tensor:
     y = torch.empty_like(x)
-    book = -1 if form.is_int8 else _BOOKS[form.quant_type]
-    in_float = form.quant_type == "int8-weight-only" if form.is_int8 else form.compute not in AS_INT8
+    bits, in_float, book = _DECODER_ROWS.get(form.quant_type) or (8, _IN_FLOAT[form.compute], _BOOKS[form.quant_type])
     _C.decoder_layer(
         x, keys, values, past, mask, position_bias, cos, sin, weights, scales, biases, norms, nested, head_norms,
         form.heads, form.kv_heads, form.head_size, form.intermediate_size, form.scaling, form.eps,
-        _DECODER_CODES[form.activation], form.gated, form.symmetric, 7 if form.quant_type == "int8-a7" else 8, in_float,
-        book, form.blocksize, form.norm_offset, form.interleaved, form.window, y,
+        _DECODER_CODES[form.activation], form.gated, form.symmetric, bits, in_float, book, form.blocksize,
+        form.norm_offset, form.interleaved, form.window, y,
     )  # fmt: skip
     return y
 

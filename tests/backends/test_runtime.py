@@ -217,6 +217,10 @@ x = torch.randn(30_000, 1, 1); call = lambda: layer(x)""",
 sys.path.insert(0, TESTS + "/support")
 from encoder_layer import Layer
 layer = Layer(); x = torch.randn(1, 60_000, 48); call = lambda: layer(x)""",
+    "attention over a cache": """
+sys.path.insert(0, TESTS + "/support")
+from decoder_layers import Layer
+layer = Layer(); x, caches = layer.input(1, 60_000), layer.cache(1, 60_000); call = lambda: layer(x, *caches)""",
 }
 
 

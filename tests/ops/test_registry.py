@@ -28,6 +28,7 @@ ops = torch.ops.pyqkern
 CHECKED_ELSEWHERE = {
     *("int8_embedding", "embedding_4bit"),  # test_embedding.py
     "encoder_layer",  # test_encoder.py
+    "decoder_layer",  # test_decoder.py
     *("experts", "experts_backward"),  # test_experts.py
     *("recurrent", "recurrent_backward"),  # test_recurrent.py
     *("optimizer_step", "square_sum"),  # test_optimizer.py
