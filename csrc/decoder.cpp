@@ -210,6 +210,10 @@ struct Rows {
 
 Rows rows_of(const Call& c, const Cache& cache, size_t b, size_t head, size_t row, size_t n, float* copy) {
   const size_t d = c.layer.head_size, wide = multiple_of_16(d);
+  for (size_t i = n; i < 2 * n && row + i < c.caches.past + c.length; ++i) {  // the next ones, on their way meanwhile
+    const char* next = static_cast<const char*>(cache_row(c, cache, b, head, row + i));
+    for (size_t at = 0; at < d * dtype_size(c.caches.dtype); at += kLine) __builtin_prefetch(next + at);
+  }
   if (c.caches.dtype == kFloat32 && d == wide)
     return {static_cast<const float*>(cache_row(c, cache, b, head, row)), cache.row_stride};
   for (size_t i = 0; i < n; ++i, copy += wide) {

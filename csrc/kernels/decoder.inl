@@ -45,12 +45,13 @@ static void add_rows(const float* a, const float* b, size_t n, void* y, int dtyp
 // ---- scores
 
 constexpr int DOT_PARTS = 16 / LANES;
-constexpr int SCORE_ROWS = LANES == 16 ? 4 : 2, SCORE_KEYS = LANES == 16 ? 4 : 2;
+constexpr int SCORE_ROWS = LANES == 16 ? 4 : 2;
 
+// R rows times C keys.
 template <int R, int C>
 static void score_tile(const float* q, const float* keys, size_t ldk, size_t d, float scaling, float* scores,
                        size_t ld) {
-  f32 acc[R][C][DOT_PARTS];
+  f32 acc[R * C][DOT_PARTS];
   clear(acc);
   for (size_t i = 0; i < d; i += 16)
     unroll<DOT_PARTS>([&](auto p) INLINE_LAMBDA {
@@ -58,25 +59,33 @@ static void score_tile(const float* q, const float* keys, size_t ldk, size_t d, 
       unroll<C>([&](auto c) INLINE_LAMBDA { key[c] = load(keys + c * ldk + i + p * LANES); });
       unroll<R>([&](auto r) INLINE_LAMBDA {
         const f32 a = load(q + r * d + i + p * LANES);
-        unroll<C>([&](auto c) INLINE_LAMBDA { acc[r][c][p] = fma(a, key[c], acc[r][c][p]); });
+        unroll<C>([&](auto c) INLINE_LAMBDA { acc[r * C + c][p] = fma(a, key[c], acc[r * C + c][p]); });
       });
     });
-  unroll<R>([&](auto r) INLINE_LAMBDA {
-    unroll<C>([&](auto c) INLINE_LAMBDA {
-      f32* part = acc[r][c];
-      if constexpr (DOT_PARTS == 4) part[0] += part[2], part[1] += part[3];
-      if constexpr (DOT_PARTS >= 2) part[0] += part[1];
-      scores[r * ld + c] = add_halves(part[0]) * scaling;
-    });
+  f32 dots[R * C];
+  unroll<R * C>([&](auto t) INLINE_LAMBDA {
+    f32* part = acc[t];
+    if constexpr (DOT_PARTS == 4) part[0] += part[2], part[1] += part[3];
+    if constexpr (DOT_PARTS >= 2) part[0] += part[1];
+    dots[t] = part[0];
   });
+  float sums[R * C];
+  if constexpr (R * C % 4 == 0)
+    unroll<R * C / 4>([&](auto t) INLINE_LAMBDA {
+      const f32 four[4] = {dots[4 * t], dots[4 * t + 1], dots[4 * t + 2], dots[4 * t + 3]};
+      add_halves(four, sums + 4 * t);
+    });
+  else unroll<R * C>([&](auto t) INLINE_LAMBDA { sums[t] = add_halves(dots[t]); });
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) scores[r * ld + c] = sums[r * C + c] * scaling;
 }
 
 template <int R>
 static void score_rows(const float* q, const float* keys, size_t ldk, size_t count, size_t d, float scaling,
                        float* scores, size_t ld) {
+  constexpr int C = R == 2 ? 2 : 4;
   size_t j = 0;
-  for (; j + SCORE_KEYS <= count; j += SCORE_KEYS)
-    score_tile<R, SCORE_KEYS>(q, keys + j * ldk, ldk, d, scaling, scores + j, ld);
+  for (; j + C <= count; j += C) score_tile<R, C>(q, keys + j * ldk, ldk, d, scaling, scores + j, ld);
   for (; j < count; ++j) score_tile<R, 1>(q, keys + j * ldk, ldk, d, scaling, scores + j, ld);
 }
 
@@ -165,10 +174,19 @@ static void value_rows(const float* p, size_t ld, size_t rows, const float* valu
                        float* context) {
   if constexpr (R > 1)
     if (rows < R) return value_rows<R - 1>(p, ld, rows, values, ldv, count, d, context);
-  bool all_seen = true;
-  for (size_t r = 0; r < R; ++r)
-    for (size_t j = 0; j < count; ++j) all_seen &= p[r * ld + j] != 0;
-  (all_seen ? value_columns<R, true> : value_columns<R, false>)(p, ld, values, ldv, count, d, context);
+  size_t dense = count, last = 0;  // every row sees the keys before `dense`, none sees those from `last` on
+  for (size_t r = 0; r < R; ++r) {
+    const float* row = p + r * ld;
+    size_t j = 0;
+    while (j + LANES <= dense && !any(load(row + j) == f32{})) j += LANES;
+    while (j < dense && row[j] != 0) ++j;
+    dense = j;
+    size_t end = count;
+    while (end > last && row[end - 1] == 0) --end;
+    last = end > last ? end : last;
+  }
+  if (dense) value_columns<R, true>(p, ld, values, ldv, dense, d, context);
+  if (last > dense) value_columns<R, false>(p + dense, ld, values + dense * ldv, ldv, last - dense, d, context);
 }
 
 static void attention_values(const float* p, size_t ld, size_t rows, const float* values, size_t ldv, size_t count,

@@ -38,6 +38,14 @@ INLINE float add_halves(f32 v) {  // lanes i and i + 4, then i and i + 2, then b
   m = _mm_add_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
 }
+INLINE void add_halves(const f32 (&v)[4], float* sums) {  // the same of four vectors at once
+  __m128 m[4];
+  for (int i = 0; i < 4; ++i)
+    m[i] = _mm_add_ps(_mm256_castps256_ps128((__m256)v[i]), _mm256_extractf128_ps((__m256)v[i], 1));
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(m[0], m[1]), _mm_unpackhi_ps(m[0], m[1]));
+  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(m[2], m[3]), _mm_unpackhi_ps(m[2], m[3]));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+}
 INLINE f32 load(const bf16* p) {
   return (f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }

@@ -45,6 +45,9 @@ INLINE float reduce_min(f32 v) {
 }
 INLINE float reduce_max(f32 v) { return -reduce_min(-v); }
 INLINE float add_halves(f32 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+INLINE void add_halves(const f32 (&v)[4], float* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = add_halves(v[i]);
+}
 INLINE f32 load(const bf16* p) {
   i32 r;
   for (int i = 0; i < LANES; ++i) r[i] = (int32_t)((uint32_t)p[i].bits << 16);
