@@ -48,6 +48,7 @@ void check_format(long book, size_t blocksize, const Objects& nested, bool symme
     throw py::value_error("blocksize and nested must be 0 and empty for INT8 linears");
   if (book != kNoBook && (!symmetric || bits != 8))
     throw py::value_error("symmetric must be True, and bits 8, for 4-bit linears");
+  if (book != kNoBook) check_blocksize(blocksize);
 }
 
 EncoderLinear linear(const Format& f, size_t i, py::handle packed, py::handle scale, py::handle bias, size_t N,

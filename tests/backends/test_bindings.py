@@ -46,6 +46,26 @@ def encoder(four_bits: bool) -> list[Any]:
     return [floats((3, 5, hidden), 5), mask, bias, *lists, *sizes_and_numbers, torch.empty(3, 5, hidden)]
 
 
+def decoder(four_bits: bool) -> list[Any]:
+    """A mask is given, so that no window is right, and other numbers but those of the tensors are wrong."""
+    hidden, wide, past, length, kv_heads = 64, 96, 2, 5, 2
+    sizes = [(64, hidden), (32, hidden), (32, hidden), (hidden, 64), (wide, hidden), (wide, hidden), (hidden, wide)]
+    weights = [cpu.int8_pack(integers(size, 4, torch.int8)) for size in sizes]
+    scales, nested = [torch.rand(n) * 0.01 for n, _ in sizes], []
+    if four_bits:
+        weights = [ints(-(-n // 16), 8 * k) for n, k in sizes]
+        scales = [ints(-(-n // 16), 16 * k // BLOCK) for n, k in sizes]
+        nested = [t for _ in sizes for t in (torch.ones(1), NESTED[1], NESTED[2])]
+    biases = [torch.zeros(n) for n, _ in sizes]
+    caches = list(torch.zeros(2, 3, kv_heads, 8, 16))
+    mask, bias = torch.ones(3, 1, 1, past + length, dtype=torch.bool), torch.zeros(1, 4, 5, past + length)
+    rotary = [torch.ones(1, length, 8)] * 2
+    lists = (weights, scales, biases, [torch.ones(hidden)] * 4, nested, [torch.ones(16)] * 2)
+    form = (4, kv_heads, 16, wide, 0.25, 1e-5, 5, True, True, 8, False, *((NF4, BLOCK) if four_bits else (-1, 0)))
+    x = floats((3, length, hidden), 5)
+    return [x, *caches, past, mask, bias, *rotary, *lists, *form, 0.0, False, 0, torch.empty(3, length, hidden)]
+
+
 def recurrent(four_bits: bool, projects: bool) -> list[Any]:
     hidden, state, gates = 32, 64 if projects else 32, 4
     sizes = [(gates * hidden, K), (gates * hidden, state), (state, hidden)][: 3 if projects else 2]
@@ -105,6 +125,7 @@ CALLS: dict[str, list[list[Any]]] = {
     "gather_4bit": [[LINES, SCALES, N, K, BLOCK, ROWS, ints(3, K // 2), torch.empty(3, K // BLOCK)]],
     "dequantize_rows_4bit": [[FLAT, ABSMAX, N, BLOCK, NF4, ROWS, torch.empty(3, K)]],
     "encoder_layer": [encoder(False), encoder(True)],
+    "decoder_layer": [decoder(False), decoder(True)],
     "recurrent": [recurrent(False, True), recurrent(True, False)],
     "optimizer_step": [
         [0, [1.0] * 10, cpu._MAPS, *step_lists(True, True)],
@@ -115,6 +136,7 @@ CALLS: dict[str, list[list[Any]]] = {
     "add_codebook": [],  # for one, below
 }
 OPTIONAL = {("quantize", 2), ("dequantize", 2), ("int8_linear", 3), ("int8_linear_weight_only", 3)}
+OPTIONAL |= {("decoder_layer", 4), ("decoder_layer", 5), ("decoder_layer", 10)}
 OPTIONAL |= {("recurrent", 4), ("linear_4bit", 6), ("encoder_layer", 1), ("encoder_layer", 2), ("encoder_layer", 5)}
 
 
@@ -123,6 +145,7 @@ TRUSTING = (
     "int8_linear_weight_only",
     "linear_4bit",
     "encoder_layer",
+    "decoder_layer",
     "recurrent",
 )  # see kTrusted of csrc/python/tensors.h
 
