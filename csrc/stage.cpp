@@ -3,7 +3,9 @@
 namespace pyqkern {
 namespace {
 
-constexpr size_t kPieceRows = 16;  // rows that are prepared together
+constexpr size_t kPieceRows = 16;    // rows that are prepared together
+constexpr size_t kSerial = 1 << 19;  // multiply-adds: below this a second thread costs more than it brings, while the
+                                     // pool is awake, as between the steps of a layer
 
 }  // namespace
 
@@ -63,9 +65,9 @@ void Stage::prepare(size_t i) const {
 void Stage::multiply() const {
   size_t columns = 0;
   for (const Output& o : outputs) columns += o.linear->N;
-  const bool by_panels = !how.in_float && outputs[0].linear->packed.panels;
-  const int count = rows * columns * K <= (by_panels ? kSerialInt8Ops : kSerialOps) ? 1 : threads();
-  by_panels ? multiply_int8(count) : multiply_strips(count);
+  const int count = rows * columns * K <= kSerial ? 1 : threads();
+  if (how.in_float || !outputs[0].linear->packed.panels) multiply_strips(count);
+  else multiply_int8(count);
 }
 
 void Stage::multiply_int8(int count) const {
