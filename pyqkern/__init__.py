@@ -22,6 +22,7 @@ from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_embedding, replace_linear
 from pyqkern.models.summary import summary
 from pyqkern.nn.attention import QMultiheadAttention
+from pyqkern.nn.decoder import QDecoderLayer
 from pyqkern.nn.embedding import QEmbedding, QEmbeddingBag
 from pyqkern.nn.encoder import QEncoderLayer
 from pyqkern.nn.experts import QExperts
@@ -83,6 +84,7 @@ __all__ = [
     "NF4Linear",
     "Plan",
     "PyqkernConfig",
+    "QDecoderLayer",
     "QEmbedding",
     "QEmbeddingBag",
     "QEncoderLayer",

@@ -25,8 +25,10 @@ LONGEST, SHORTEST = 500, 15  # lines of a file; an __init__.py may be shorter
 
 # Questions about the device that choose no kernel: (file, source of the expression) and why it is asked.
 ABOUT_DEVICES = {
-    ("pyqkern/nn/encoder.py", "x.is_cpu"): "the operator of a whole layer is for CPUs; elsewhere its linears run",
-    ("pyqkern/nn/encoder.py", "parts.linears[0]._buffers['packed'].is_cpu"): "as above",
+    ("pyqkern/nn/fused.py", "x.is_cpu"): "the operator of a whole layer is for CPUs; elsewhere its linears run",
+    ("pyqkern/nn/fused.py", "parts.linears[0]._buffers['packed'].is_cpu"): "as above",
+    ("pyqkern/nn/decoder.py", "mask.is_cpu"): "as above",
+    ("pyqkern/nn/kv_cache.py", "tensor.is_cpu"): "as above",
     ("pyqkern/nn/linear.py", "grad.is_cpu"): "many small products would keep a GPU waiting",
     ("pyqkern/backends/reference/affine.py", "x.is_cpu"): "K calls for one product would keep a GPU waiting",
     ("pyqkern/ops/encoder.py", "tensor.is_cpu"): "the operator of a whole layer refuses what is not on the CPU",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyqkern.models.find import as_linear, conv1d, find_linears
 from pyqkern.models.layouts import find_layouts
 from pyqkern.nn.attention import Projection, is_folded, unfold
-from pyqkern.nn.encoder_parts import InputScale, Path
+from pyqkern.nn.fused_parts import InputScale, Path
 from pyqkern.schemes import Range, check_type
 
 

@@ -7,8 +7,8 @@ from pyqkern.checkpoints.layers import Group
 from pyqkern.models.find import find_layers, linear_types
 from pyqkern.nn.attention import QMultiheadAttention
 from pyqkern.nn.embedding import QEmbedding
-from pyqkern.nn.encoder_parts import InputScale
 from pyqkern.nn.experts import QExperts
+from pyqkern.nn.fused_parts import InputScale
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.schemes import Scheme

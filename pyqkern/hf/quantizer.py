@@ -50,8 +50,8 @@ from pyqkern.models.replace import (
 )
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS
-from pyqkern.nn.encoder_parts import InputScale
 from pyqkern.nn.experts import WEIGHTS, QExperts, has_experts, stacked
+from pyqkern.nn.fused_parts import InputScale
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import Scheme, range_of
 

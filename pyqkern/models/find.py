@@ -36,7 +36,7 @@ RECURRENT: tuple[type[nn.Module], ...] = (*QRecurrent._classes, QRecurrent)
 # What a plan leaves on a layer that was smoothed before it was quantized.
 SMOOTHED = "_pyqkern_smoothed"
 
-# Where optimize leaves the reason on an encoder layer that it did not fuse.
+# Where optimize leaves on an encoder or decoder layer that it did not fuse which of them it is, and the reason.
 UNFUSED = "_pyqkern_unfused"
 
 

@@ -1,4 +1,4 @@
-"""Where each family of encoders keeps the parts of a layer: the only such table.
+"""Where each family of models keeps the parts of an encoder or decoder layer: the only such table.
 
 `optimize` fuses layers of the classes in LAYOUTS, which are told by module and name, so that transformers need not be
 imported and no class of a user's own is taken for one of them. `smooth` asks for the parts alone (`find_layouts`): what
@@ -6,10 +6,13 @@ it does is right for every layer that has them.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
-from pyqkern.nn.encoder_parts import Layout, Path, is_of_transformers, part_of
+from pyqkern.nn.decoder_parts import DecoderLayout
+from pyqkern.nn.encoder_parts import EncoderLayout
+from pyqkern.nn.fused_parts import Layout, Path, is_of_transformers, part_of
 
 
 def _paths(*names: str) -> tuple[Path, ...]:
@@ -21,8 +24,8 @@ def _containers(**kinds: str) -> tuple[tuple[Path, tuple[str, ...]], ...]:
     return tuple((tuple(path.split("__")), tuple(names.split())) for path, names in kinds.items())
 
 
-def _bert(family: str) -> Layout:
-    return Layout(
+def _bert(family: str) -> EncoderLayout:
+    return EncoderLayout(
         ("attention", "self"),
         _paths(
             "attention.self.query",
@@ -45,7 +48,7 @@ def _bert(family: str) -> Layout:
     )
 
 
-_DISTILBERT = Layout(
+_DISTILBERT = EncoderLayout(
     ("attention",),
     _paths("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"),
     _paths("sa_layer_norm", "output_layer_norm"),
@@ -54,7 +57,7 @@ _DISTILBERT = Layout(
     _containers(attention="DistilBertSelfAttention DistilBertSdpaAttention MultiHeadSelfAttention", ffn="FFN"),
 )
 
-_ALBERT = Layout(
+_ALBERT = EncoderLayout(
     ("attention",),
     _paths("attention.query", "attention.key", "attention.value", "attention.dense", "ffn", "ffn_output"),
     _paths("attention.LayerNorm", "full_layer_layer_norm"),
@@ -63,7 +66,7 @@ _ALBERT = Layout(
     _containers(attention="AlbertAttention AlbertSdpaAttention"),
 )
 
-_MPNET = Layout(
+_MPNET = EncoderLayout(
     ("attention", "attn"),
     _paths(
         "attention.attn.q",
@@ -86,8 +89,87 @@ _MPNET = Layout(
     returns_tuple=True,
 )
 
+
+def _llama(family: str, *constants: tuple[Path, object, str]) -> DecoderLayout:
+    return DecoderLayout(
+        ("self_attn",),
+        _paths(
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ),
+        _paths("input_layernorm", "post_attention_layernorm"),
+        ("mlp", "act_fn"),
+        "",
+        _containers(self_attn=f"{family}Attention", mlp=f"{family}MLP"),
+        returns_tuple=False,
+        norm=f"{family}RMSNorm",
+        gated=True,
+        rotary=True,
+        constants=(_CAUSAL, *constants),
+    )
+
+
+_CAUSAL = (("self_attn", "is_causal"), True, "its attention looks ahead")
+
+_QWEN3 = replace(_llama("Qwen3"), head_norms=_paths("self_attn.q_norm", "self_attn.k_norm"))
+
+_PHI3 = replace(
+    _llama("Phi3"),
+    linears=_paths("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    activation=("mlp", "activation_fn"),
+    heads="num_key_value_heads",
+)
+
+_GPT2 = DecoderLayout(
+    ("attn",),
+    _paths("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    _paths("ln_1", "ln_2"),
+    ("mlp", "act"),
+    "num_heads",
+    _containers(attn="GPT2Attention", mlp="GPT2MLP"),
+    constants=(
+        (("attn", "is_causal"), True, "its attention looks ahead"),
+        (("attn", "is_cross_attention"), False, "its attention is to another sequence"),
+    ),
+)
+
+_OPT = DecoderLayout(
+    ("self_attn",),
+    _paths("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+    _paths("self_attn_layer_norm", "final_layer_norm"),
+    ("activation_fn",),
+    "num_heads",
+    _containers(self_attn="OPTAttention"),
+    constants=(_CAUSAL, (("do_layer_norm_before",), True, "its norms come behind attention and feed-forward")),
+)
+
+_BLOOM = DecoderLayout(
+    ("self_attention",),
+    _paths("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    _paths("input_layernorm", "post_attention_layernorm"),
+    ("mlp", "gelu_impl"),
+    "num_heads",
+    _containers(self_attention="BloomAttention", mlp="BloomMLP"),
+    cache="layer_past",
+    alibi="alibi",
+    scaling="inv_norm_factor",
+    interleaved=True,
+    returns_weights=True,
+    constants=(
+        (("apply_residual_connection_post_layernorm",), False, "its residuals come from behind the norms"),
+        (("self_attention", "beta"), 1.0, "its ALiBi is scaled"),
+        (("self_attention", "slow_but_exact"), False, "its output is summed in slices"),
+        (("mlp", "slow_but_exact"), False, "its output is summed in slices"),
+    ),
+)
+
 # By the module of transformers.models and the name of the class in it.
-LAYOUTS = {
+LAYOUTS: dict[str, Layout] = {
     "bert.modeling_bert.BertLayer": _bert("Bert"),
     "roberta.modeling_roberta.RobertaLayer": _bert("Roberta"),
     "xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": _bert("XLMRoberta"),
@@ -98,8 +180,17 @@ LAYOUTS = {
     "distilbert.modeling_distilbert.TransformerBlock": _DISTILBERT,
     "albert.modeling_albert.AlbertLayer": _ALBERT,
     "mpnet.modeling_mpnet.MPNetLayer": _MPNET,
+    "llama.modeling_llama.LlamaDecoderLayer": _llama("Llama"),
+    "mistral.modeling_mistral.MistralDecoderLayer": _llama("Mistral"),
+    "qwen2.modeling_qwen2.Qwen2DecoderLayer": _llama("Qwen2"),
+    "qwen3.modeling_qwen3.Qwen3DecoderLayer": _QWEN3,
+    "phi3.modeling_phi3.Phi3DecoderLayer": _PHI3,
+    "gemma.modeling_gemma.GemmaDecoderLayer": replace(_llama("Gemma"), norm_offset=1.0),
+    "gpt2.modeling_gpt2.GPT2Block": _GPT2,
+    "opt.modeling_opt.OPTDecoderLayer": _OPT,
+    "bloom.modeling_bloom.BloomBlock": _BLOOM,
 }
-_BY_LINEARS = {layout.linears: layout for layout in LAYOUTS.values()}
+_BY_LINEARS = {layout.linears: layout for layout in LAYOUTS.values() if isinstance(layout, EncoderLayout)}
 _PACKAGE = "transformers.models."
 
 
@@ -110,14 +201,14 @@ def layout_of(layer: nn.Module) -> Layout | None:
     return LAYOUTS.get(name.removeprefix(_PACKAGE)) if name.startswith(_PACKAGE) and is_of_transformers(kind) else None
 
 
-def resembles_one(layer: nn.Module) -> bool:
-    """Whether the layer's class, or one that it derives from, has the name of a class in the table."""
-    names = {name.rpartition(".")[2] for name in LAYOUTS}
-    return any(kind.__name__ in names for kind in type(layer).__mro__)
+def resembled_layout(layer: nn.Module) -> Layout | None:
+    """The layout of the class in the table whose name the layer's class has, or one that it derives from."""
+    names = {name.rpartition(".")[2]: layout for name, layout in LAYOUTS.items()}
+    return next((names[kind.__name__] for kind in type(layer).__mro__ if kind.__name__ in names), None)
 
 
 def find_layouts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
-    """Every module in which a layout's linears and norms are found, whatever its class: its name and the layout."""
+    """Every module with the linears and norms of an encoder layout, whatever its class: its name and the layout."""
     for name, module in model.named_modules():
         for layout in _BY_LINEARS.values():
             if _has_parts(module, layout):

@@ -34,8 +34,8 @@ from pyqkern.models.plan import Choice, Plan
 from pyqkern.models.summary import said_bytes, shape_of
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding, check_embedding_scheme, quantized_table
-from pyqkern.nn.encoder_parts import InputScale
 from pyqkern.nn.experts import QExperts, has_experts, scheme_misfit
+from pyqkern.nn.fused_parts import InputScale
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.schemes import Range, Scheme, get_scheme, range_of, ranges_for

@@ -1,7 +1,7 @@
-"""summary: what became of the linears, embeddings, experts, recurrent and encoder layers of a model, and its bytes."""
+"""summary: what became of a model: of its linears, embeddings, experts, recurrent, encoder and decoder layers."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,10 +27,11 @@ from pyqkern.models.find import (
     weight_owners,
 )
 from pyqkern.nn.attention import PACKED, Projection
+from pyqkern.nn.decoder import QDecoderLayer
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
-from pyqkern.nn.encoder import QEncoderLayer
-from pyqkern.nn.encoder_parts import InputScale
 from pyqkern.nn.experts import QExperts, has_experts
+from pyqkern.nn.fused import QFusedLayer
+from pyqkern.nn.fused_parts import InputScale
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 
@@ -56,8 +57,8 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
-class EncoderRecord:
-    """One encoder layer that `optimize` has seen.
+class FusedRecord:
+    """One encoder or decoder layer that `optimize` has seen.
 
     reason: None where it is one operator, else why it is not, as the layer is now. last_call: why its last call did not
     go through the operator; "" if it did, None before the first call.
@@ -73,7 +74,7 @@ class Summary:
     """The linears (`records`), embeddings, experts and recurrent layers of a model, one record each, and the totals;
     prints.
 
-    encoders: the encoder layers that `optimize` fused, or did not.
+    encoders, decoders: the layers that `optimize` fused, or did not.
 
     Bytes are counted from the tensors themselves, each once: a head tied to an embedding has all of them.
     `bytes_before` is what the same layers take in float, in the model's dtype. `other_bytes` is everything else.
@@ -82,9 +83,10 @@ class Summary:
     records: list[LayerRecord]
     other_bytes: int
     embeddings: list[LayerRecord] = field(default_factory=list)
-    encoders: list[EncoderRecord] = field(default_factory=list)
+    encoders: list[FusedRecord] = field(default_factory=list)
     recurrent: list[LayerRecord] = field(default_factory=list)
     experts: list[LayerRecord] = field(default_factory=list)
+    decoders: list[FusedRecord] = field(default_factory=list)
 
     def _layers(self) -> list[LayerRecord]:
         return [*self.records, *self.embeddings, *self.recurrent, *self.experts]
@@ -107,6 +109,7 @@ class Summary:
             "recurrent": [asdict(record) for record in self.recurrent],
             "experts": [asdict(record) for record in self.experts],
             "encoders": [asdict(record) for record in self.encoders],
+            "decoders": [asdict(record) for record in self.decoders],
             "other_bytes": self.other_bytes,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -138,19 +141,21 @@ class Summary:
         rows.append(("everything else", "", "", said_bytes(self.other_bytes), said_bytes(self.other_bytes)))
         rows.append(("the model", "", "", said_bytes(self.bytes_before), said_bytes(self.bytes_after)))
         count = len(totals) + 2
-        return "\n".join([table(rows[:-count], rows[-count:], left=3), *self._encoder_lines()])
+        fused = [*_fused_lines("encoder", self.encoders), *_fused_lines("decoder", self.decoders)]
+        return "\n".join([table(rows[:-count], rows[-count:], left=3), *fused])
 
-    def _encoder_lines(self) -> list[str]:
-        if not self.encoders:
-            return []
-        fused = sum(record.reason is None for record in self.encoders)
-        kept = [f"{record.name} not fused: {record.reason}" for record in self.encoders if record.reason is not None]
-        calls = Counter(r.last_call for r in self.encoders if r.reason is None and r.last_call is not None)
-        said = [
-            f"the last call of {count} of them went " + (f"its old way: {why}" if why else "through the operator")
-            for why, count in calls.items()
-        ]
-        return [f"{fused} of {len(self.encoders)} encoder layers are one operator each", *said, *kept]
+
+def _fused_lines(kind: str, records: Sequence[FusedRecord]) -> list[str]:
+    if not records:
+        return []
+    fused = sum(record.reason is None for record in records)
+    kept = [f"{record.name} not fused: {record.reason}" for record in records if record.reason is not None]
+    calls = Counter(r.last_call for r in records if r.reason is None and r.last_call is not None)
+    said = [
+        f"the last call of {count} of them went " + (f"its old way: {why}" if why else "through the operator")
+        for why, count in calls.items()
+    ]
+    return [f"{fused} of {len(records)} {kind} layers are one operator each", *said, *kept]
 
 
 def table(rows: Sequence[tuple[str, ...]], totals: Sequence[tuple[str, ...]], left: int) -> str:
@@ -198,16 +203,21 @@ def summary(model: nn.Module) -> Summary:
         recurrent=[_record(layer, reason, counted) for layer, reason in zip(recurrent, why, strict=True)],
         experts=[_record(layer, experts_reason(layer.module, shared), counted) for layer in experts],
         other_bytes=sum(_count(module, counted) for module in model.modules()),
-        encoders=list(_encoder_records(model)),
+        **_fused_records(model),
     )
 
 
-def _encoder_records(model: nn.Module) -> Iterator[EncoderRecord]:
+def _fused_records(model: nn.Module) -> dict[str, list[FusedRecord]]:
+    """The encoder and the decoder layers that `optimize` has seen."""
+    found: dict[str, list[FusedRecord]] = {"encoders": [], "decoders": []}
     for name, module in model.named_modules():
-        if isinstance(module, QEncoderLayer):
-            yield EncoderRecord(name, module.unfused_reason(), module.last_call)
+        if isinstance(module, QFusedLayer):
+            kind = "decoders" if isinstance(module, QDecoderLayer) else "encoders"
+            found[kind].append(FusedRecord(name, module.unfused_reason(), module.last_call))
         elif UNFUSED in vars(module):
-            yield EncoderRecord(name, vars(module)[UNFUSED])
+            kind, reason = vars(module)[UNFUSED]
+            found[kind].append(FusedRecord(name, reason))
+    return found
 
 
 def _record(layer: Layer, reason: str | None, counted: set[tuple[int, int]]) -> LayerRecord:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqkern.nn.encoder_parts import is_of_transformers, kernel_activation
+from pyqkern.backends import GATE_ACTIVATIONS
 from pyqkern.nn.four_bit import NESTED, Linear4bit
+from pyqkern.nn.fused_parts import is_of_transformers, kernel_activation
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops.experts import misfit
 from pyqkern.schemes import FP4, NF4, Int4, Int8, Scheme, get_scheme
@@ -187,15 +188,8 @@ def scheme_misfit(module: Any, scheme: Scheme) -> str | None:
 
 def gate_activation(module: Any) -> str | None:
     """The operator's name for the activation of the gate; None where it has none."""
-    kind = type(module.act_fn)
-    if (
-        kind is nn.SiLU
-        or module.act_fn is nn.functional.silu
-        or (kind.__name__ in ("SiLUActivation", "SiLU") and is_of_transformers(kind))
-    ):
-        return "silu"
     name = kernel_activation(module.act_fn)
-    return name if name in ("gelu", "gelu_tanh") else None
+    return name if name in GATE_ACTIVATIONS else None
 
 
 def stacked(weight: Any) -> nn.Linear:

@@ -13,7 +13,7 @@ import transformers
 from tiny import BERT, IDS, bert
 from torch import Tensor, nn
 
-import pyqkern.nn.encoder
+import pyqkern.nn.fused
 from pyqkern import calibrate, optimize, replace_linear, smooth, summary
 
 MODELING: Any = importlib.import_module("transformers.models.bert.modeling_bert")
@@ -271,7 +271,7 @@ def test_layer_norms_of_two_dtypes_take_the_old_way() -> None:
 
 
 def test_gradients_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyqkern.nn.encoder, "_said_gradient", False)
+    monkeypatch.setattr(pyqkern.nn.fused, "_said_gradient", False)
     model = optimize(bert())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
