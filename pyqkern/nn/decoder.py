@@ -34,6 +34,11 @@ class QDecoderLayer(QFusedLayer):
             return None, "under torch.compile"
         return super()._attempt(args, kwargs)
 
+    def _read_reason(self, named: dict[str, Any], count: int) -> str | None:
+        if named.get("is_causal") is not None:  # False says something, too
+            return "the argument is_causal"
+        return super()._read_reason(named, count)
+
     def _operator(self, parts: DecoderParts, named: dict[str, Any]) -> tuple[Tensor | None, str]:
         layout, form = self._family.layout, parts.form
         assert form is not None  # there is no reason, so there is all else
