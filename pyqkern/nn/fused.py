@@ -135,14 +135,16 @@ def _say_gradient() -> None:
         )
 
 
+# Where a config of transformers keeps what it gives under another name.
+_STORED = {"_attn_implementation": "_attn_implementation_internal", "output_attentions": "_output_attentions"}
+
+
 def setting(config: Any, name: str) -> Any:
-    """An attribute of a config, past transformers' own __getattribute__, which costs 2 us; None without one."""
+    """An attribute of a config, past transformers' own __getattribute__, which costs several us; None without one."""
     if torch.compiler.is_compiling():
         return getattr(config, name, None)
-    try:
-        return object.__getattribute__(config, name)
-    except AttributeError:
-        return None
+    state = object.__getattribute__(config, "__dict__") if config is not None else {}
+    return state[_STORED[name]] if _STORED[name] in state else getattr(config, name, None)
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}

@@ -10,6 +10,8 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import contains, itemgetter
 from typing import Any
 
 import torch
@@ -349,14 +351,15 @@ def activation_reason(function: Any) -> str:
 
 # ---- who listens
 
+_training = itemgetter("training")
+
 
 def listener(parts: Parts) -> str | None:
     """Why this call cannot pass the parts by: one is in training, patched, or has a hook that wants to be called."""
-    for state in parts.states:
-        if state["training"]:
-            return "a part of it is in training"
-        if "forward" in state:
-            return "the forward of a part was replaced"
+    if any(map(_training, parts.states)):
+        return "a part of it is in training"
+    if any(map(contains, parts.states, repeat("forward"))):
+        return "the forward of a part was replaced"
     if any(parts.hooks) and _wants_to_be_called(parts):
         return "a hook listens to a part of it"
     return None

@@ -5,14 +5,13 @@ cache of them. Known are DynamicCache and StaticCache, and of their layers Dynam
 StaticLayer, all of them very transformers' own.
 
 A DynamicLayer holds exactly what it has seen, and its own update copies all of it for every token. Here its keys and
-values are views into a `Buffer` with room behind them. A view is continued in place only where it ends where the
-buffer's rows end, so that nobody else has written behind it: views that were cropped, or that another copy of the cache
-has continued, are copied to a new buffer first, and so is whatever else was put into the cache.
+values are views into a `Buffer` with room behind them. A view is continued in place only where it is the very tensor
+that the buffer gave last, so that nobody else has written behind it: views that were cropped, or that another copy of
+the cache has continued, are copied to a new buffer first, and so is whatever else was put into the cache.
 """
 
-import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,36 +22,45 @@ _BUFFER = "_pyqkern_buffer"  # attribute of a DynamicLayer
 _SPARE = 64  # rows of a buffer that has to grow, beside half of what it holds
 
 
+class Shape(NamedTuple):
+    """Of the rows that a layer adds."""
+
+    batch: int
+    heads: int
+    length: int
+    size: int
+    dtype: torch.dtype
+
+
 class Buffer:
-    """Keys and values [batch, heads, capacity, size], of which the rows before `end` are filled."""
+    """Keys and values [batch, heads, capacity, size], of which the rows before `end` are filled.
 
-    __slots__ = ("end", "keys", "values")
+    given: the views of keys and values, from row `start` to `end`, that the cache has.
+    """
 
-    def __init__(self, keys: Tensor, values: Tensor, end: int) -> None:
-        self.keys, self.values, self.end = keys, values, end
+    __slots__ = ("capacity", "end", "given", "keys", "start", "values")
+
+    def __init__(self, shape: Shape, capacity: int, end: int) -> None:
+        self.keys, self.values = _zeros(shape, capacity), _zeros(shape, capacity)
+        self.capacity, self.start, self.end = capacity, 0, end
+        self.given: tuple[Any, Any] = (None, None)
 
     def __reduce__(self) -> Any:
         """A copy of a cache has none: its views are copied to a buffer of their own when they are continued."""
         return type(None), ()
 
-    def start_of(self, keys: Tensor, values: Tensor) -> int | None:
-        """The first row of these views; None where they are not of this buffer, or do not end where it does."""
-        start = _row_of(keys, self.keys)
-        if start is None or start + keys.shape[2] != self.end or _row_of(values, self.values) != start:
-            return None
-        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            return None
-        return start
+    def give(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Views of these rows; no row behind them is filled."""
+        self.start, self.end = start, end
+        self.given = self.keys.narrow(2, start, end - start), self.values.narrow(2, start, end - start)
+        return self.given
 
 
-def _row_of(view: Tensor, whole: Tensor) -> int | None:
-    """The row of `whole` in which a view of its rows begins; None where it is no such view."""
-    row, offset = whole.stride(2) * whole.element_size(), view.data_ptr() - whole.data_ptr()
-    alike = view.stride() == whole.stride() and view.shape[:2] == whole.shape[:2] and view.dtype is whole.dtype
-    return offset // row if alike and row and offset >= 0 and offset % row == 0 else None
+def _zeros(shape: Shape, capacity: int) -> Tensor:
+    return torch.zeros(shape.batch, shape.heads, capacity, shape.size, dtype=shape.dtype, device="cpu")
 
 
-@dataclass
+@dataclass(slots=True)
 class Rows:
     """Where the operator reads and writes: keys, values [batch, heads, capacity, size], and how many rows come before.
 
@@ -65,7 +73,6 @@ class Rows:
     seen: int
     layer: Any = None
     buffer: Buffer | None = None
-    start: int = 0  # the first row in the buffer that the layer keeps
 
     def close(self, length: int) -> None:
         """The operator has written `length` rows: the layer has them now."""
@@ -80,35 +87,18 @@ class Rows:
             layer.dtype, layer.device, layer.is_initialized = buffer.keys.dtype, buffer.keys.device, True
             if "_sliding_window_tensor" in vars(layer):
                 layer._sliding_window_tensor = layer._sliding_window_tensor.to(layer.device)
-        buffer.end += length
-        start, end = self.start, buffer.end
+        start, end = buffer.start, buffer.end + length
         if layer.is_sliding:
             layer.cumulative_length += length
             if not vars(layer).get("record_past", False):
                 start = max(start, end - layer.sliding_window + 1)
-        layer.keys, layer.values = buffer.keys[:, :, start:end], buffer.values[:, :, start:end]
+        layer.keys, layer.values = buffer.give(start, end)
         setattr(layer, _BUFFER, buffer)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of the rows that a layer adds."""
-
-    batch: int
-    heads: int
-    length: int
-    size: int
-    dtype: torch.dtype
 
 
 def without_cache(shape: Shape) -> Rows:
     """Rows that nobody keeps."""
-    keys, values = (_empty(shape, shape.length) for _ in range(2))
-    return Rows(keys, values, 0, shape.length)
-
-
-def _empty(shape: Shape, capacity: int) -> Tensor:
-    return torch.zeros(shape.batch, shape.heads, capacity, shape.size, dtype=shape.dtype, device="cpu")
+    return Rows(_zeros(shape, shape.length), _zeros(shape, shape.length), 0, shape.length)
 
 
 def open_rows(cache: Any, index: int, shape: Shape, position: Any = None) -> Rows | str:
@@ -124,8 +114,10 @@ def open_rows(cache: Any, index: int, shape: Shape, position: Any = None) -> Row
     return _open_dynamic(layer, shape)
 
 
+# The classes of transformers.cache_utils that are known.
 _CACHES = ("DynamicCache", "StaticCache")
 _LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer")
+_updates: dict[type, Any] = {}  # of those that were met, their update
 
 
 def _layer_of(cache: Any, index: int) -> Any:
@@ -134,31 +126,37 @@ def _layer_of(cache: Any, index: int) -> Any:
         return f"the cache is no class that is known: {type(cache).__name__}"
     if cache.offloading:
         return "the cache is offloaded"
-    new = cache.layer_class_to_replicate
-    while len(cache.layers) <= index:
+    layers = cache.layers
+    while len(layers) <= index:
+        new = cache.layer_class_to_replicate
         if new is None or new.__name__ not in _LAYERS or not is_of_transformers(new):
-            return f"the cache has {len(cache.layers)} layers"
-        cache.layers.append(new())
-    layer = cache.layers[index]
-    return (
-        layer
-        if _is_known(layer, _LAYERS)
-        else f"a layer of the cache is no class that is known: {type(layer).__name__}"
-    )
+            return f"the cache has {len(layers)} layers"
+        layers.append(new())
+    layer = layers[index]
+    if _is_known(layer, _LAYERS):
+        return layer
+    return f"a layer of the cache is no class that is known: {type(layer).__name__}"
 
 
 def _is_known(given: Any, names: tuple[str, ...]) -> bool:
     """Whether it is of one of these classes of transformers.cache_utils, and its update the one that the file has."""
     kind = type(given)
-    if kind.__name__ not in names or kind.__module__ != "transformers.cache_utils" or "update" in vars(given):
+    if "update" in given.__dict__:
         return False
-    return getattr(sys.modules[kind.__module__], kind.__name__) is kind and kind.update.__module__ == kind.__module__
+    if kind in _updates:
+        return bool(kind.update is _updates[kind] and kind.__name__ in names)
+    if kind.__name__ not in names or kind.__module__ != "transformers.cache_utils" or not is_of_transformers(kind):
+        return False
+    if kind.update.__module__ != kind.__module__:
+        return False
+    _updates[kind] = kind.update
+    return True
 
 
 def _open_dynamic(layer: Any, shape: Shape) -> Rows | str:
     keys, values = layer.keys, layer.values
-    sliding = layer.sliding_window - 1 if layer.is_sliding else 0
-    if layer.is_sliding and sliding < 1:
+    window = layer.sliding_window - 1 if layer.is_sliding else 0
+    if layer.is_sliding and window < 1:
         return "the cache's window is a single token"
     if keys is None or not keys.numel():
         past = 0
@@ -166,40 +164,44 @@ def _open_dynamic(layer: Any, shape: Shape) -> Rows | str:
         return why
     else:
         past = keys.shape[2]
-    seen = min(past, sliding) if sliding else past  # of those that transformers' own update returns
-    buffer: Buffer | None = vars(layer).get(_BUFFER)
-    start = None if buffer is None or not past else buffer.start_of(keys, values)
-    if buffer is None or start is None or buffer.end + shape.length > buffer.keys.shape[2]:
-        keeps = past if vars(layer).get("record_past", False) else seen
-        buffer, start = _copied(keys, values, past, keeps, shape), 0
-        past = keeps
-    first = start + past - seen
-    whole = (buffer.keys, buffer.values)
-    keys, values = whole if first == 0 else (one[:, :, first:] for one in whole)
-    return Rows(keys, values, seen, seen + shape.length, layer, buffer, start)
+    seen = min(past, window) if window else past  # of those that transformers' own update returns
+    buffer: Buffer | None = layer.__dict__.get(_BUFFER)
+    if buffer is None or not past or not _continues(buffer, keys, values, shape.length):
+        buffer = _copied(keys, values, past if layer.__dict__.get("record_past", False) else seen, shape)
+    first = buffer.end - seen
+    keys, values = buffer.keys, buffer.values
+    if first:
+        keys, values = keys[:, :, first:], values[:, :, first:]
+    return Rows(keys, values, seen, seen + shape.length, layer, buffer)
 
 
-def _copied(keys: Tensor, values: Tensor, past: int, keeps: int, shape: Shape) -> Buffer:
+def _continues(buffer: Buffer, keys: Tensor, values: Tensor, length: int) -> bool:
+    """Whether the cache still has what the buffer gave, and there is room for so many rows behind it."""
+    if keys is not buffer.given[0] or values is not buffer.given[1] or buffer.end + length > buffer.capacity:
+        return False
+    return torch.is_inference_mode_enabled() or not buffer.keys.is_inference()
+
+
+def _copied(keys: Tensor, values: Tensor, keeps: int, shape: Shape) -> Buffer:
     """A buffer that begins with the last `keeps` rows. A cache's first is exact: a prefill may be all that is asked."""
     needed = keeps + shape.length
-    capacity = needed + needed // 2 + _SPARE if keeps else needed
-    buffer = Buffer(_empty(shape, capacity), _empty(shape, capacity), keeps)
+    buffer = Buffer(shape, needed + needed // 2 + _SPARE if keeps else needed, keeps)
     if keeps:
         with torch.no_grad():
-            buffer.keys[:, :, :keeps] = keys[:, :, past - keeps :]
-            buffer.values[:, :, :keeps] = values[:, :, past - keeps :]
+            buffer.keys[:, :, :keeps] = keys[:, :, -keeps:]
+            buffer.values[:, :, :keeps] = values[:, :, -keeps:]
     return buffer
 
 
 def _misfit(keys: Any, values: Any, shape: Shape) -> str | None:
     """Why keys and values of a cache are not what the operator takes."""
+    wanted = (shape.batch, shape.heads, keys.shape[-2] if keys.dim() == 4 else -1, shape.size)
     for tensor in (keys, values):
-        plain = type(tensor) is Tensor and tensor.dim() == 4 and tensor.dtype is shape.dtype and tensor.is_cpu
-        if not plain or tensor.shape[:2] != (shape.batch, shape.heads) or tensor.shape[3] != shape.size:
+        if type(tensor) is not Tensor or tensor.shape != wanted or tensor.dtype is not shape.dtype or not tensor.is_cpu:
             return "what the cache holds does not fit"
         if tensor.requires_grad and torch.is_grad_enabled():
             return "the cache asks for a gradient"
-    return None if keys.shape == values.shape else "what the cache holds does not fit"
+    return None
 
 
 def _open_static(layer: Any, shape: Shape, position: Any) -> Rows | str:
@@ -209,7 +211,7 @@ def _open_static(layer: Any, shape: Shape, position: Any) -> Rows | str:
     if past + shape.length > layer.max_cache_len:
         return f"the cache is full: {past} and {shape.length} tokens of {layer.max_cache_len}"
     if not layer.is_initialized:
-        rows = _empty(shape, 0)
+        rows = _zeros(shape, 0)
         layer.lazy_initialization(*([rows, rows] if _counts(layer) else [rows]))
     if (why := _misfit(layer.keys, layer.values, shape)) is not None:
         return why
