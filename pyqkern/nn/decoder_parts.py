@@ -65,13 +65,14 @@ class DecoderParts(Parts):
 
     form: DecoderForm | None = None
     index: int = 0  # the layer's place in a cache
-    slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # where the operator's tensors are
+    slot_holders: list[dict[str, Any]] = field(default_factory=list)  # where the operator's tensors are
+    slot_names: list[str] = field(default_factory=list)
     held: list[Any] = field(default_factory=list)  # what was there when `operands` was made
     operands: decoder.Parts | None = None
 
     def tensors(self) -> decoder.Parts:
         """The layer's tensors as they are now; the same object as long as they are the same."""
-        held = [attributes.get(name) for attributes, name in self.slots]
+        held = list(map(dict.get, self.slot_holders, self.slot_names))
         if self.operands is None or not all(map(is_, held, self.held)):
             linears, norms = self.linears, [norm._parameters for norm in self.norms]
             nested = [linear._buffers[name] for linear in linears for name in self.format.nested]
@@ -119,9 +120,10 @@ def _find(layer: nn.Module, family: Family) -> DecoderParts:
     form, reason = _form(layout, attention, linears, norms, activation, found)
     if form is None or reason is not None:
         return DecoderParts(reason)
+    slots = list(_slots(linears, norms, found))
     parts = DecoderParts(
         None, linears, norms, found, activation, getattr(attention, "config", None), form=form,
-        index=attention.layer_idx, slots=list(_slots(linears, norms, found)),
+        index=attention.layer_idx, slot_holders=[holder for holder, _ in slots], slot_names=[name for _, name in slots],
     )  # fmt: skip
     for holder, name, _, _ in constants:
         places += attributes(holder, [name])

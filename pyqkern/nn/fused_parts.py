@@ -204,6 +204,14 @@ def patched(kind: type[nn.Module]) -> bool:
     return bool(forward.__module__ != owner.__module__ or forward.__qualname__ != f"{owner.__qualname__}.forward")
 
 
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether it has a forward of its own. transformers 4 leaves a module its class's, when it has captured outputs."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return False
+    return getattr(forward, "__self__", None) is not module or forward.__func__ is not type(module).forward
+
+
 # Functions beside those of the attention that the code of layers calls.
 _CALLED = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "dropout_add", "bloom_gelu_forward")
 
@@ -263,7 +271,8 @@ class Parts:
     format: Format = Format(False)
     activation: str = ""
     config: Any = None
-    places: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # where parts were found
+    holders: list[dict[str, Any]] = field(default_factory=list)  # where parts were found: in which attributes
+    names: list[str] = field(default_factory=list)  # under which name
     found: list[Any] = field(default_factory=list)  # and what was there
     modules: list[nn.Module] = field(default_factory=list)  # all inside the layer
     kinds: list[type] = field(default_factory=list)  # and their classes
@@ -276,8 +285,8 @@ class Parts:
         inside = list(layer.modules())[1:]
         stands_for = {id(hooks) for hooks, _ in self.scaled}
         all_places = [*_children(layer), *places]
-        self.places = [(attributes, name) for attributes, name, _ in all_places]
-        self.found = [part for _, _, part in all_places]
+        self.holders = [attributes for attributes, _, _ in all_places]
+        self.names, self.found = [name for _, name, _ in all_places], [part for _, _, part in all_places]
         self.modules, self.kinds = inside, [type(module) for module in inside]
         self.states = [vars(module) for module in inside]
         self.hooks = [*GLOBAL_HOOKS, *(hooks for hooks in _hooks_of(inside) if id(hooks) not in stands_for)]
@@ -285,12 +294,12 @@ class Parts:
     def unchanged(self) -> bool:
         """Whether each part is where it was, and of the class it was of."""
         if torch.compiler.is_compiling():  # which knows no other way to compare modules
-            for (attributes, name), part in zip(self.places, self.found, strict=True):
+            for attributes, name, part in zip(self.holders, self.names, self.found, strict=True):
                 if attributes.get(name) is not part:
                     return False
             kinds = all(type(module) is kind for module, kind in zip(self.modules, self.kinds, strict=True))
-        else:  # lists compare their items by identity first, in a third of the time
-            places = [attributes.get(name) for attributes, name in self.places] == self.found
+        else:  # lists compare their items by identity first, in a fifth of the time
+            places = list(map(dict.get, self.holders, self.names)) == self.found
             kinds = places and list(map(type, self.modules)) == self.kinds
         for hooks, scale in self.scaled:
             if len(hooks) != 1 or next(iter(hooks.values())) is not scale:
@@ -325,7 +334,7 @@ def activation_of(layer: nn.Module, layout: Layout) -> tuple[Any, list[tuple[dic
 
 def stock_reason(layer: nn.Module, family: Family) -> str | None:
     """Why it is not, or not only, the code of transformers that runs in this layer."""
-    if "forward" in vars(layer):
+    if "forward" in vars(layer) and (type(layer) is family.base or replaced_forward(layer)):
         return "patched: its forward was replaced"
     if patched(family.base) or _patched_function(sys.modules[family.base.__module__]):
         return f"patched: the code of {family.base.__name__} was replaced"
@@ -333,7 +342,7 @@ def stock_reason(layer: nn.Module, family: Family) -> str | None:
     known = layout.known()
     for name, module in list(layer.named_modules())[1:]:
         path, kind = tuple(name.split(".")), type(module)
-        if "forward" in vars(module):
+        if replaced_forward(module):
             return f"{name} is patched: its forward was replaced"
         if path in family.containers:
             if kind not in family.containers[path] or not is_of_transformers(kind):
@@ -358,7 +367,7 @@ def listener(parts: Parts) -> str | None:
     """Why this call cannot pass the parts by: one is in training, patched, or has a hook that wants to be called."""
     if any(map(_training, parts.states)):
         return "a part of it is in training"
-    if any(map(contains, parts.states, repeat("forward"))):
+    if any(map(contains, parts.states, repeat("forward"))) and any(map(replaced_forward, parts.modules)):
         return "the forward of a part was replaced"
     if any(parts.hooks) and _wants_to_be_called(parts):
         return "a hook listens to a part of it"
