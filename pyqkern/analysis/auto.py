@@ -23,7 +23,7 @@ from pyqkern.analysis.units import FLOAT, Option, Ranges, Unit, choice_of, find_
 from pyqkern.calibration.calibrate import calibrate
 from pyqkern.calibration.run import counted
 from pyqkern.models.optimize import optimize
-from pyqkern.models.plan import OBJECTIVES, Choice, Figures, Plan
+from pyqkern.models.plan import FUSED_KINDS, OBJECTIVES, Choice, Figures, Plan
 from pyqkern.models.summary import summary
 from pyqkern.schemes import SCHEMES, Scheme, check_type, get_scheme
 
@@ -174,7 +174,7 @@ class _Auto:
 
     def _ranges(self) -> Ranges:
         """Of the linears' inputs, for smoothing and for int8-static."""
-        if not any(unit.kind in ("linear", "encoder layer") for unit in self.units):
+        if not any(unit.kind in ("linear", *FUSED_KINDS) for unit in self.units):
             return Ranges()
         ranges = Ranges(calibrate(self.own, self.damage_batches, "minmax", per_channel=True, progress=False))
         if any(scheme.needs_ranges and scheme.carried_ranges() is None for scheme in self.schemes):

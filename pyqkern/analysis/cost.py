@@ -101,6 +101,8 @@ def watch(model: nn.Module, units: Sequence[Unit], batches: Sequence[Any]) -> di
 
     def watcher(form: str) -> Callable[..., None]:
         def see(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            arguments = tuple(map(_kept, arguments))
+            keywords = {name: _kept(value) for name, value in keywords.items()}
             shape = _shape((arguments, keywords))
             one = calls.setdefault(id(module), Calls())
             one.counts[shape] += 1
@@ -116,6 +118,11 @@ def watch(model: nn.Module, units: Sequence[Unit], batches: Sequence[Any]) -> di
         for batch in batches:
             evaluated(model, batch)
     return calls
+
+
+def _kept(given: Any) -> Any:
+    """An argument of a call that is repeated: no cache of transformers, which would grow in each."""
+    return None if type(given).__module__ == "transformers.cache_utils" else given
 
 
 def _shape(part: Any) -> str:

@@ -1,4 +1,4 @@
-"""What `auto` chooses for: each encoder layer that `optimize` fuses, and each other layer that can be quantized."""
+"""What `auto` chooses for: each layer of transformers that `optimize` fuses, and each other that can be quantized."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,9 +27,10 @@ from pyqkern.models.plan import Choice, Plan, Smoothing
 from pyqkern.models.replace import put, quantized_tables, scheme_reason
 from pyqkern.models.summary import count_tensors, shape_of
 from pyqkern.nn.attention import unfold
+from pyqkern.nn.decoder import QDecoderLayer
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding
-from pyqkern.nn.encoder import QEncoderLayer
 from pyqkern.nn.experts import QExperts, has_experts
+from pyqkern.nn.fused import QFusedLayer
 from pyqkern.nn.linear import QLinear
 from pyqkern.nn.recurrent import QRecurrent
 from pyqkern.schemes import Int8Outlier, Int8WeightOnly, Range, Scheme
@@ -103,7 +104,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     """The units of what `own_copy` returned. Raises ValueError where there are none."""
     linears = [*find_linears(model), *find_experts(model)]
     free = [one for one, why in zip(linears, linear_reasons(model, linears, None, ()), strict=True) if why is None]
-    units = list(_encoder_units(model, free))
+    units = list(_fused_units(model, free))
     inside = {name for unit in units for name in unit.parts}
     for layer in free:
         if inside.isdisjoint(layer.names):
@@ -132,18 +133,19 @@ def _unit(kind: str, layer: Layer) -> Unit:
     return Unit(kind, layer, {layer.names[0]: shape_of(layer.module)})
 
 
-def _encoder_units(model: nn.Module, free: Sequence[Layer]) -> Iterator[Unit]:
-    """Of the encoder layers that `optimize` makes one operator, tried on a copy of each."""
+def _fused_units(model: nn.Module, free: Sequence[Layer]) -> Iterator[Unit]:
+    """Of the encoder and decoder layers that `optimize` makes one operator, tried on a copy of each."""
     names = {id(layer.module): layer.names[0] for layer in free}
     kinds = {type(module) for module in model.modules() if layout_of(module) is not None}
     for layer in find_layers(model, tuple(kinds)) if kinds else ():
         layout = layout_of(layer.module)
         tried = optimize(copy.deepcopy(layer.module))
-        if layout is None or not isinstance(tried, QEncoderLayer):
+        if layout is None or not isinstance(tried, QFusedLayer):
             continue
+        kind = "decoder layer" if isinstance(tried, QDecoderLayer) else "encoder layer"
         linears = [layer.module.get_submodule(".".join(path)) for path in layout.linears]
         if all(id(linear) in names for linear in linears):
-            yield Unit("encoder layer", layer, {names[id(linear)]: shape_of(linear) for linear in linears})
+            yield Unit(kind, layer, {names[id(linear)]: shape_of(linear) for linear in linears})
 
 
 # ---- what a unit can become

@@ -1,4 +1,4 @@
-"""`pyqkern demo`: float, torch's quantize_dynamic and pyqkern's INT8 side by side, in under two minutes."""
+"""`pyqkern demo`: float, torch's quantize_dynamic and pyqkern's INT8 side by side, in about two minutes."""
 
 import argparse
 import copy
@@ -19,9 +19,9 @@ from tqdm import tqdm
 from pyqkern.cli.info import describe
 from pyqkern.models.optimize import optimize
 from pyqkern.models.replace import replace_linear
-from pyqkern.nn.encoder import QEncoderLayer
+from pyqkern.nn.fused import QFusedLayer
 
-HELP = "Sizes, latency, error and sentence similarity of quantized BERTs, against torch's own."
+HELP = "Sizes, latency and error of quantized BERTs and of a decoder, against torch's own."
 SENTENCES = (
     "How do I reset my password?",
     "I forgot my login and need a new one.",
@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> None:
         transformers.logging.disable_progress_bar()
         _show_minilm(transformers)
         _show_bert(transformers)
+        _show_decoder(transformers)
 
 
 def minilm_folder() -> Path | None:
@@ -109,6 +110,31 @@ def _show_bert(transformers: Any) -> None:
     _table(models, sizes, outputs, "last hidden state")
 
 
+def _show_decoder(transformers: Any) -> None:
+    torch.manual_seed(0)
+    print("\nA small Llama, random weights")
+    config = transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=8000,
+    )  # fmt: skip
+    models = _variants(transformers.LlamaForCausalLM(config).eval())
+    ids = torch.randint(config.vocab_size, (1, 64))
+    outputs = {name: model(ids).logits for name, model in models.items()}
+    _table(models, {"prompt of 64 tokens": partial(_call, ids)}, outputs, "logits")
+    seconds = _interleaved(models, partial(_generate, ids), "generate")
+    print(
+        f"  {f'greedy, {TOKENS} more: tokens a second':39}" + "".join(f"{TOKENS / s:18.1f}" for s in seconds.values())
+    )
+
+
+TOKENS = 16  # that a decoder makes behind the prompt
+
+
+def _generate(ids: Tensor, model: Any) -> Tensor:
+    made: Tensor = model.generate(ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+    return made
+
+
 def _show_stack() -> None:
     """The linears of BERT-base, one behind the other, with what keeps their values in range."""
     torch.manual_seed(0)
@@ -139,7 +165,7 @@ def _variants(model: nn.Module) -> Models:
         print(f"  torch's quantize_dynamic does not work here: {error}")
     models["pyqkern int8"] = replace_linear(copy.deepcopy(model))
     optimized = optimize(copy.deepcopy(model))
-    if any(isinstance(module, QEncoderLayer) for module in optimized.modules()):
+    if any(isinstance(module, QFusedLayer) for module in optimized.modules()):
         models["pyqkern.optimize"] = optimized
     return models
 

@@ -38,7 +38,7 @@ from pyqkern.hf.slots import (
 )
 from pyqkern.hf.transformers4 import Transformers4, rename_for_slots
 from pyqkern.models.find import RECURRENT, Layer, find_layers, linear_types
-from pyqkern.models.plan import Plan
+from pyqkern.models.plan import FUSED_KINDS, Plan
 from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import (
     linears_to_replace,
@@ -333,7 +333,7 @@ def _planned(model: Any, plan: Plan) -> tuple[list[Layer], list[Scheme]]:
         scheme = one.choice.scheme
         if scheme is None or scheme.needs_ranges or one.choice.smoothing:
             continue
-        if one.choice.kind in ("linear", "encoder layer", "experts"):
+        if one.choice.kind in ("linear", *FUSED_KINDS, "experts"):
             layers.append(one.layer)
             schemes.append(scheme)
     return layers, schemes

@@ -15,7 +15,8 @@ from pyqkern.models.summary import said_bytes, table
 from pyqkern.schemes import Scheme
 
 VERSION = 1
-KINDS = ("encoder layer", "linear", "experts", "recurrent layer", "embedding")
+FUSED_KINDS = ("encoder layer", "decoder layer")
+KINDS = (*FUSED_KINDS, "linear", "experts", "recurrent layer", "embedding")
 OBJECTIVES = ("time", "bytes")
 MAX_EXPONENT = 20  # what `smooth` keeps to
 
@@ -34,10 +35,10 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one layer, or of one encoder layer as a whole.
+    """What becomes of one layer, or of one encoder or decoder layer as a whole.
 
-    layers: the linear, embedding, recurrent layer or experts, or the six linears of an encoder layer, and the shapes of
-    their weights as `summary` has them. scheme: None: it stays in float, and `reason` may say why.
+    layers: the linear, embedding, recurrent layer or experts, or the linears of an encoder or decoder layer, and the
+    shapes of their weights as `summary` has them. scheme: None: it stays in float, and `reason` may say why.
     smoothing: what is done before it is quantized. ranges: for "int8-static" lo and hi of each linear's input.
     seconds, bytes: as chosen, of all its calls in one pass; float_seconds, float_bytes: in float. damage: the change of
     the model's outputs with this alone quantized.

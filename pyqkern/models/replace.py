@@ -30,7 +30,7 @@ from pyqkern.models.find import (
     linear_types,
     recurrent_reasons,
 )
-from pyqkern.models.plan import Choice, Plan
+from pyqkern.models.plan import FUSED_KINDS, Choice, Plan
 from pyqkern.models.summary import said_bytes, shape_of
 from pyqkern.nn.attention import Projection, is_folded, unfold
 from pyqkern.nn.embedding import EMBEDDINGS, QEmbedding, check_embedding_scheme, quantized_table
@@ -350,7 +350,8 @@ def planned_layers(model: nn.Module, plan: Plan) -> list[Planned]:
     found = []
     for choice in plan.choices:
         for name, shape in choice.layers.items():
-            layer, reason = layers.get(("linear" if choice.kind == "encoder layer" else choice.kind, name), (None, ""))
+            kind = "linear" if choice.kind in FUSED_KINDS else choice.kind
+            layer, reason = layers.get((kind, name), (None, ""))
             if layer is None:
                 raise ValueError(f"plan must be of this model, but it has no {choice.kind} {name!r}")
             scheme = getattr(layer.module, "scheme", None)

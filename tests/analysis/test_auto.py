@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from closeness import Net, X
+from decoders import decoder, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import IDS, bert, moe, output
@@ -123,6 +124,21 @@ def test_shared_layers_are_one_choice() -> None:
     quantized = optimize(copy.deepcopy(model), plan)
     assert summary(quantized).bytes_after == plan.figures.bytes
     assert all(record.reason is None for record in summary(quantized).encoders)
+
+
+def test_decoder_layers_are_one_choice_each() -> None:
+    """Timed without a cache, which would grow in each of the repeated calls."""
+    model = decoder("gpt2")  # whose layers take it by position
+    batches = [{"input_ids": tokens(2, 9)}]
+    plan = quiet(model, batches, objective="time", budget=0.5, schemes=("int8",))
+    layers = [choice for choice in plan.choices if choice.kind == "decoder layer"]
+    assert len(layers) == 2 and all(len(choice.layers) == 4 and not choice.smoothing for choice in layers)
+    assert all(choice.float_seconds > 0 for choice in layers)
+    plan = Plan.from_dict(plan.to_dict())
+    quantized = optimize(copy.deepcopy(model), plan)
+    assert summary(quantized).bytes_after == plan.figures.bytes
+    fused = [record.reason is None for record in summary(quantized).decoders]
+    assert len(fused) == sum(choice.scheme is not None for choice in layers)
 
 
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="experts are linears before 5")

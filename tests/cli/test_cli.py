@@ -62,6 +62,7 @@ def test_demo() -> None:
         "saved, MB",
         "relative error",
         "cosine similarity",
+        "tokens a second",
     ):
         assert text in result.stdout
     assert "it/s" in result.stderr and "it/s" not in result.stdout
