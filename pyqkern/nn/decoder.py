@@ -64,7 +64,10 @@ class QDecoderLayer(QFusedLayer):
             if bias is None or bias.shape != (shape.batch * form.heads, 1, rows.seen) or bias.dtype is not x.dtype:
                 return None, "its ALiBi is not as transformers makes it"
             bias = bias.view(shape.batch, form.heads, 1, rows.seen)
-        y = decoder_layer(x, Cache(rows.keys, rows.values, rows.past), Added(mask, bias, cos, sin), operands, form)
+        try:
+            y = decoder_layer(x, Cache(rows.keys, rows.values, rows.past), Added(mask, bias, cos, sin), operands, form)
+        except (TypeError, ValueError) as error:  # before it has written anything
+            return None, f"the operator does not take it: {error}"
         rows.close(shape.length)
         return y, ""
 

@@ -200,7 +200,8 @@ def _form(
     shapes = [(linear.out_features, linear.in_features) for linear in linears]
     heads, groups = form.heads, vars(attention).get("num_key_value_groups", 1)
     split = vars(attention).get("split_size", heads * size)
-    if kv_heads < 1 or heads != kv_heads * groups or heads * size != rows or split != rows:
+    stated = heads if separate else getattr(getattr(attention, "config", None), "num_attention_heads", heads)
+    if kv_heads < 1 or heads != kv_heads * groups or heads * size != rows or split != rows or stated != heads:
         return None, f"its heads do not fit its linears: {heads} and {kv_heads} heads of {size} features, {shapes}"
     if shapes != [(n, k) for _, n, k in form.linears(len(linears), hidden)]:
         return None, f"its linears do not fit together: {shapes}"

@@ -27,6 +27,7 @@ import pyqkern
 from pyqkern import optimize, replace_linear, summary
 from pyqkern.schemes import FP4, NF4, Int4, Int8
 
+MAJOR = int(transformers.__version__.split(".")[0])
 IMPLEMENTATIONS = ["sdpa", "eager"]
 
 
@@ -129,7 +130,7 @@ def test_beams(family: str) -> None:
     assert torch.equal(found, expected) and calls(fused) == ["", ""]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", *(["mistral"] if MAJOR >= 5 else [])])
 def test_assisted_decoding(family: str) -> None:
     """The cache is cropped where the assistant was wrong; the tokens are those of greedy decoding."""
     unfused, fused = pair(family)
@@ -146,6 +147,29 @@ def test_assisted_decoding(family: str) -> None:
             found = fused.generate(ids, max_new_tokens=24, do_sample=False, **options)
             assert torch.equal(found, greedy) and calls(fused) == ["", ""]
     assert calls(assistant) == ["", ""]
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_prefill_in_chunks(size: int) -> None:
+    models = pair("mistral")
+    ids = tokens(2, 21)
+    found = same_tokens(models, ids, 8, prefill_chunk_size=size)
+    assert torch.equal(found, same_tokens(models, ids, 8))
+
+
+def test_past_key_values_of_ones_own() -> None:
+    models = pair("qwen2")
+    ids = tokens(1, 20)
+    expected = same_tokens(models, ids, 8)
+    for model in models:
+        with torch.inference_mode():
+            cache = transformers.DynamicCache(config=model.config)
+            model(ids[:, :15], past_key_values=cache)
+            for _ in range(2):  # the prefix is used twice
+                own = copy.deepcopy(cache)
+                found = model.generate(ids, past_key_values=own, max_new_tokens=8, do_sample=False)
+                assert torch.equal(found, expected) and own.get_seq_length() == 27
+    assert calls(models[1]) == ["", ""]
 
 
 def test_hidden_states() -> None:
@@ -221,7 +245,7 @@ def test_compile() -> None:
         cache = transformers.StaticCache(config=fused.config, max_cache_len=16)
         begun = logits(fused, ids[:, :5], past_key_values=cache)
         assert calls(fused) == ["", ""] and distance(begun, expected[:, :5]) < 1e-5
-        position = {"cache_position": torch.tensor([5])} if transformers.__version__ < "5" else {}
+        position = {"cache_position": torch.tensor([5])} if MAJOR < 5 else {}
         step = logits(compiled, ids[:, 5:], past_key_values=cache, **position)
         assert distance(step, expected[:, 5:]) < 1e-5
 
