@@ -365,9 +365,15 @@ _training = itemgetter("training")
 
 def listener(parts: Parts) -> str | None:
     """Why this call cannot pass the parts by: one is in training, patched, or has a hook that wants to be called."""
-    if any(map(_training, parts.states)):
+    if torch.compiler.is_compiling():  # which does not know the shorter ways
+        training = any([state["training"] for state in parts.states])
+        replaced = any(["forward" in state for state in parts.states])
+    else:
+        training = any(map(_training, parts.states))
+        replaced = any(map(contains, parts.states, repeat("forward"))) and any(map(replaced_forward, parts.modules))
+    if training:
         return "a part of it is in training"
-    if any(map(contains, parts.states, repeat("forward"))) and any(map(replaced_forward, parts.modules)):
+    if replaced:
         return "the forward of a part was replaced"
     if any(parts.hooks) and _wants_to_be_called(parts):
         return "a hook listens to a part of it"
