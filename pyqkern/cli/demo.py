@@ -114,7 +114,7 @@ def _show_decoder(transformers: Any) -> None:
     torch.manual_seed(0)
     print("\nA small Llama, random weights")
     config = transformers.LlamaConfig(
-        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=8000,
     )  # fmt: skip
     models = _variants(transformers.LlamaForCausalLM(config).eval())
