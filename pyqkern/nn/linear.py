@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -220,19 +220,32 @@ class QLinear(nn.Module):
         """weight[ids] in `dtype`, [*ids.shape, in_features], of which only these rows are dequantized: an embedding."""
         raise NotImplementedError
 
+    def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """begin, end and weight[begin:end] in fp32, at most PIECE elements of it at a time, in the order of rows."""
+        height = max(1, PIECE // max(1, self.in_features))
+        device = next(self.buffers()).device
+        for begin in range(0, self.out_features, height):
+            end = min(begin + height, self.out_features)
+            yield begin, end, self.rows(torch.arange(begin, end, device=device)).float()
+
     def _times_weight(self, grad: Tensor) -> Tensor:
         """grad @ weight, [..., out_features] -> [..., in_features]; on the CPU PIECE of its elements at a time.
 
-        The pieces are added in fp32.
+        There it is one sum in fp32, rounded once to grad's dtype.
         """
-        n, height = self.out_features, max(1, PIECE // max(1, self.in_features))
-        if n <= height or not grad.is_cpu:
+        if not grad.is_cpu:
             return grad @ self._dequantize().to(grad.dtype)
-        total = grad.new_zeros((*grad.shape[:-1], self.in_features), dtype=torch.float32)
-        for begin in range(0, n, height):
-            piece = self.rows(torch.arange(begin, min(begin + height, n), device=grad.device)).to(grad.dtype)
-            total = total + grad[..., begin : begin + height] @ piece
-        return total.to(grad.dtype)
+        rows = grad.reshape(-1, self.out_features).float()
+        total: Tensor | None = None
+        with torch.autocast("cpu", enabled=False):
+            for begin, end, piece in self.pieces():
+                if total is None:  # made of rows, and so batched by vmap where these are
+                    total = rows[:, begin:end] @ piece
+                else:
+                    total.addmm_(rows[:, begin:end], piece)
+        if total is None:
+            total = rows.new_zeros((rows.shape[0], self.in_features))
+        return total.to(grad.dtype).view(*grad.shape[:-1], self.in_features)
 
     # A subclass stores some keys of its state_dict in a form that each type of device has for itself:
 
