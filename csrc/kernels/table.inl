@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/four_bit_int8.inl"
+#include "kernels/gradient.inl"
 #include "kernels/int8_split.inl"
 #include "kernels/optimizer.inl"
 #include "kernels/recurrent.inl"
@@ -54,6 +55,8 @@ const Kernels table = {
     int8_gemv_float,
     int8_expand,
     load_tile,
+    int8_expand_rows,
+    four_bit_expand_rows,
     float_gemm,
     finish_totals,
 };

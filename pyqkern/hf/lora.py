@@ -51,6 +51,10 @@ class LoraQLinear(Linear):  # type: ignore[misc]
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
+        quantized = self.quantized
+        return quantized.qweight.device, quantized.dtype
+
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         self.fan_in_fan_out = False  # the weight of a QLinear is [out_features, in_features], that of a Conv1D too
         super().update_layer(*args, **kwargs)
@@ -58,6 +62,12 @@ class LoraQLinear(Linear):  # type: ignore[misc]
     def resolve_lora_variant(self, **kwargs: Any) -> Any:
         found = super().resolve_lora_variant(**kwargs)
         return DoraQLinearVariant() if isinstance(found, DoraLinearVariant) else found
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's, dequantized, for code that reads the weight of a linear."""
+        weight: Tensor = self.get_base_layer().weight
+        return weight
 
     @property
     def quantized(self) -> QLinear:

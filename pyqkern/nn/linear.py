@@ -15,7 +15,7 @@ from pyqkern.ops.checks import FLOATS, INT, check_float
 from pyqkern.ops.registry import BACKENDS, kernels_of
 from pyqkern.schemes import Range, Scheme, check_type, get_scheme, ranges_for
 
-PIECE = 1 << 20  # elements of the weight that a gradient has dequantized at a time
+PIECE = 1 << 20  # elements of the weight that `pieces` has dequantized at a time
 
 # The codes of a layer before others were assigned without scales. torch.func.functional_call reads the weight, assigns
 # a state_dict's, and assigns what it has read: these codes alone go back, since the scales that were read beside them
@@ -35,8 +35,9 @@ class QLinear(nn.Module):
     taken as it is. Editing it in place raises RuntimeError, because the layer does not compute with the copy.
 
     A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
-    `_linear`, `_dequantize`, `_of_weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain`,
-    `_pack`, `_packed_shapes` and `_unpacked`. Its constructor takes what this one takes, on any device.
+    `_linear`, `_times_weight`, `_dequantize`, `rows`, `_of_weight`, and what loading and moving ask for: `_expected`,
+    `_packed`, `_plain`, `_pack`, `_packed_shapes` and `_unpacked`. Its constructor takes what this one takes, on any
+    device.
 
     >>> import torch, pyqkern
     >>> layer = pyqkern.QLinear.from_linear(torch.nn.Linear(64, 32), "int8")
@@ -139,6 +140,13 @@ class QLinear(nn.Module):
         buffers = {name: self._buffers[name] for name in self._of_weight}
         return read_from(self._dequantize(), self._form(), buffers)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the name where peft looks for a layer's device before it dequantizes `weight`."""
+        codes = self._buffers[self._of_weight[0]]
+        assert codes is not None
+        return codes
+
     def _form(self) -> tuple[Any, ...]:
         """What layers must have in common to share codes."""
         return (*type(self)._of_weight, self.scheme, self.out_features, self.in_features)
@@ -229,23 +237,8 @@ class QLinear(nn.Module):
             yield begin, end, self.rows(torch.arange(begin, end, device=device)).float()
 
     def _times_weight(self, grad: Tensor) -> Tensor:
-        """grad @ weight, [..., out_features] -> [..., in_features]; on the CPU PIECE of its elements at a time.
-
-        There it is one sum in fp32, rounded once to grad's dtype.
-        """
-        if not grad.is_cpu:
-            return grad @ self._dequantize().to(grad.dtype)
-        rows = grad.reshape(-1, self.out_features).float()
-        total: Tensor | None = None
-        with torch.autocast("cpu", enabled=False):
-            for begin, end, piece in self.pieces():
-                if total is None:  # made of rows, and so batched by vmap where these are
-                    total = rows[:, begin:end] @ piece
-                else:
-                    total.addmm_(rows[:, begin:end], piece)
-        if total is None:
-            total = rows.new_zeros((rows.shape[0], self.in_features))
-        return total.to(grad.dtype).view(*grad.shape[:-1], self.in_features)
+        """grad @ weight, [..., out_features] -> [..., in_features] of grad's dtype."""
+        raise NotImplementedError
 
     # A subclass stores some keys of its state_dict in a form that each type of device has for itself:
 
