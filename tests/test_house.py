@@ -27,6 +27,7 @@ LONGEST, SHORTEST = 500, 15  # lines of a file; an __init__.py may be shorter
 ABOUT_DEVICES = {
     ("pyqkern/nn/encoder.py", "x.is_cpu"): "the operator of a whole layer is for CPUs; elsewhere its linears run",
     ("pyqkern/nn/encoder.py", "parts.linears[0]._buffers['packed'].is_cpu"): "as above",
+    ("pyqkern/hf/lora.py", "a.device.type"): "autocast is switched off for the device of the weights",
     ("pyqkern/backends/reference/affine.py", "x.is_cpu"): "K calls for one product would keep a GPU waiting",
     ("pyqkern/ops/encoder.py", "tensor.is_cpu"): "the operator of a whole layer refuses what is not on the CPU",
     ("pyqkern/ops/encoder.py", "mask.is_cpu"): "as above",

@@ -230,6 +230,11 @@ def lora(config: LoraConfig, *, requantize: bool = False) -> LoraConfig:
 
 def _include_quantized(original: Callable[..., Any], peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
     """What peft calls before it puts adapters into a model: here it looks at quantized linears too."""
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            "model must have a parameter, which peft asks for the device, got quantized layers without biases alone; "
+            "leave one layer in float with exclude="
+        )
     _free_heads(peft_config, model)
     if str(getattr(peft_config, "target_modules", None)).lower() != "all-linear":
         return original(peft_config, model)
