@@ -183,6 +183,17 @@ void four_bit_dequantize(const uint8_t* packed, const Scales& scales, size_t blo
 void four_bit_pack(const uint8_t* flat, size_t N, size_t K, uint8_t* packed);
 void four_bit_unpack(const uint8_t* packed, size_t N, size_t K, uint8_t* flat);
 
+// y [M, K] = g [M, N] times the weight [N, K] in fp32, both of `dtype`: gradient.inl.
+void int8_grad_input(const void* g, int dtype, const Packed& w, const float* w_scale, size_t M, size_t N, size_t K,
+                     void* y);
+void four_bit_grad_input(const void* g, int dtype, const Weight4Bit& w, size_t M, void* y);
+
+// The fp32 scale of block `at` of the flat weight, `stored` in the order of panels.
+float scale_at(const Scales& s, size_t stored, size_t block);
+
+// The scales of a flat weight in fp32: as they lie in it, or computed until the next call.
+const float* flat_scales(const Weight4Bit& w);
+
 // y [M, N] = the 4-bit linear of x [M, K], both of `dtype`; with as_int8 the rows are quantized and the products
 // integers, if the weight is in panels.
 void four_bit_linear(const void* x, int dtype, const Weight4Bit& w, const void* bias, int bias_dtype, size_t M, void* y,

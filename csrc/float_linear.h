@@ -74,9 +74,11 @@ constexpr size_t kLoadRows = 16;
 void load_integer_rows(const Kernels& k, const void* x, int dtype, size_t rows, size_t K, const Codebook& book,
                        const IntegerRows& to);
 
-// The rows of x, all in a buffer of this thread, or where they are if nothing is to be done.
-inline FloatRows float_rows(const Kernels& k, const void* x, int dtype, const Blocks& blocks, size_t K, int count) {
-  const bool in_tiles = blocks.rows > kGemvRows;
+// The rows of x, all in a buffer of this thread, or where they are if nothing is to be done. few: rows that stay as they
+// lie.
+inline FloatRows float_rows(const Kernels& k, const void* x, int dtype, const Blocks& blocks, size_t K, int count,
+                            size_t few = kGemvRows) {
+  const bool in_tiles = blocks.rows > few;
   if (!in_tiles && dtype == kFloat32) return {static_cast<const float*>(x), blocks.rows, false};
   float* wide = static_cast<float*>(scratch(kRows, blocks.rows * K * sizeof(float)));
   const size_t most = tiles_of(blocks.height, k.tile_rows);

@@ -17,13 +17,6 @@ const uint8_t* strip_codes(const Weight4Bit& w, size_t strip) {
   return w.packed + strip * (kStrip / kPanel) * (w.K / 8) * kLine;
 }
 
-// The scale of block `at` (of the flat weight, or in the order of panels): q and nested, or fp32 as it is.
-float scale_at(const Scales& s, size_t stored, size_t block) {
-  if (!s.nested) return static_cast<const float*>(s.absmax)[stored];
-  const float scaled = s.map[static_cast<const uint8_t*>(s.absmax)[stored]] * s.nested[block / kNestedBlock];
-  return scaled + s.offset;
-}
-
 // The scales of a strip, fp32 [K/blocksize][panels][16]: as they lie in the weight, or computed until the next call.
 const float* strip_scales(const Weight4Bit& w, size_t strip) {
   const size_t blocks = w.K / w.blocksize, count = panels_of(w.N, strip) * kPanel, start = strip * blocks * kStrip;
@@ -151,19 +144,27 @@ void linear_flat(const Kernels& k, const void* x, int dtype, const Weight4Bit& w
     k.widen(x, dtype, M * K, wide);
     rows_of = wide;
   }
-  const float* scales = static_cast<const float*>(w.scales.absmax);
-  if (w.scales.nested) {
-    const size_t blocks = (N * K + w.blocksize - 1) / w.blocksize;
-    float* values = static_cast<float*>(scratch(kPacked, blocks * sizeof(float)));
-    for (size_t b = 0; b < blocks; ++b) values[b] = scale_at(w.scales, b, b);
-    scales = values;
-  }
+  const float* scales = flat_scales(w);
   for_strips(k, Blocks(M), count, finish, [&](size_t m, size_t rows, size_t strip, float* total) {
     flat_totals(k, w, scales, rows_of + m * K, strip, rows, total);
   });
 }
 
 }  // namespace
+
+float scale_at(const Scales& s, size_t stored, size_t block) {
+  if (!s.nested) return static_cast<const float*>(s.absmax)[stored];
+  const float scaled = s.map[static_cast<const uint8_t*>(s.absmax)[stored]] * s.nested[block / kNestedBlock];
+  return scaled + s.offset;
+}
+
+const float* flat_scales(const Weight4Bit& w) {
+  if (!w.scales.nested) return static_cast<const float*>(w.scales.absmax);
+  const size_t blocks = (w.N * w.K + w.blocksize - 1) / w.blocksize;
+  float* all = static_cast<float*>(scratch(kScales, blocks * sizeof(float)));
+  for (size_t b = 0; b < blocks; ++b) all[b] = scale_at(w.scales, b, b);
+  return all;
+}
 
 bool in_panels(size_t N, size_t K, size_t blocksize) { return N >= kPanel && K % blocksize == 0 && blocksize % 8 == 0; }
 

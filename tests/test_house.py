@@ -29,7 +29,7 @@ ABOUT_DEVICES = {
     ("pyqkern/nn/fused.py", "parts.linears[0]._buffers['packed'].is_cpu"): "as above",
     ("pyqkern/nn/decoder.py", "mask.is_cpu"): "as above",
     ("pyqkern/nn/kv_cache.py", "tensor.is_cpu"): "as above",
-    ("pyqkern/nn/linear.py", "grad.is_cpu"): "many small products would keep a GPU waiting",
+    ("pyqkern/hf/lora.py", "a.device.type"): "autocast is switched off for the device of the weights",
     ("pyqkern/backends/reference/affine.py", "x.is_cpu"): "K calls for one product would keep a GPU waiting",
     ("pyqkern/ops/encoder.py", "tensor.is_cpu"): "the operator of a whole layer refuses what is not on the CPU",
     ("pyqkern/ops/decoder.py", "tensor.is_cpu"): "as above",

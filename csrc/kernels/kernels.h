@@ -400,6 +400,15 @@ struct Kernels {
   // Rows of a row_tile in fp32, column by column: tile [K][rows].
   void (*load_tile)(const void* x, int dtype, size_t K, size_t rows, float* tile);
 
+  // Up to 16 rows of one panel of int8_pack, from quad `packed` on: values[n][j] = W[n][j] * scale[n] for the 4 * quads
+  // columns j of at most 16, zeros for the others; [rows][kPanel].
+  void (*int8_expand_rows)(const int8_t* packed, size_t quads, const float* scale, size_t rows, float* values);
+
+  // The same of a 4-bit panel, whose lines are `stride` bytes apart, for sixteen columns of one block from line `packed`
+  // on: values[n][j] = value[code] * scale[n].
+  void (*four_bit_expand_rows)(const uint8_t* packed, size_t stride, const Codebook&, const float* scale, size_t rows,
+                               float* values);
+
   // Rows of load_tile, tiles of [K][their rows] one behind the other, from column `at` on, times `steps` steps of `size`
   // columns as four_bit_expand and int8_expand make them. total [rows][kStrip]; with scale [steps][kStrip]:
   //   total[m][n] = fma(sum over k of a step of x[m][k] * values[k][n], scale[n], total[m][n]), as four_bit_gemv;

@@ -3,6 +3,7 @@
 
 #include "kernels/decoder.inl"
 #include "kernels/four_bit_int8.inl"
+#include "kernels/gradient.inl"
 #include "kernels/int8_split.inl"
 #include "kernels/optimizer.inl"
 #include "kernels/recurrent.inl"
@@ -60,6 +61,8 @@ const Kernels table = {
     int8_gemv_float,
     int8_expand,
     load_tile,
+    int8_expand_rows,
+    four_bit_expand_rows,
     float_gemm,
     finish_totals,
 };

@@ -98,6 +98,29 @@ PyObject* linear_4bit_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// g [..., N] and y [..., K], as Rows x [..., K] and y [..., N].
+PyObject* int8_grad_input_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return translated([&] {
+    check_count(count, 4, 4);
+    const Rows r(args[0], args[3]);
+    const size_t N = r.K, K = r.N;
+    const Packed packed = packed_int8(args[1], N, K, kTrusted);
+    const float* scale = Tensor("weight_scale", args[2], false, kTrusted).as<float>(N);
+    without_gil([&] { int8_grad_input(r.x.data, r.dtype, packed, scale, r.M, N, K, r.y.data); });
+  });
+}
+
+PyObject* grad_input_4bit_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return translated([&] {
+    check_count(count, 9, 9);
+    const Rows r(args[0], args[6]);
+    const Weight4Bit w =
+        weight_4bit(args[1], args[2], args[3], args[4], args[5], r.K, r.N, static_cast<size_t>(integer(args[8])),
+                    static_cast<size_t>(integer(args[7])), kTrusted);
+    without_gil([&] { four_bit_grad_input(r.x.data, r.dtype, w, r.M, r.y.data); });
+  });
+}
+
 template <class F> PyCFunction function(F* f) { return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f)); }
 
 PyMethodDef methods[] = {
@@ -108,6 +131,9 @@ PyMethodDef methods[] = {
     {"linear_4bit", function(linear_4bit_call), METH_FASTCALL,
      "(x, packed, absmax, nested_absmax, nested_map, nested_offset (or None, all three), bias or None, y, codebook, "
      "blocksize, as_int8)"},
+    {"int8_grad_input", function(int8_grad_input_call), METH_FASTCALL, "(g, packed, weight_scale, y)"},
+    {"grad_input_4bit", function(grad_input_4bit_call), METH_FASTCALL,
+     "(g, packed, absmax, nested_absmax, nested_map, nested_offset (or None, all three), y, codebook, blocksize)"},
     {nullptr, nullptr, 0, nullptr},
 };
 

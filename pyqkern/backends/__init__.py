@@ -236,6 +236,9 @@ class Kernels(Protocol):
     def int8_linear_weight_only(self, x: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K], not quantized -> [..., N] of x's dtype; weight_scale fp32 [N], bias floats [N]."""
 
+    def int8_grad_input(self, grad: Tensor, packed: Tensor, weight_scale: Tensor, k: int) -> Tensor:
+        """grad [..., N] -> grad @ the dequantized weight, [..., k] of grad's dtype."""
+
     # ---- 4 bits; the packed and absmax of a linear's weight are in this backend's form
 
     def packed_shapes_4bit(self, n: int, k: int, blocksize: int) -> tuple[Shape, Shape]:
@@ -261,6 +264,9 @@ class Kernels(Protocol):
 
     def linear_4bit(self, x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
         """x [..., K] -> [..., N] of x's dtype."""
+
+    def grad_input_4bit(self, grad: Tensor, weight: Weight4bit) -> Tensor:
+        """grad [..., N] -> grad @ the dequantized weight, [..., K] of grad's dtype."""
 
     def rows_4bit(self, weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """weight[rows] dequantized, [M, k]; rows int64 [M] within [0, n)."""

@@ -146,6 +146,12 @@ def int8_linear_weight_only(x: Tensor, packed: Tensor, weight_scale: Tensor, bia
     return y
 
 
+def int8_grad_input(grad: Tensor, packed: Tensor, weight_scale: Tensor, k: int) -> Tensor:
+    y = grad.new_empty((*grad.shape[:-1], k))
+    _C.int8_grad_input(grad, packed, weight_scale, y)
+    return y
+
+
 # ---- 4 bits
 
 # "auto" multiplies integers: measured, that is the fastest way for every number of rows on every ISA.
@@ -219,6 +225,12 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
 def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     _C.linear_4bit(x, *weight[:5], bias, y, _BOOKS[weight.quant_type], weight.blocksize, compute in AS_INT8)
+    return y
+
+
+def grad_input_4bit(grad: Tensor, weight: Weight4bit) -> Tensor:
+    y = grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+    _C.grad_input_4bit(grad, *weight[:5], y, _BOOKS[weight.quant_type], weight.blocksize)
     return y
 
 

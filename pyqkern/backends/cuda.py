@@ -89,6 +89,12 @@ def int8_linear_weight_only(x: Tensor, packed: Tensor, weight_scale: Tensor, bia
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def int8_grad_input(grad: Tensor, packed: Tensor, weight_scale: Tensor, k: int) -> Tensor:
+    """torch's own product, in grad's dtype, with a dequantized copy of the weight."""
+    n = weight_scale.shape[0]
+    return grad @ dequantize(int8_unpack(packed, n, k), (1, n, k), weight_scale, None, grad.dtype)
+
+
 def splits() -> bool:
     return False
 
@@ -127,6 +133,11 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
 def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
     *tensors, quant_type, blocksize, shape = weight
     return kernels("four_bit").linear_4bit(x, *tensors, bias, quant_type, blocksize, shape[0], compute)
+
+
+def grad_input_4bit(grad: Tensor, weight: Weight4bit) -> Tensor:
+    """torch's own product, in grad's dtype, with a dequantized copy of the weight."""
+    return grad @ dequantize_4bit(weight, grad.dtype)
 
 
 def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:

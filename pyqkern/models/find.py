@@ -328,13 +328,13 @@ def kept_modules(model: nn.Module) -> dict[nn.Module, str]:
     return routers | _attentions_of_peft(model) | adapters | _in_float_files(model)
 
 
-def _is_of_peft(module: nn.Module) -> bool:
+def is_of_peft(module: nn.Module) -> bool:
     return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
 
 
 def _attentions_of_peft(model: nn.Module) -> dict[nn.Module, str]:
     """What is in an nn.MultiheadAttention that peft wraps: it writes into its weights in every call."""
-    children = [child for module in model.modules() if _is_of_peft(module) for child in module.children()]
+    children = [child for module in model.modules() if is_of_peft(module) for child in module.children()]
     wrapped = [child for child in children if isinstance(child, nn.MultiheadAttention)]
     reason = "in an nn.MultiheadAttention that peft wraps, and into whose weights it writes"
     return dict.fromkeys((one for attention in wrapped for one in attention.modules()), reason)
@@ -370,7 +370,7 @@ def _adapters(model: nn.Module) -> set[nn.Module]:
         seen = added if is_added else wrapped
         if module not in seen:
             seen.add(module)
-            is_peft = _is_of_peft(module)
+            is_peft = is_of_peft(module)
             children = module.named_children()
             waiting += [(child, is_added or (is_peft and name not in _WRAPPED)) for name, child in children]
     return added - wrapped

@@ -51,6 +51,9 @@ class Float16Linear(QLinear, scheme=Float16):
         check_float("x", x.dtype)
         return functional.linear(x, self.packed.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+    def _times_weight(self, grad: Tensor) -> Tensor:
+        return grad @ self.packed.to(grad.dtype)
+
     def _plain(self, key: str) -> Tensor:
         return self.packed
 

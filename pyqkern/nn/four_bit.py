@@ -11,6 +11,7 @@ from pyqkern.functional.four_bit import dynamic_map, quantize_absmax
 from pyqkern.nn.linear import QLinear
 from pyqkern.ops import four_bit as ops_four_bit
 from pyqkern.ops.checks import FLOATS, INT
+from pyqkern.ops.gradient import grad_input_4bit
 from pyqkern.ops.registry import kernels_of
 from pyqkern.schemes import FP4, NF4, Int4, Scheme, check_type
 
@@ -107,6 +108,9 @@ class Linear4bit(QLinear):
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return ops_four_bit.linear_4bit(x, self._weight4bit(), bias, self.scheme.compute)
+
+    def _times_weight(self, grad: Tensor) -> Tensor:
+        return grad_input_4bit(grad, self._weight4bit())
 
     # absmax first: where functional_call puts things back, it reads the weight, for which absmax has to be right.
     _packed: ClassVar[dict[str, str]] = {"absmax": "absmax", "weight": "packed"}

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, Kernels, Shape, qrange, reference
 from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
 from pyqkern.nn.linear import QLinear
+from pyqkern.ops import gradient as _gradient  # noqa: F401  defines int8_grad_input
 from pyqkern.ops import int8 as ops_int8
 from pyqkern.ops.checks import FLOATS, INT
 from pyqkern.ops.registry import kernels_of
@@ -90,6 +91,9 @@ class Int8Linear(QLinear, scheme=Int8):
         buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
         how = (self.scheme.symmetric, self.scheme.activation_bits)
         return ops_int8.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", *how)
+
+    def _times_weight(self, grad: Tensor) -> Tensor:
+        return torch.ops.pyqkern.int8_grad_input.default(grad, self.packed, self.weight_scale, self.in_features)
 
     _packed: ClassVar[dict[str, str]] = {"weight": "packed"}
 

@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ from pyqkern.ops.checks import FLOATS, INT, check_float
 from pyqkern.ops.registry import BACKENDS, kernels_of
 from pyqkern.schemes import Range, Scheme, check_type, get_scheme, ranges_for
 
-PIECE = 1 << 20  # elements of the weight that a gradient has dequantized at a time
+PIECE = 1 << 20  # elements of the weight that `pieces` has dequantized at a time
 
 # The codes of a layer before others were assigned without scales. torch.func.functional_call reads the weight, assigns
 # a state_dict's, and assigns what it has read: these codes alone go back, since the scales that were read beside them
@@ -35,8 +35,9 @@ class QLinear(nn.Module):
     taken as it is. Editing it in place raises RuntimeError, because the layer does not compute with the copy.
 
     A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
-    `_linear`, `_dequantize`, `_of_weight`, and what loading and moving ask for: `_expected`, `_packed`, `_plain`,
-    `_pack`, `_packed_shapes` and `_unpacked`. Its constructor takes what this one takes, on any device.
+    `_linear`, `_times_weight`, `_dequantize`, `rows`, `_of_weight`, and what loading and moving ask for: `_expected`,
+    `_packed`, `_plain`, `_pack`, `_packed_shapes` and `_unpacked`. Its constructor takes what this one takes, on any
+    device.
 
     >>> import torch, pyqkern
     >>> layer = pyqkern.QLinear.from_linear(torch.nn.Linear(64, 32), "int8")
@@ -139,6 +140,13 @@ class QLinear(nn.Module):
         buffers = {name: self._buffers[name] for name in self._of_weight}
         return read_from(self._dequantize(), self._form(), buffers)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the name where peft looks for a layer's device before it dequantizes `weight`."""
+        codes = self._buffers[self._of_weight[0]]
+        assert codes is not None
+        return codes
+
     def _form(self) -> tuple[Any, ...]:
         """What layers must have in common to share codes."""
         return (*type(self)._of_weight, self.scheme, self.out_features, self.in_features)
@@ -220,19 +228,17 @@ class QLinear(nn.Module):
         """weight[ids] in `dtype`, [*ids.shape, in_features], of which only these rows are dequantized: an embedding."""
         raise NotImplementedError
 
-    def _times_weight(self, grad: Tensor) -> Tensor:
-        """grad @ weight, [..., out_features] -> [..., in_features]; on the CPU PIECE of its elements at a time.
+    def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """begin, end and weight[begin:end] in fp32, at most PIECE elements of it at a time, in the order of rows."""
+        height = max(1, PIECE // max(1, self.in_features))
+        device = next(self.buffers()).device
+        for begin in range(0, self.out_features, height):
+            end = min(begin + height, self.out_features)
+            yield begin, end, self.rows(torch.arange(begin, end, device=device)).float()
 
-        The pieces are added in fp32.
-        """
-        n, height = self.out_features, max(1, PIECE // max(1, self.in_features))
-        if n <= height or not grad.is_cpu:
-            return grad @ self._dequantize().to(grad.dtype)
-        total = grad.new_zeros((*grad.shape[:-1], self.in_features), dtype=torch.float32)
-        for begin in range(0, n, height):
-            piece = self.rows(torch.arange(begin, min(begin + height, n), device=grad.device)).to(grad.dtype)
-            total = total + grad[..., begin : begin + height] @ piece
-        return total.to(grad.dtype)
+    def _times_weight(self, grad: Tensor) -> Tensor:
+        """grad @ weight, [..., out_features] -> [..., in_features] of grad's dtype."""
+        raise NotImplementedError
 
     # A subclass stores some keys of its state_dict in a form that each type of device has for itself:
 

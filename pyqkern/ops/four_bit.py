@@ -17,7 +17,7 @@ from pyqkern.ops.checks import check_float, check_ids, checked_rows
 from pyqkern.ops.registry import kernels_of, operator
 from pyqkern.schemes import BLOCKSIZES, COMPUTE, check_type
 
-_TENSORS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? nested_offset"
+TENSORS = "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_map, Tensor? nested_offset"
 
 # ---- checks
 
@@ -73,14 +73,14 @@ def _check_sizes(n: int, k: int, blocksize: int) -> None:
     check_format("nf4", blocksize)
 
 
-def _check_packed(weight: Weight4bit, device: torch.device) -> None:
+def check_packed_4bit(weight: Weight4bit, device: torch.device) -> None:
     """weight: of a linear, in the form of the device's backend."""
     n, k = weight.shape
     _check_sizes(n, k, weight.blocksize)
     check_weight(weight, kernels_of(device).packed_shapes_4bit(n, k, weight.blocksize), device)
 
 
-def _contiguous(weight: Weight4bit) -> Weight4bit:
+def contiguous(weight: Weight4bit) -> Weight4bit:
     return Weight4bit._make((*(None if t is None else t.contiguous() for t in weight[:5]), *weight[5:]))
 
 
@@ -123,13 +123,13 @@ def _dequantize_fake(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
 
 
 @operator(
-    f"dequantize_4bit({_TENSORS}, str quant_type, int blocksize, int[] shape, ScalarType dtype) -> Tensor",
+    f"dequantize_4bit({TENSORS}, str quant_type, int blocksize, int[] shape, ScalarType dtype) -> Tensor",
     _dequantize_fake,
     arguments=lambda *given: (Weight4bit._make(given[:8]), *given[8:]),
 )
 def _dequantize(kernels: Kernels, weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     y = _dequantize_fake(weight, dtype)
-    return kernels.dequantize_4bit(_contiguous(_flat(weight)), dtype) if y.numel() else y
+    return kernels.dequantize_4bit(contiguous(_flat(weight)), dtype) if y.numel() else y
 
 
 def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Tensor:
@@ -175,7 +175,7 @@ def _linear_fake(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: st
         raise ValueError("x must be [..., K], got a 0-dim tensor")
     if compute not in COMPUTE:
         raise ValueError(f"compute must be one of {', '.join(COMPUTE)}, got {compute!r}")
-    _check_packed(weight, x.device)
+    check_packed_4bit(weight, x.device)
     n = weight.shape[0]
     if bias is not None:
         check_float("bias", bias.dtype)
@@ -193,7 +193,7 @@ def _linear_arguments(x: Tensor, *given: Any) -> tuple[Any, ...]:
 
 
 @operator(
-    f"linear_4bit(Tensor x, {_TENSORS}, Tensor? bias, str quant_type, int blocksize, int n, str compute) -> Tensor",
+    f"linear_4bit(Tensor x, {TENSORS}, Tensor? bias, str quant_type, int blocksize, int n, str compute) -> Tensor",
     _linear_fake,
     arguments=_linear_arguments,
     linear=True,
@@ -204,7 +204,7 @@ def _linear(kernels: Kernels, x: Tensor, weight: Weight4bit, bias: Tensor | None
     if x.numel() == 0 or y.numel() == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     bias = None if bias is None else bias.contiguous()
-    return kernels.linear_4bit(x.contiguous(), _contiguous(weight), bias, compute)
+    return kernels.linear_4bit(x.contiguous(), contiguous(weight), bias, compute)
 
 
 def _linear_operator(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str) -> Tensor:
@@ -224,7 +224,7 @@ linear_4bit: Callable[[Tensor, Weight4bit, Tensor | None, str], Tensor] = regist
 
 def _embedding_fake(ids: Tensor, weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     check_ids(ids, weight.packed.device, dtype)
-    _check_packed(weight, weight.packed.device)
+    check_packed_4bit(weight, weight.packed.device)
     return weight.packed.new_empty((*ids.shape, weight.shape[1]), dtype=dtype)
 
 
@@ -234,14 +234,14 @@ def _embedding_arguments(ids: Tensor, *given: Any) -> tuple[Any, ...]:
 
 
 @operator(
-    f"embedding_4bit(Tensor ids, {_TENSORS}, str quant_type, int blocksize, int n, int k, ScalarType dtype) -> Tensor",
+    f"embedding_4bit(Tensor ids, {TENSORS}, str quant_type, int blocksize, int n, int k, ScalarType dtype) -> Tensor",
     _embedding_fake,
     arguments=_embedding_arguments,
 )
 def _embedding(kernels: Kernels, ids: Tensor, weight: Weight4bit, dtype: torch.dtype) -> Tensor:
     y = _embedding_fake(ids, weight, dtype)
     rows = checked_rows(ids, weight.shape[0])
-    return kernels.rows_4bit(_contiguous(weight), rows, dtype).view(y.shape) if y.numel() else y
+    return kernels.rows_4bit(contiguous(weight), rows, dtype).view(y.shape) if y.numel() else y
 
 
 def embedding_4bit(ids: Tensor, weight: Weight4bit, dtype: torch.dtype) -> Tensor:

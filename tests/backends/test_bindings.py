@@ -14,7 +14,7 @@ from pyqkern.backends import cpu
 
 N, K, M, BLOCK = 40, 96, 3, 32
 X, W = floats((M, K), 1), integers((N, K), 2, torch.int8)
-SCALE, BIAS = torch.rand(N) + 0.1, torch.randn(N)
+SCALE, BIAS, GRAD = torch.rand(N) + 0.1, torch.randn(N), floats((M, N), 8)
 PANELS = cpu.int8_pack(W)
 WIDE = integers((N, 256), 4, torch.int8) // 4
 SPLIT = cpu.int8_pack(WIDE, True)
@@ -111,6 +111,11 @@ CALLS: dict[str, list[list[Any]]] = {
         [X, PANELS, SCALE, BIAS, torch.empty(M, N)],
         [floats((33, 256), 7), SPLIT, SCALE, BIAS, torch.empty(33, N)],
     ],
+    "int8_grad_input": [[GRAD, PANELS, SCALE, torch.empty(M, K)], [GRAD, SPLIT, SCALE, torch.empty(M, 256)]],
+    "grad_input_4bit": [
+        [GRAD, LINES, SCALES, None, None, None, torch.empty(M, K), NF4, BLOCK],
+        [GRAD, LINES, CODES, *NESTED, torch.empty(M, K), NF4, BLOCK],
+    ],
     "quantize_4bit": [[X, BLOCK, NF4, ints(M * K // 2), torch.empty(M * K // BLOCK)]],
     "dequantize_4bit": [
         [FLAT, ABSMAX, None, None, None, BLOCK, NF4, torch.empty(N, K)],
@@ -144,6 +149,8 @@ TRUSTING = (
     "int8_linear",
     "int8_linear_weight_only",
     "linear_4bit",
+    "int8_grad_input",
+    "grad_input_4bit",
     "encoder_layer",
     "decoder_layer",
     "recurrent",

@@ -46,9 +46,11 @@ PACKED = {
     "int8_linear_static": 1,
     "int8_linear_outlier": 1,
     "int8_linear_weight_only": 1,
+    "int8_grad_input": 1,
     "int8_embedding": 1,
     "unpack_4bit": 0,
     "linear_4bit": 1,
+    "grad_input_4bit": 1,
     "embedding_4bit": 1,
 }
 
@@ -59,7 +61,7 @@ def moved(name: str, arguments: tuple[object, ...]) -> list[object]:
     if name not in PACKED:
         return there
     at = PACKED[name]
-    if name.endswith("4bit"):
+    if "4bit" in name:
         n, k, blocksize = 40, 128, 64  # of support/calls.py
         there[at] = ops.pack_4bit(ops.unpack_4bit(arguments[at], n, k, blocksize).to(GPU), n, k, blocksize)
         if name != "unpack_4bit":
@@ -118,6 +120,11 @@ def largest_difference(name: str, arguments: tuple[object, ...], y: Tensor) -> f
         x, scales = arguments[0].double(), arguments[2]
         k, eps = x.shape[-1], torch.finfo(y.dtype).eps
         return k * float(x.abs().max()) * 127 * float(scales.max()) * (eps + 2 * (k + 1) * 2.0**-24) + eps * top
+    if name in ("int8_grad_input", "grad_input_4bit"):
+        # The same sums, of n products.
+        grad, scales, greatest = arguments[0].double(), arguments[2], 127 if name == "int8_grad_input" else 1
+        n, eps = grad.shape[-1], torch.finfo(y.dtype).eps
+        return n * float(grad.abs().max()) * greatest * float(scales.max()) * (eps + 2 * (n + 1) * 2.0**-24) + eps * top
     fused = {"int8_linear": 4, "int8_linear_outlier": -1}
     if name == "int8_linear_outlier" or "gelu" in arguments:
         assert name != "int8_linear" or arguments[fused[name]] == "gelu"

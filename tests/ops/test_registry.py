@@ -79,13 +79,14 @@ def test_a_device_without_kernels_gets_the_reference(
 
 
 def in_the_reference_form(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    if name == "int8_unpack" or name.startswith("int8_linear"):
+    if name in ("int8_unpack", "int8_grad_input") or name.startswith("int8_linear"):
         position = 0 if name == "int8_unpack" else 1
         weight = W if arguments[position].shape == cpu.packed_shape(*W.shape) else WIDE
         return (*arguments[:position], weight, *arguments[position + 1 :])  # its packed form is the weight itself
     if name == "unpack_4bit":
         return (PACKED, *arguments[1:])
-    return (arguments[0], PACKED, ABSMAX, *arguments[3:]) if name == "linear_4bit" else arguments
+    packed_second = name in ("linear_4bit", "grad_input_4bit")
+    return (arguments[0], PACKED, ABSMAX, *arguments[3:]) if packed_second else arguments
 
 
 @pytest.mark.parametrize("kernels", [cpu, cuda, reference])

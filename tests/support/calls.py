@@ -64,7 +64,7 @@ CALLS = {
 
 PACKED, ABSMAX = ops.quantize_4bit(floats((40, 128), 5), "nf4", 64)
 LINES, SCALES = ops.pack_4bit(PACKED, 40, 128, 64), cpu.pack_scales(ABSMAX, 40, 128, 64)
-X4, PLAIN = floats((4, 128), 6), (None, None, None)
+X4, PLAIN, GRAD = floats((4, 128), 6), (None, None, None), floats((4, 40), 7)
 CALLS |= {
     "quantize_4bit": [(X, "nf4", 32), (X.T.half(), "fp4", 64), (X[:0], "nf4", 64)],
     "dequantize_4bit": [
@@ -77,5 +77,15 @@ CALLS |= {
         (X4, LINES, SCALES, *PLAIN, BIAS, "nf4", 64, 40, "auto"),
         (X4.bfloat16().view(2, 2, 128), LINES, SCALES, *PLAIN, None, "nf4", 64, 40, "int8"),
         (X4[:0], LINES, SCALES, *PLAIN, BIAS, "nf4", 64, 40, "fp32"),
+    ],
+    "int8_grad_input": [
+        (GRAD, ops.int8_pack(W), SCALE, 96),
+        (GRAD.view(2, 2, 40).bfloat16(), ops.int8_pack(WIDE, True), SCALE, 256),
+        (GRAD[:0], ops.int8_pack(W), SCALE, 96),
+    ],
+    "grad_input_4bit": [
+        (GRAD, LINES, SCALES, *PLAIN, "nf4", 64, 128),
+        (GRAD.view(2, 2, 40).bfloat16(), LINES, SCALES, *PLAIN, "nf4", 64, 128),
+        (GRAD[:0], LINES, SCALES, *PLAIN, "nf4", 64, 128),
     ],
 }

@@ -9,6 +9,7 @@ from pyqkern.backends.reference.affine import dequantize, fma, min_max, qparams_
 from pyqkern.backends.reference.four_bit import (
     block_scales,
     dequantize_4bit,
+    grad_input_4bit,
     linear_4bit,
     pack_4bit,
     pack_scales,
@@ -22,6 +23,7 @@ from pyqkern.backends.reference.four_bit import (
 from pyqkern.backends.reference.gate import gate
 from pyqkern.backends.reference.int8 import (
     activate,
+    int8_grad_input,
     int8_linear,
     int8_linear_static,
     int8_linear_weight_only,
@@ -45,6 +47,8 @@ __all__ = [
     "dequantize_4bit",
     "fma",
     "gate",
+    "grad_input_4bit",
+    "int8_grad_input",
     "int8_linear",
     "int8_linear_static",
     "int8_linear_weight_only",

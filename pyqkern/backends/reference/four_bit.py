@@ -235,6 +235,16 @@ def linear_4bit(x: Tensor, weight: Weight4bit, bias: Tensor | None, compute: str
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
+def grad_input_4bit(grad: Tensor, weight: Weight4bit) -> Tensor:
+    """grad [..., n], a flat weight [n, K] -> [..., K] of grad's dtype.
+
+    y[m, k] = sum_n grad[m,n] * w[n,k] in fp32, w as `dequantize_4bit` gives it, the sum as `affine.chain` adds it.
+    """
+    rows = grad.reshape(-1, grad.shape[-1]).float()
+    y = chain(rows, dequantize_4bit(weight, torch.float32).T)
+    return y.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
+
+
 def _step_scales(weight: Weight4bit) -> Tensor:
     """The scale of each step, [n, steps]."""
     n, k = weight.shape

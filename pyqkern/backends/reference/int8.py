@@ -92,6 +92,16 @@ def int8_linear_weight_only(x: Tensor, packed: Tensor, weight_scale: Tensor, bia
     return y.to(x.dtype).view(*x.shape[:-1], packed.shape[0])
 
 
+def int8_grad_input(grad: Tensor, packed: Tensor, weight_scale: Tensor, k: int) -> Tensor:
+    """grad [..., N] fp32/bf16/fp16, packed int8 [N, k], the weight itself, weight_scale fp32 [N] -> [..., k] of grad's
+    dtype.
+
+    y[m, k] = sum_n grad[m,n] * (w[n,k] * sw[n]) in fp32, the product in brackets rounded, the sum as `affine.chain`.
+    """
+    weight = packed.float() * weight_scale[:, None]
+    return chain(grad.reshape(-1, grad.shape[-1]).float(), weight.T).to(grad.dtype).view(*grad.shape[:-1], k)
+
+
 def int8_pack(weight: Tensor, split: bool = False) -> Tensor:
     """The form of an int8 weight [N, K] that this module's `int8_linear` takes: a contiguous copy."""
     return weight.clone(memory_format=torch.contiguous_format)
