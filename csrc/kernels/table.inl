@@ -1,6 +1,7 @@
 // The table of one ISA. isa_*.cpp define PYQKERN_ISA and include this file.
 #pragma once
 
+#include "kernels/fake_quantize.inl"
 #include "kernels/four_bit_int8.inl"
 #include "kernels/int8_split.inl"
 #include "kernels/optimizer.inl"
@@ -24,6 +25,8 @@ const Kernels table = {
     quantize,
     dequantize,
     min_max,
+    fake_quantize,
+    fake_quantize_backward,
     widen,
     int8_pack,
     int8_mark,
