@@ -1,6 +1,6 @@
-// The operations on whole tensors: affine.cpp, int8.cpp, weight_only.cpp, four_bit.cpp, embedding.cpp, encoder.cpp,
-// decoder.cpp, recurrent.cpp, gate.cpp and optimizer.cpp cut them into pieces for the kernels and the threads. Each reads
-// kernels() once, so that a call does not mix two ISAs.
+// The operations on whole tensors: affine.cpp, fake_quantize.cpp, int8.cpp, weight_only.cpp, four_bit.cpp, gradient.cpp,
+// embedding.cpp, encoder.cpp, decoder.cpp, recurrent.cpp, gate.cpp and optimizer.cpp cut them into pieces for the kernels
+// and the threads. Each reads kernels() once, so that a call does not mix two ISAs.
 // Pointers are to contiguous row-major data; the caller has checked shapes and types. Formulas: kernels/kernels.h.
 #pragma once
 
@@ -11,6 +11,10 @@ namespace pyqkern {
 void quantize(const void* x, int dtype, size_t outer, Channels c, uint8_t* q, int qtype);
 void dequantize(const uint8_t* q, int qtype, size_t outer, Channels c, void* y, int dtype);
 void min_max(const void* x, int dtype, size_t outer, size_t channels, size_t inner, float* lo, float* hi);
+
+// y, by_x: tensors like x; by_scale, by_offset fp32 [rows].
+void fake_quantize(const FakeRows& f, void* y);
+void fake_quantize_backward(const FakeRows& f, const void* g, void* by_x, float* by_scale, float* by_offset);
 
 // A bias [n] in fp32: as it is, or widened into a buffer of this thread until the next call. nullptr stays nullptr.
 const float* widened(const Kernels& k, const void* bias, int dtype, size_t n);

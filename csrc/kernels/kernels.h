@@ -65,6 +65,18 @@ struct Channels {
   bool per_tensor;
 };
 
+// x [rows, size] for fake quantization, with a scale and a zero point for each row, or, where per_row is not set, one for
+// all rows. zero_point = nullptr: zero.
+struct FakeRows {
+  const void* x;
+  int dtype;
+  size_t rows, size;
+  const float* scale;
+  const int32_t* zero_point;
+  bool per_row;
+  int qmin, qmax;  // of the codes
+};
+
 // The packed weight of an INT8 linear, the same on every ISA: panels of 16 rows of W, int8
 //   packed[panel][k/4][n%16][k%4] = W[n][k],  n = 16*panel + n%16,  zero outside [N, K],
 // and behind each panel, as int32, its 16 column sums, sum_k W[n][k], and its 16 sums of pairs, sum_i W[n][2i]
@@ -252,6 +264,20 @@ struct Kernels {
   // NaN in both if any element is NaN or infinite; +inf, -inf if there is no element.
   void (*min_max)(const void* x, int dtype, size_t outer, size_t channels, size_t inner, size_t begin, size_t end,
                   float* lo, float* hi);
+
+  // y [rows, size] = scale * (q - zero_point) for the q of `quantize` with two roundings, rows [begin, end), rounded once to
+  // dtype. NaN stays NaN, and a scale that is NaN makes its row NaN.
+  void (*fake_quantize)(const FakeRows&, size_t begin, size_t end, void* y);
+
+  // The backward pass of y = scale * q + offset, offset being scale * -zero_point, with v = x * (1/scale) + zero_point
+  // and r = rint(v), where rounding counts as the identity (Esser et al., "Learned step size quantization", 2020;
+  // Bhalgat et al., "LSQ+", 2020). g, by_x [rows, size] of dtype; by_scale, by_offset [rows] fp32.
+  //   r within [qmin, qmax]   by_x = g   by_scale += g * (r - v)
+  //   elsewhere               by_x = 0   by_scale += g * clamp(r, qmin, qmax)   by_offset += g
+  // A row's terms are added into sixteen sums, i % 16, i ascending, which are added in halves. Where v is NaN it counts
+  // as zero_point.
+  void (*fake_quantize_backward)(const FakeRows&, const void* g, size_t begin, size_t end, void* by_x, float* by_scale,
+                                 float* by_offset);
 
   // y = x in fp32.
   void (*widen)(const void* x, int dtype, size_t n, float* y);

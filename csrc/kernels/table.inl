@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/decoder.inl"
+#include "kernels/fake_quantize.inl"
 #include "kernels/four_bit_int8.inl"
 #include "kernels/gradient.inl"
 #include "kernels/int8_split.inl"
@@ -26,6 +27,8 @@ const Kernels table = {
     quantize,
     dequantize,
     min_max,
+    fake_quantize,
+    fake_quantize_backward,
     widen,
     int8_pack,
     int8_mark,

@@ -32,6 +32,36 @@ Channels channels_of(py::handle scale, py::handle zero_point, size_t channels, s
           per_tensor};
 }
 
+// x as rows of `size`; one scale for each row, or one for all.
+FakeRows fake_rows(py::handle x, size_t size, py::handle scale, py::handle zero_point, int qmin, int qmax) {
+  const bool is_signed = qmin != 0;
+  const bool is_range =
+      qmax > 0 && qmax <= (is_signed ? 127 : 255) && (!is_signed || qmin == -qmax || qmin == -qmax - 1);
+  if (!is_range) throw py::value_error("qmin and qmax must be 0 and up to 255, or -qmax or -qmax - 1 and up to 127");
+  const Tensor from("x", x), scales("scale", scale);
+  const size_t n = from.elements();
+  if (!size || n % size) throw py::value_error("size must divide the elements of x, got " + std::to_string(size));
+  const bool per_row = scales.elements() != 1;
+  const size_t count = per_row ? n / size : 1;
+  return {from.data,
+          from.dtype(),
+          n / size,
+          size,
+          scales.as<float>(count),
+          zero_point.is_none() ? nullptr : Tensor("zero_point", zero_point).as<int32_t>(count),
+          per_row,
+          qmin,
+          qmax};
+}
+
+// The data of a tensor of as many elements and the dtype of f's x.
+void* like(const char* name, py::handle object, const FakeRows& f) {
+  const Tensor t(name, object);
+  t.check_elements(f.rows * f.size);
+  if (t.dtype() != f.dtype) throw py::type_error(std::string(name) + " must have the dtype of x");
+  return t.data;
+}
+
 void check_function(int function) {
   if (function < kExp || function > kReluValue)
     throw py::value_error("function must be from 0 to 7, got " + std::to_string(function));
@@ -80,6 +110,24 @@ void add_affine(py::module_& m) {
     const Channels c = channels_of(scale, zero_point, channels, inner, false);
     without_gil([&] { dequantize(static_cast<const uint8_t*>(from.data), qtype, outer, c, to.data, dtype); });
   });
+  m.def("fake_quantize",
+        [](py::handle x, size_t size, py::handle scale, py::handle zero_point, int qmin, int qmax, py::handle y) {
+          const FakeRows f = fake_rows(x, size, scale, zero_point, qmin, qmax);
+          void* to = like("y", y, f);
+          without_gil([&] { fake_quantize(f, to); });
+        });
+  m.def(
+      "fake_quantize_backward",
+      [](py::handle g, py::handle x, size_t size, py::handle scale, py::handle zero_point, int qmin, int qmax,
+         py::handle by_x, py::handle by_scale, py::handle by_offset) {
+        const FakeRows f = fake_rows(x, size, scale, zero_point, qmin, qmax);
+        const void* grads = like("g", g, f);
+        void* to = like("by_x", by_x, f);
+        float* of_scale = Tensor("by_scale", by_scale).as<float>(f.rows);
+        float* of_offset = Tensor("by_offset", by_offset).as<float>(f.rows);
+        without_gil([&] { fake_quantize_backward(f, grads, to, of_scale, of_offset); });
+      },
+      "x, g and by_x of one dtype, rows of `size` elements; by_scale, by_offset fp32 [rows].");
   m.def(
       "elementwise",
       [](int function, py::handle x, py::handle y) {

@@ -305,6 +305,20 @@ class Kernels(Protocol):
         cell: one of GATES, whose order is torch's. INT8: symmetric and bits as for int8_linear; 4 bits: compute.
         """
 
+    # ---- training
+
+    def fake_quantize(
+        self, x: Tensor, size: int, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+    ) -> Tensor:
+        """x quantized to codes in [qmin, qmax] and dequantized, in its dtype: rows of `size` elements; scale fp32 and
+        zero_point int32 (None: 0) of each row, or one of all.
+        """
+
+    def fake_quantize_backward(
+        self, grad: Tensor, x: Tensor, size: int, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients to x, of its dtype, which is grad's too, and of each row to the scale and the offset, fp32."""
+
     # ---- optimizers
 
     def square_sum(self, tensors: Sequence[Tensor], scale: float) -> Tensor:

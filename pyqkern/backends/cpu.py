@@ -377,6 +377,24 @@ def recurrent(
     return y, h, c
 
 
+# ---- training
+
+
+def fake_quantize(x: Tensor, size: int, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Tensor:
+    y = torch.empty_like(x)
+    _C.fake_quantize(x, size, scale, zero_point, qmin, qmax, y)
+    return y
+
+
+def fake_quantize_backward(
+    grad: Tensor, x: Tensor, size: int, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    by_x, rows = torch.empty_like(x), x.numel() // size
+    by_scale, by_offset = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    _C.fake_quantize_backward(grad, x, size, scale, zero_point, qmin, qmax, by_x, by_scale, by_offset)
+    return by_x, by_scale, by_offset
+
+
 # ---- optimizers
 
 _MAPS = torch.stack([map_lines(True), map_lines(False)])

@@ -144,6 +144,14 @@ def rows_4bit(weight: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return rows_of_flat(dequantize_4bit, weight, rows, dtype)
 
 
+def fake_quantize(x: Tensor, *how: Any) -> Tensor:
+    return kernels("fake_quantize").fake_quantize(x, *how)
+
+
+def fake_quantize_backward(grad: Tensor, x: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels("fake_quantize").fake_quantize_backward(grad, x, *how)
+
+
 def recurrent(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     return run(int8_linear, linear_4bit, *arguments)
 

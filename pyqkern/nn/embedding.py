@@ -131,19 +131,23 @@ class QEmbeddingBag(QEmbedding):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         check_type("input", input, Tensor, "a tensor of ids")
-        rows = self.table.rows(input.reshape(-1))
-        numbers, padding = torch.arange(rows.shape[0], device=input.device).view(input.shape), None
-        if self.padding_idx is not None:  # a row of its own, which torch passes over
-            padding = rows.shape[0]
-            numbers = numbers.masked_fill(input == self.padding_idx, padding)
-        rows = functional.pad(rows, (0, 0, 0, 1))  # without any row torch's would refuse even empty bags
-        return functional.embedding_bag(
-            numbers, rows, None if offsets is None else offsets.long(), mode=self.mode,
-            per_sample_weights=per_sample_weights, include_last_offset=self.include_last_offset, padding_idx=padding,
-        )  # fmt: skip
+        return bag_of(self, self.table.rows(input.reshape(-1)), input, offsets, per_sample_weights)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, mode={self.mode}, scheme={self.scheme.name}"
+
+
+def bag_of(bag: Any, rows: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
+    """What an nn.EmbeddingBag with the attributes of `bag` gives for `input`, given its rows [numel, embedding_dim]."""
+    numbers, padding = torch.arange(rows.shape[0], device=input.device).view(input.shape), None
+    if bag.padding_idx is not None:  # a row of its own, which torch passes over
+        padding = rows.shape[0]
+        numbers = numbers.masked_fill(input == bag.padding_idx, padding)
+    rows = functional.pad(rows, (0, 0, 0, 1))  # without any row torch's would refuse even empty bags
+    return functional.embedding_bag(
+        numbers, rows, None if offsets is None else offsets.long(), mode=bag.mode,
+        per_sample_weights=per_sample_weights, include_last_offset=bag.include_last_offset, padding_idx=padding,
+    )  # fmt: skip
 
 
 # The embeddings of torch, and what each becomes.

@@ -1,13 +1,13 @@
 """Float16Linear, whose weights are kept in fp16, as torch's quantize_dynamic with dtype=torch.float16 keeps them."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pyqkern.backends import Kernels, Shape
-from pyqkern.nn.linear import QLinear
+from pyqkern.nn.linear import Buffers, QLinear
 from pyqkern.ops.checks import FLOATS, check_float
 from pyqkern.schemes import Float16, Scheme
 
@@ -38,18 +38,20 @@ class Float16Linear(QLinear, scheme=Float16):
     _of_weight: ClassVar[tuple[str, ...]] = ("packed",)
     _packed: ClassVar[dict[str, str]] = {"weight": "packed"}
 
-    def _quantize(self, weight: Tensor) -> None:
-        self.packed = weight.detach().float().clamp(-MAX, MAX).half()
+    def _quantized(self, weight: Tensor) -> dict[str, Tensor | None]:
+        return {"packed": weight.detach().float().clamp(-MAX, MAX).half()}
 
-    def _dequantize(self) -> Tensor:
-        return self.packed.to(self.dtype, copy=True)
+    def _dequantize(self, buffers: Buffers | None = None) -> Tensor:
+        read: Any = buffers or self._buffers
+        return read["packed"].to(self.dtype, copy=True)
 
     def rows(self, ids: Tensor) -> Tensor:
         return self.packed[ids].to(self.dtype)
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _linear(self, x: Tensor, bias: Tensor | None, buffers: Buffers | None = None) -> Tensor:
         check_float("x", x.dtype)
-        return functional.linear(x, self.packed.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        read: Any = buffers or self._buffers
+        return functional.linear(x, read["packed"].to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _times_weight(self, grad: Tensor) -> Tensor:
         return grad @ self.packed.to(grad.dtype)

@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyqkern.backends import NESTED_BLOCKSIZE, Kernels, Shape, Weight4bit
-from pyqkern.functional.affine import choose_qparams_affine, pack_int4, quantize_affine
+from pyqkern.backends import NESTED_BLOCKSIZE, PANEL, Kernels, Shape, Weight4bit
 from pyqkern.functional.four_bit import dynamic_map, quantize_absmax
-from pyqkern.nn.linear import QLinear
+from pyqkern.nn.linear import Buffers, QLinear
 from pyqkern.ops import four_bit as ops_four_bit
 from pyqkern.ops.checks import FLOATS, INT
 from pyqkern.ops.gradient import grad_input_4bit
@@ -74,7 +73,13 @@ class Linear4bit(QLinear):
         for name, buffer in zip(NESTED, nested or (None,) * 3, strict=True):
             self.register_buffer(name, buffer)
 
-    def _quantize(self, weight: Tensor) -> None:
+    def _quantized(self, weight: Tensor) -> dict[str, Tensor | None]:
+        codes, scales, nested = self._flat(weight)
+        packed = {"packed": self._pack("weight", codes), "absmax": self._pack("absmax", scales)}
+        return {**packed, **dict(zip(NESTED, nested or (None,) * 3, strict=True))}
+
+    def _flat(self, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Flat codes and scales of a float weight, and what doubly quantized scales stand for."""
         packed, absmax = torch.ops.pyqkern.quantize_4bit(weight.detach(), self.quant_type, self.blocksize)
         nested: tuple[Tensor, ...] = ()
         if self.double_quant and absmax.numel():
@@ -82,7 +87,7 @@ class Linear4bit(QLinear):
             nested = tuple(rest)
         elif self.double_quant:
             absmax, nested = absmax.to(torch.uint8), (absmax, dynamic_map().to(absmax.device), absmax.new_zeros(()))
-        self._take(packed, absmax, nested)
+        return packed, absmax, nested
 
     def _scales(self) -> Tensor:
         buffers: Any = self._buffers
@@ -92,22 +97,29 @@ class Linear4bit(QLinear):
             return self._pack("absmax", absmax) if fits else absmax
         return absmax
 
-    def _weight4bit(self) -> Weight4bit:
-        buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
-        nested = (buffers["nested_absmax"], buffers["nested_map"], buffers["nested_offset"])
-        shape = (self.out_features, self.in_features)
-        return Weight4bit(buffers["packed"], self._scales(), *nested, self.quant_type, self.blocksize, shape)
+    def _weight4bit(self, buffers: Buffers | None = None) -> Weight4bit:
+        read: Any = buffers or self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
+        nested = (read["nested_absmax"], read["nested_map"], read["nested_offset"])
+        shape, scales = (self.out_features, self.in_features), self._scales() if buffers is None else read["absmax"]
+        return Weight4bit(read["packed"], scales, *nested, self.quant_type, self.blocksize, shape)
 
     _of_weight: ClassVar[tuple[str, ...]] = ("packed", "absmax", *NESTED)
 
-    def _dequantize(self) -> Tensor:
-        return self.rows(torch.arange(self.out_features, device=self.packed.device))
+    def _dequantize(self, buffers: Buffers | None = None) -> Tensor:
+        weight = self._weight4bit(buffers)
+        ids = torch.arange(self.out_features, device=weight.packed.device)
+        return ops_four_bit.embedding_4bit(ids, weight, self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         return ops_four_bit.embedding_4bit(ids, self._weight4bit(), self.dtype)
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops_four_bit.linear_4bit(x, self._weight4bit(), bias, self.scheme.compute)
+    def _linear(self, x: Tensor, bias: Tensor | None, buffers: Buffers | None = None) -> Tensor:
+        return ops_four_bit.linear_4bit(x, self._weight4bit(buffers), bias, self.scheme.compute)
+
+    def _seen(self, x: Tensor, buffers: Buffers | None = None) -> Tensor:
+        n, k = self.out_features, self.in_features
+        as_integers = self.scheme.compute in ("int8", "auto") and n >= PANEL and k % self.blocksize == 0 and k > 0
+        return torch.ops.pyqkern.fake_quantize_rows(x, k, torch.uint8, True) if as_integers else x
 
     def _times_weight(self, grad: Tensor) -> Tensor:
         return grad_input_4bit(grad, self._weight4bit())
@@ -193,7 +205,5 @@ class Int4Linear(Linear4bit, scheme=Int4):
             raise ValueError(f"group_size must divide in_features={in_features}, got {group_size}; {way}")
         super().__init__(in_features, out_features, bias, scheme, device, dtype)
 
-    def _quantize(self, weight: Tensor) -> None:
-        group_size = self.blocksize
-        scale, _ = choose_qparams_affine(weight, group_size=group_size, symmetric=True, bits=4)
-        self._take(pack_int4(quantize_affine(weight, scale, group_size=group_size, bits=4)), scale.reshape(-1), ())
+    def _flat(self, weight: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        return *torch.ops.pyqkern.quantize_int4(weight.detach(), self.blocksize), ()

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from pyqkern.backends import FLT_MIN, INT8_LINEAR_MAX_K, Kernels, Shape, qrange, reference
-from pyqkern.functional.affine import choose_qparams_affine, quantize_affine
-from pyqkern.nn.linear import QLinear
-from pyqkern.ops import gradient as _gradient  # noqa: F401  defines int8_grad_input
+from pyqkern.nn.linear import Buffers, QLinear
 from pyqkern.ops import int8 as ops_int8
 from pyqkern.ops.checks import FLOATS, INT
 from pyqkern.ops.registry import kernels_of
@@ -67,19 +65,21 @@ class Int8Linear(QLinear, scheme=Int8):
         self.register_buffer("packed", self._pack("weight", weight), persistent=False)
         self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
 
-    def _quantize(self, weight: Tensor) -> None:
-        self.weight_scale, _ = choose_qparams_affine(weight, axis=0, symmetric=True)
+    def _quantized(self, weight: Tensor) -> dict[str, Tensor | None]:
+        # Operators, not functions: this and _dequantize run inside of compiled graphs.
+        scale = None
         if self.scheme.clip_weights:
-            self.weight_scale = least_error_scale(weight, self.weight_scale)
-        codes = quantize_affine(weight, self.weight_scale, axis=0).clamp(min=-127)
-        self.packed = self._pack("weight", codes)
+            absmax, _ = torch.ops.pyqkern.choose_qparams_affine(weight, torch.int8, (0,), None, True)
+            scale = least_error_scale(weight, absmax)
+        packed, scale = torch.ops.pyqkern.int8_quantize_weight(weight, scale, self._may_split)
+        return {"packed": packed, "weight_scale": scale}
 
     _of_weight: ClassVar[tuple[str, ...]] = ("packed", "weight_scale")
 
-    def _dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        # The operator, not dequantize_affine: this runs inside of compiled graphs.
-        codes = self._plain("weight")
-        return torch.ops.pyqkern.dequantize_affine(codes, self.weight_scale, None, (0,), None, dtype or self.dtype)
+    def _dequantize(self, buffers: Buffers | None = None) -> Tensor:
+        read: Any = buffers or self._buffers
+        codes = torch.ops.pyqkern.int8_unpack(read["packed"], self.out_features, self.in_features)
+        return torch.ops.pyqkern.dequantize_affine(codes, read["weight_scale"], None, (0,), None, self.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         return torch.ops.pyqkern.int8_embedding(ids, self.packed, self.weight_scale, self.in_features, self.dtype)
@@ -87,10 +87,15 @@ class Int8Linear(QLinear, scheme=Int8):
     def _scales(self) -> Tensor:
         return cast(Tensor, self._buffers["weight_scale"])
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        buffers: Any = self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
+    def _linear(self, x: Tensor, bias: Tensor | None, buffers: Buffers | None = None) -> Tensor:
+        read: Any = buffers or self._buffers  # read directly: nn.Module's own way costs half a microsecond a name
         how = (self.scheme.symmetric, self.scheme.activation_bits)
-        return ops_int8.int8_linear(x, buffers["packed"], buffers["weight_scale"], bias, "none", *how)
+        return ops_int8.int8_linear(x, read["packed"], read["weight_scale"], bias, "none", *how)
+
+    def _seen(self, x: Tensor, buffers: Buffers | None = None) -> Tensor:
+        scheme = self.scheme
+        how = (self.in_features, torch.uint8, scheme.symmetric, scheme.activation_bits)
+        return torch.ops.pyqkern.fake_quantize_rows(x, *how) if self.in_features else x
 
     def _times_weight(self, grad: Tensor) -> Tensor:
         return torch.ops.pyqkern.int8_grad_input.default(grad, self.packed, self.weight_scale, self.in_features)
@@ -168,11 +173,16 @@ class Int8StaticLinear(Int8Linear, scheme=Int8Static):
         device = self.packed.device
         self.input_scale, self.input_zero_point = scale.to(device), zero_point.to(device)
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        buffers: Any = self._buffers
-        weight = (buffers["packed"], buffers["weight_scale"], bias)
-        how = (buffers["input_scale"], buffers["input_zero_point"], self.scheme.activation_bits)
+    def _linear(self, x: Tensor, bias: Tensor | None, buffers: Buffers | None = None) -> Tensor:
+        read: Any = buffers or self._buffers
+        weight = (read["packed"], read["weight_scale"], bias)
+        how = (read["input_scale"], read["input_zero_point"], self.scheme.activation_bits)
         return ops_int8.int8_linear_static(x, *weight, "none", *how)
+
+    def _seen(self, x: Tensor, buffers: Buffers | None = None) -> Tensor:
+        read: Any = buffers or self._buffers
+        how = (read["input_scale"], read["input_zero_point"], *qrange(torch.uint8, self.scheme.activation_bits))
+        return torch.ops.pyqkern.fake_quantize(x, self.in_features, *how) if self.in_features else x
 
     def _load_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         problems = super()._load_problems(state_dict, prefix)
@@ -204,9 +214,12 @@ class Int8WeightOnlyLinear(Int8Linear, scheme=Int8WeightOnly):
     scheme: Int8WeightOnly  # type: ignore[assignment]
     _may_split = False
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        buffers: Any = self._buffers
-        return ops_int8.int8_linear_weight_only(x, buffers["packed"], buffers["weight_scale"], bias)
+    def _linear(self, x: Tensor, bias: Tensor | None, buffers: Buffers | None = None) -> Tensor:
+        read: Any = buffers or self._buffers
+        return ops_int8.int8_linear_weight_only(x, read["packed"], read["weight_scale"], bias)
+
+    def _seen(self, x: Tensor, buffers: Buffers | None = None) -> Tensor:
+        return x
 
 
 class Int8OutlierLinear(Int8Linear, scheme=Int8Outlier):
@@ -214,8 +227,7 @@ class Int8OutlierLinear(Int8Linear, scheme=Int8Outlier):
 
     scheme: Int8Outlier  # type: ignore[assignment]
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        scheme = self.scheme
-        return torch.ops.pyqkern.int8_linear_outlier.default(
-            x, self.packed, self.weight_scale, bias, scheme.threshold, scheme.symmetric
-        )
+    def _linear(self, x: Tensor, bias: Tensor | None, buffers: Buffers | None = None) -> Tensor:
+        read: Any = buffers or self._buffers
+        how = (self.scheme.threshold, self.scheme.symmetric)
+        return torch.ops.pyqkern.int8_linear_outlier.default(x, read["packed"], read["weight_scale"], bias, *how)

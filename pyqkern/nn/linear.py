@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,8 @@ from pyqkern.nn.weight import DequantizedWeight, read_from
 from pyqkern.ops.checks import FLOATS, INT, check_float
 from pyqkern.ops.registry import BACKENDS, kernels_of
 from pyqkern.schemes import Range, Scheme, check_type, get_scheme, ranges_for
+
+Buffers = Mapping[str, Tensor | None]
 
 PIECE = 1 << 20  # elements of the weight that `pieces` has dequantized at a time
 
@@ -34,7 +36,7 @@ class QLinear(nn.Module):
     the same scheme and shape ties the two, which then have the same codes; what the state_dict has under "weight" is
     taken as it is. Editing it in place raises RuntimeError, because the layer does not compute with the copy.
 
-    A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantize`,
+    A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantized`,
     `_linear`, `_times_weight`, `_dequantize`, `rows`, `_of_weight`, and what loading and moving ask for: `_expected`,
     `_packed`, `_plain`, `_pack`, `_packed_shapes` and `_unpacked`. Its constructor takes what this one takes, on any
     device.
@@ -52,6 +54,7 @@ class QLinear(nn.Module):
     scheme: Scheme
     dtype: torch.dtype
     bias: nn.Parameter | None
+    trained: Tensor | None = None  # the float weight that a recurrent layer's gradient goes to
 
     def __init_subclass__(cls, scheme: type[Scheme] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -204,21 +207,32 @@ class QLinear(nn.Module):
 
     _of_weight: ClassVar[tuple[str, ...]]  # the buffers that make up the weight
 
-    def _dequantize(self) -> Tensor:
+    # What computes with the weight takes it from `buffers`, by default the layer's own: in training they are made anew
+    # in each call, and the layer itself stays as it is.
+
+    def _dequantize(self, buffers: Buffers | None = None) -> Tensor:
         """The weight, [out_features, in_features] in `dtype`, a plain tensor."""
+        raise NotImplementedError
+
+    def _quantized(self, weight: Tensor) -> dict[str, Tensor | None]:
+        """The buffers that a float weight [out_features, in_features] becomes, those of `_of_weight`."""
         raise NotImplementedError
 
     def _quantize(self, weight: Tensor) -> None:
         """Takes over a float weight [out_features, in_features]."""
-        raise NotImplementedError
+        self._buffers.update(self._quantized(weight))
 
     def _calibrate(self, ranges: Mapping[str, Range]) -> None:
         """Takes over the range of the activations; only for schemes that need it."""
         raise NotImplementedError
 
-    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _linear(self, x: Tensor, bias: Tensor | None, buffers: Buffers | None = None) -> Tensor:
         """The layer without a gradient. bias: the layer's, or what a transform of torch.func has in its place."""
         raise NotImplementedError
+
+    def _seen(self, x: Tensor, buffers: Buffers | None = None) -> Tensor:
+        """x as the product sees it: quantized and dequantized where the layer quantizes it."""
+        return x
 
     def _scales(self) -> Tensor:
         """The scales of the weight, as operators take them beside the packed codes."""
@@ -398,6 +412,14 @@ class _StraightThrough(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, None
+
+
+def to_trained(linears: Sequence[QLinear], grads: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients to the float weights that are trained: grads [rows, out_features] of what came of rows."""
+    return [
+        None if linear.trained is None else (grad.t() @ linear._seen(seen)).to(linear.trained.dtype)
+        for linear, grad, seen in zip(linears, grads, rows, strict=True)
+    ]
 
 
 def as_linear(weight: nn.Parameter) -> nn.Linear:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pyqkern.backends import GATES
 from pyqkern.nn.four_bit import NESTED, Linear4bit
-from pyqkern.nn.linear import QLinear, as_linear
+from pyqkern.nn.linear import QLinear, as_linear, to_trained
 from pyqkern.ops.checks import INT, check_float
 from pyqkern.schemes import SCHEMES, Float16, Int8, Scheme, check_type, get_scheme
 
@@ -171,9 +171,11 @@ class QRecurrent(nn.Module):
         """x fp32 [steps, batch, K], or packed; h, c fp32 -> the outputs, and h and c in the end."""
         linears: list[Any] = [self._modules[name] for name in names]
         biases = [linear._parameters["bias"] for linear in linears[:2]] if self.bias else []
-        given = [t for t in (x, h, c, *biases) if t is not None]
+        trained = [linear.trained for linear in linears]
+        given = [t for t in (x, h, c, *biases, *trained) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-            result: tuple[Tensor, ...] = _StraightThrough.apply(x, h, c, *(biases or (None, None)), linears, how)
+            two = biases or (None, None)
+            result: tuple[Tensor, ...] = _StraightThrough.apply(x, h, c, *two, linears, how, *trained)
             return result
         return _operator(x, h, c, biases, linears, how)
 
@@ -228,7 +230,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, h: Tensor, c: Tensor | None, bias: Tensor | None, bias_h: Tensor | None,
-        linears: Sequence[Any], how: How,
+        linears: Sequence[Any], how: How, *trained: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         biases = [one for one in (bias, bias_h) if one is not None]
         y, h_n, c_n = _operator(x, h, c, biases, linears, how)
@@ -242,11 +244,14 @@ class _StraightThrough(torch.autograd.Function):
         c = saved.pop(0) if ctx.has_c else None
         before, behind = _arguments(saved, ctx.linears, ctx.how)
         values = [linear._dequantize().float() for linear in ctx.linears]
-        to_x, to_h, to_c, *to_biases = torch.ops.pyqkern.recurrent_backward.default(
+        to_x, to_h, to_c, *to_biases, of_weights = torch.ops.pyqkern.recurrent_backward.default(
             grad_y, grad_h, grad_c, y, values, x, ctx.how[2], *before, h, c, *behind
         )
         to_biases = [grad.to(bias.dtype) for grad, bias in zip(to_biases, saved, strict=False)] or [None, None]
-        return to_x, to_h, to_c if ctx.has_c else None, *to_biases, None, None
+        to_c = to_c if ctx.has_c else None
+        of_x, of_h, before, *projected = of_weights
+        grads, rows = (of_x, of_h, *projected[:1]), (x.reshape(-1, x.shape[-1]), before, *projected[1:])
+        return to_x, to_h, to_c, *to_biases, None, None, *to_trained(ctx.linears, grads, rows)
 
 
 # ---- layers

@@ -1,4 +1,5 @@
-"""The operators of 4-bit weights: quantize_4bit, dequantize_4bit, pack_4bit, unpack_4bit, linear_4bit, embedding_4bit.
+"""The operators of 4-bit weights: quantize_4bit, quantize_int4, dequantize_4bit, pack_4bit, unpack_4bit, linear_4bit,
+embedding_4bit.
 
 torch.library knows tensors and numbers: this is the one place where a Weight4bit is taken apart for the schema of an
 operator, and put together behind it.
@@ -11,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqkern.backends import BITSANDBYTES_TYPES, NESTED_BLOCKSIZE, QUANT_TYPES, Kernels, Shape, Weight4bit
+from pyqkern.backends import (
+    BITSANDBYTES_TYPES,
+    NESTED_BLOCKSIZE,
+    QUANT_TYPES,
+    Kernels,
+    Shape,
+    Weight4bit,
+    reference,
+)
 from pyqkern.ops import registry
 from pyqkern.ops.checks import check_float, check_ids, checked_rows
 from pyqkern.ops.registry import kernels_of, operator
@@ -110,6 +119,29 @@ def _quantize(kernels: Kernels, w: Tensor, quant_type: str, blocksize: int) -> t
         block = int((~finite).nonzero()[0])
         raise ValueError(f"w must be finite, got NaN or an infinity in block {block} of {blocksize}; repair it first")
     return packed, absmax
+
+
+def _quantize_int4_fake(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    check_float("w", w.dtype)
+    check_format("int4", group_size)
+    if w.numel() % group_size:
+        raise ValueError(f"group_size must divide the elements of w, got {group_size} for {w.numel()}")
+    return w.new_empty(w.numel() // 2, dtype=torch.uint8), w.new_empty(w.numel() // group_size, dtype=torch.float32)
+
+
+@operator("quantize_int4(Tensor w, int group_size) -> (Tensor, Tensor)", _quantize_int4_fake)
+def _quantize_int4(kernels: Kernels, w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """w, of which each group_size elements are a group -> flat packed codes in [-7, 7] and scales, absmax / 7."""
+    packed, scale = _quantize_int4_fake(w, group_size)
+    if not w.numel():
+        return packed, scale
+    w, sizes = w.contiguous(), (1, scale.numel(), group_size)
+    scale, _ = reference.qparams_from_range(*kernels.min_max(w, sizes), torch.int8, symmetric=True, bits=4)
+    if not scale.isfinite().all():
+        group = int((~scale.isfinite()).nonzero()[0])
+        raise ValueError(f"w must be finite, got NaN or an infinity in group {group} of {group_size}; repair it first")
+    codes = kernels.quantize(w, sizes, scale, None, torch.int8, False, 4)
+    return reference.pack((codes & 15).view(torch.uint8)), scale
 
 
 def _dequantize_fake(weight: Weight4bit, dtype: torch.dtype) -> Tensor:

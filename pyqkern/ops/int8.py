@@ -1,5 +1,5 @@
-"""The INT8 operators: int8_matmul, int8_pack, int8_unpack, int8_linear, int8_linear_static, int8_linear_weight_only,
-int8_linear_outlier.
+"""The INT8 operators: int8_matmul, int8_pack, int8_quantize_weight, int8_unpack, int8_linear, int8_linear_static,
+int8_linear_weight_only, int8_linear_outlier.
 """
 
 from collections.abc import Callable
@@ -85,6 +85,36 @@ def _check_form(kernels: Kernels, packed: Tensor, n: int, k: int) -> None:
         raise ValueError(
             f"packed must be what int8_pack makes of [{n}, {k}] on {packed.device}, got shape {tuple(packed.shape)}"
         )
+
+
+def _quantize_weight_fake(weight: Tensor, scale: Tensor | None, may_split: bool) -> tuple[Tensor, Tensor]:
+    check_float("weight", weight.dtype)
+    if weight.dim() != 2 or (scale is not None and scale.shape != weight.shape[:1]):
+        raise ValueError(f"weight must be [N, K], and scale [N] or None, got shape {tuple(weight.shape)}")
+    n, k = weight.shape
+    kernels = kernels_of(weight.device)
+    shape = kernels.packed_shape(n, k, may_split and kernels.splits())
+    return weight.new_empty(shape, dtype=torch.int8), weight.new_empty(n, dtype=torch.float32)
+
+
+@operator(
+    "int8_quantize_weight(Tensor weight, Tensor? scale, bool may_split) -> (Tensor, Tensor)", _quantize_weight_fake
+)
+def _quantize_weight(kernels: Kernels, weight: Tensor, scale: Tensor | None, may_split: bool) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> its codes in [-127, 127], packed for the linear, and the scales, fp32 [N]: absmax / 127, or
+    those given. may_split: whether the packed weight may take more memory where many rows are then faster.
+    """
+    packed, empty = _quantize_weight_fake(weight, scale, may_split)
+    if not weight.numel():
+        return packed.zero_(), empty.fill_(1.0)
+    weight, sizes = weight.contiguous(), (1, *weight.shape)
+    if scale is None:
+        scale, _ = reference.qparams_from_range(*kernels.min_max(weight, sizes), torch.int8, symmetric=True)
+    if not scale.isfinite().all():
+        row = int((~scale.isfinite()).nonzero()[0])
+        raise ValueError(f"weight must be finite, got NaN or an infinity in row {row}; repair it first")
+    codes = kernels.quantize(weight, sizes, scale, None, torch.int8, False, 8).clamp_(min=-127)
+    return kernels.int8_pack(codes, may_split and kernels.splits()), scale.clone()
 
 
 def _unpack_fake(packed: Tensor, n: int, k: int) -> Tensor:

@@ -18,9 +18,11 @@ threads. A sequence that meets NaN or an infinity is NaN from there on.
 
     torch.ops.pyqkern.recurrent_backward(grad_y, grad_h, grad_c, y, values, ...the same)
 
-returns the gradients to x, h, c and the two biases, straight through; y: the outputs, values: the dequantized weights.
+returns the gradients to x, h, c and the two biases, straight through, and what those to the weights are made of:
+`reference.recurrent.backward`. y: the outputs, values: the dequantized weights.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -208,39 +210,42 @@ def _check_gradients(
 def _backward_fake(
     grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, y: Tensor, values: Any, x: Tensor, batch_sizes: Tensor | None,
     weights: Any, scales: Any, biases: Any, h: Tensor, c: Tensor | None, cell: str, reverse: bool, *how: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
     _checked(x, batch_sizes, weights, scales, biases, h, c, cell, *_filled(how))
     _check_gradients((grad_y, grad_h, grad_c), y, values, x, h, c, cell)
-    n = GATES[cell] * (h if c is None else c).shape[-1]
+    hidden, rows = (h if c is None else c).shape[-1], math.prod(x.shape[:-1])
+    n = GATES[cell] * hidden
     c = h.new_empty(0) if c is None else c
-    return torch.empty_like(x), torch.empty_like(h), torch.empty_like(c), x.new_empty(n), x.new_empty(n)
+    widths = (n, n, h.shape[1]) + ((h.shape[1], hidden) if len(values) == 3 else ())
+    of_weights = [x.new_empty((rows, width)) for width in widths]
+    return torch.empty_like(x), torch.empty_like(h), torch.empty_like(c), x.new_empty(n), x.new_empty(n), of_weights
 
 
 @operator(
     "recurrent_backward(Tensor grad_y, Tensor grad_h, Tensor grad_c, Tensor y, Tensor[] values, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _backward_fake,
 )
 def _backward(
     kernels: Kernels, grad_y: Tensor, grad_h: Tensor, grad_c: Tensor, y: Tensor, values: Sequence[Tensor], x: Tensor,
     batch_sizes: Tensor | None, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
     h: Tensor, c: Tensor | None, cell: str, reverse: bool, *how: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
     symmetric, bits, *_, compute = _filled(how)
     checked = _checked(x, batch_sizes, weights, scales, biases, h, c, cell, *_filled(how))
     _check_gradients((grad_y, grad_h, grad_c), y, values, x, h, c, cell)
     if not x.numel():
-        *to_states, to_bias, to_bias_h = _backward_fake(
+        *to_states, to_bias, to_bias_h, of_weights = _backward_fake(
             grad_y, grad_h, grad_c, y, values, x, batch_sizes, weights, scales, biases, h, c, cell, reverse, *how
         )
-        return to_states[0], grad_h.clone(), grad_c.clone(), to_bias.zero_(), to_bias_h.zero_()
+        return to_states[0], grad_h.clone(), grad_c.clone(), to_bias.zero_(), to_bias_h.zero_(), of_weights
     linear = linears(
         kernels.int8_linear, kernels.linear_4bit, [_contiguous(weight) for weight in checked],
         [bias.contiguous() for bias in biases], symmetric, bits, compute,
     )  # fmt: skip
     flat_x, flat_y, to_y = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, y, grad_y))
-    to_x, to_h, to_c, *to_biases = backward(
+    to_x, to_h, to_c, *rest = backward(
         (to_y, grad_h, None if c is None else grad_c), linear, values, flat_x, flat_y, _sizes(x, batch_sizes, h),
         h.contiguous(), None if c is None else c.contiguous(), cell, reverse,
     )  # fmt: skip
-    return to_x.view(x.shape), to_h, h.new_empty(0) if to_c is None else to_c, *to_biases
+    return to_x.view(x.shape), to_h, h.new_empty(0) if to_c is None else to_c, *rest

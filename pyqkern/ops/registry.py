@@ -88,6 +88,12 @@ def _autocast(device_type: str, key: Any, name: str, x: Tensor, *rest: Any) -> T
         return getattr(torch.ops.pyqkern, name).default(x, *rest)
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """x in the autocast dtype, where autocast is on for its device."""
+    device_type = x.device.type
+    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
+
+
 def _vmap_rows(name: str, info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
     """vmap over rows is more rows; over anything else, one call after the other."""
     call = getattr(torch.ops.pyqkern, name).default

@@ -1,3 +1,20 @@
-"""What trains a model: `pyqkern.optim`, and `prepare_for_training` for adapters on quantized layers."""
+"""What trains a model: `prepare` and `convert` for quantization-aware training, `prepare_for_training` for
+adapters on quantized layers, and `pyqkern.optim`."""
 
-from pyqkern.training.adapters import prepare_for_training as prepare_for_training
+from pyqkern.training.adapters import prepare_for_training
+from pyqkern.training.distillation import distillation_loss
+from pyqkern.training.qat import Schedule, convert, freeze_ranges, prepare
+from pyqkern.training.twins import QATEmbedding, QATEmbeddingBag, QATLinear, QATRecurrent
+
+__all__ = [
+    "QATEmbedding",
+    "QATEmbeddingBag",
+    "QATLinear",
+    "QATRecurrent",
+    "Schedule",
+    "convert",
+    "distillation_loss",
+    "freeze_ranges",
+    "prepare",
+    "prepare_for_training",
+]

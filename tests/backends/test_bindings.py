@@ -93,6 +93,13 @@ CALLS: dict[str, list[list[Any]]] = {
     "min_max": [[X, 1, M, K, torch.empty(M), torch.empty(M)]],
     "quantize": [[X, torch.ones(M), ints(M, dtype=torch.int32), 1, M, K, False, ints(M, K), 8]],
     "dequantize": [[W, SCALE, ints(N, dtype=torch.int32), 1, N, K, torch.empty(N, K)]],
+    "fake_quantize": [
+        [X, K, torch.ones(M), ints(M, dtype=torch.int32), 0, 255, torch.empty(M, K)],
+        [X, K, torch.ones(1), None, -127, 127, torch.empty(M, K)],
+    ],
+    "fake_quantize_backward": [
+        [X, X, K, torch.ones(M), ints(M, dtype=torch.int32), 0, 127, torch.empty(M, K), torch.empty(M), torch.empty(M)],
+    ],
     "elementwise": [[1, X, torch.empty(M, K)]],
     "gate": [[5, X, torch.empty(M, K // 2)]],
     "pack_int8": [[W, torch.empty_like(PANELS)], [WIDE, torch.empty_like(SPLIT)]],
@@ -140,8 +147,17 @@ CALLS: dict[str, list[list[Any]]] = {
     "square_sum": [],  # takes any number of tensors: below
     "add_codebook": [],  # for one, below
 }
-OPTIONAL = {("quantize", 2), ("dequantize", 2), ("int8_linear", 3), ("int8_linear_weight_only", 3)}
-OPTIONAL |= {("decoder_layer", 4), ("decoder_layer", 5), ("decoder_layer", 10)}
+OPTIONAL = {
+    ("fake_quantize", 3),
+    ("fake_quantize_backward", 4),
+    ("quantize", 2),
+    ("dequantize", 2),
+    ("int8_linear", 3),
+    ("int8_linear_weight_only", 3),
+    ("decoder_layer", 4),
+    ("decoder_layer", 5),
+    ("decoder_layer", 10),
+}
 OPTIONAL |= {("recurrent", 4), ("linear_4bit", 6), ("encoder_layer", 1), ("encoder_layer", 2), ("encoder_layer", 5)}
 
 

@@ -55,7 +55,7 @@ def stack_bytes(cubin: bytes) -> int:
 def compile_all(capability: int) -> list[Compiled]:
     """Compiles for one capability; runs in a process of its own."""
     import torch
-    from pyqkern.kernels import affine, device, four_bit, int8, optimizer, row_quantize, tuning
+    from pyqkern.kernels import affine, device, fake_quantize, four_bit, int8, optimizer, row_quantize, tuning
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -99,6 +99,10 @@ def compile_all(capability: int) -> list[Compiled]:
     for shape in ((1, 1, M * K), (1, N, K), (N, K, 1)):
         q = affine.quantize(empty(*shape, dtype=bf16), empty(shape[1]), empty(shape[1], dtype=s32), s8, shape[1] == 1)
         affine.dequantize(q, empty(shape[1]), None, bf16)
+    for dtype, scales, zero in ((torch.float32, empty(N), None), (bf16, empty(1), empty(1, dtype=s32))):
+        x = empty(N, K, dtype=dtype)
+        fake_quantize.fake_quantize(x, K, scales, zero, 0, 255)
+        fake_quantize.fake_quantize_backward(x, x, K, scales, zero, 0, 255)
     for k in (768, 3072, 20000):
         x, vector = empty(M, k, dtype=bf16), empty(k)
         row_quantize.quantize_rows(x, False)
@@ -174,11 +178,11 @@ def compiled(capability: int, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def test_every_kernel_compiles(compiled: list[Compiled]) -> None:
-    from pyqkern.kernels import affine, four_bit, int8, optimizer, row_quantize
+    from pyqkern.kernels import affine, fake_quantize, four_bit, int8, optimizer, row_quantize
 
     listed = {
         name
-        for module in (affine, four_bit, int8, optimizer, row_quantize)
+        for module in (affine, fake_quantize, four_bit, int8, optimizer, row_quantize)
         for name in vars(module)
         if name.endswith("_kernel")
     }
@@ -193,7 +197,7 @@ def test_every_module_with_kernels_is_listed() -> None:
     from pyqkern.kernels import device
 
     with_kernels = {path.stem for path in Path(device.__file__).parent.glob("*.py") if "_kernel(\n" in path.read_text()}
-    assert with_kernels == {"affine", "int8", "four_bit", "optimizer", "row_quantize"}
+    assert with_kernels == {"affine", "fake_quantize", "int8", "four_bit", "optimizer", "row_quantize"}
 
 
 def test_every_configuration_compiles(compiled: list[Compiled], capability: int) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import pyqkern
 
 if available("triton"):
-    from pyqkern.kernels import affine, device, four_bit, int8, optimizer, row_quantize, tuning
+    from pyqkern.kernels import affine, device, fake_quantize, four_bit, int8, optimizer, row_quantize, tuning
     from pyqkern.kernels.tuning import Config
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -39,7 +39,9 @@ def h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 # ---- the tests of the numbers, without a GPU
 
 
-@pytest.mark.parametrize("file", ["test_numerics.py", "test_four_bit.py", "test_optimizer.py", "test_cuda.py"])
+@pytest.mark.parametrize(
+    "file", ["test_numerics.py", "test_four_bit.py", "test_fake_quantize.py", "test_optimizer.py", "test_cuda.py"]
+)
 def test_under_the_interpreter(file: str, tmp_path: Path) -> None:
     """Every kernel of the modules that the file tests runs there; one that no test runs is a failure."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "PYTEST_"))}
@@ -53,6 +55,7 @@ def test_under_the_interpreter(file: str, tmp_path: Path) -> None:
     tested = {
         "test_numerics.py": (affine, int8, row_quantize),
         "test_four_bit.py": (four_bit,),
+        "test_fake_quantize.py": (fake_quantize,),
         "test_optimizer.py": (optimizer,),
     }.get(file, ())
     kernels = {name for module in tested for name in vars(module) if name.endswith("_kernel")}

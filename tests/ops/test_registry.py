@@ -68,6 +68,9 @@ def test_a_device_without_kernels_gets_the_reference(
     result = getattr(ops, name)(*in_the_reference_form(name, arguments))
     if name in ("int8_pack", "pack_4bit"):  # a form of its own: the flat one
         assert torch.equal(result, arguments[0])
+    elif name == "int8_quantize_weight":
+        assert torch.equal(result[1], expected[1])
+        assert not result[0].numel() or torch.equal(result[0], cpu.int8_unpack(expected[0], *arguments[0].shape))
     elif "gelu" in arguments:
         assert (result.float() - expected.float()).abs().max() <= 2.0**-8 * expected.float().abs().max()
     elif name == "linear_4bit" and arguments[-1] == "auto":  # fp32 there: the bound of test_cuda.py

@@ -33,8 +33,20 @@ CALLS = {
         (Q.T, X_SCALE, X_ZERO, [1], None, torch.float16),
         (Q, torch.ones(4, 3), None, None, 32, torch.bfloat16),
     ],
+    "fake_quantize": [
+        (X, 96, X_SCALE, X_ZERO, 0, 255),
+        (X.T.half(), 32, torch.ones(1), None, -127, 127),
+        (X[:0], 96, torch.ones(1), None, -8, 7),
+    ],
+    "fake_quantize_rows": [(X, 96, torch.uint8, False, 7), (X.bfloat16(), 32, torch.int8, True, 4)],
+    "fake_quantize_backward": [
+        (X, X.flip(0), 96, X_SCALE, X_ZERO, 0, 127),
+        (X.T, X.T, 96, torch.ones(1), None, -127, 127),
+        (X[:0], X[:0], 96, torch.ones(1), None, -127, 127),
+    ],
     "int8_matmul": [(Q, W), (Q.to(torch.uint8).view(2, 2, 96), W), (Q[:0], W)],
     "int8_pack": [(W,), (W[:3, :5],), (W[:0],), (WIDE, True)],
+    "int8_quantize_weight": [(X, None, False), (MANY.half(), torch.ones(33), True), (X[:0], None, True)],
     "int8_unpack": [(ops.int8_pack(W), 40, 96), (ops.int8_pack(WIDE, True), 40, 256)],
     "int8_linear": [
         (X, ops.int8_pack(W), SCALE, BIAS, "none", False),
@@ -71,6 +83,7 @@ CALLS |= {
         (PACKED, ABSMAX, *PLAIN, "nf4", 64, [40, 128], torch.float32),
         (PACKED, ABSMAX, *PLAIN, "fp4", 64, [40, 128], torch.bfloat16),
     ],
+    "quantize_int4": [(X, 32), (X.T.half(), 64), (X[:0], 64)],
     "pack_4bit": [(PACKED, 40, 128, 64)],
     "unpack_4bit": [(LINES, 40, 128, 64)],
     "linear_4bit": [

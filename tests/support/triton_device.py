@@ -27,11 +27,11 @@ GPU = "cpu" if INTERPRETED else "cuda"
 EPS = 2.0**-24  # half an ulp of fp32, relative
 
 if available("triton"):
-    from pyqkern.kernels import affine, four_bit, int8, optimizer, row_quantize
+    from pyqkern.kernels import affine, fake_quantize, four_bit, int8, optimizer, row_quantize
 
     KERNELS = {
         name: kernel
-        for module in (affine, four_bit, int8, optimizer, row_quantize)
+        for module in (affine, fake_quantize, four_bit, int8, optimizer, row_quantize)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }

@@ -6,11 +6,13 @@ where no GELU is fused. One line of arithmetic is one rounding to fp32; nothing 
 """
 
 from pyqkern.backends.reference.affine import dequantize, fma, min_max, qparams_from_range, quantize
+from pyqkern.backends.reference.fake_quantize import fake_quantize, fake_quantize_backward
 from pyqkern.backends.reference.four_bit import (
     block_scales,
     dequantize_4bit,
     grad_input_4bit,
     linear_4bit,
+    pack,
     pack_4bit,
     pack_scales,
     packed_shapes_4bit,
@@ -45,6 +47,8 @@ __all__ = [
     "block_scales",
     "dequantize",
     "dequantize_4bit",
+    "fake_quantize",
+    "fake_quantize_backward",
     "fma",
     "gate",
     "grad_input_4bit",
@@ -61,6 +65,7 @@ __all__ = [
     "linear_4bit",
     "min_max",
     "optimizer_step",
+    "pack",
     "pack_4bit",
     "pack_scales",
     "packed_shape",

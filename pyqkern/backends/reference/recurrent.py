@@ -148,11 +148,14 @@ def backward(
     c: Tensor | None,
     cell: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, list[Tensor]]:
     """The gradients to x, h, c and the two biases, of those to y and to h and c in the end: straight through.
 
     Quantizations count as the identity: states and gates are those of the quantized layer, and what goes back through
     a product is multiplied by the dequantized weight, `values` in the order of weights, fp32.
+
+    Last, what the gradients to the weights are made of: the gradients to the products of x and of h and the hidden
+    states that were multiplied, [rows, ..]; and where an LSTM projects, those to the projection and what it projects.
     """
     sizes = batch_sizes.tolist()
     before = _before(y, sizes, h, reverse)
@@ -170,16 +173,18 @@ def backward(
         cells[t] = (old, running[: sizes[t]].clone())
     to_y, to_h, to_c = grads[0].split(sizes), grads[1].clone(), None if grads[2] is None else grads[2].clone()
     to_gates: list[tuple[Tensor, Tensor]] = [(x, x)] * len(sizes)
+    to_projection: list[tuple[Tensor, Tensor]] = [(x, x)] * (len(sizes) if len(values) == 3 else 0)
     for t in reversed(order):
         rows = sizes[t]
         to_state = to_y[t] + to_h[:rows]
         rest: Tensor | float = 0.0
         if cell == "lstm":
             assert to_c is not None
-            if len(values) == 3:
-                to_state = to_state @ values[2]
             i, f, o = ((of_x[t][k] + of_h[t][k]).sigmoid() for k in (0, 1, 3))
             g, (old, new) = (of_x[t][2] + of_h[t][2]).tanh(), cells[t]
+            if len(values) == 3:
+                to_projection[t] = to_state, o * new.tanh()
+                to_state = to_state @ values[2]
             to_cell = to_c[:rows] + to_state * o * (1 - new.tanh() ** 2)
             to_c[:rows] = to_cell * f
             through = (i * (1 - i) * g, f * (1 - f) * old, (1 - g**2) * i)
@@ -197,4 +202,6 @@ def backward(
             to_gates[t] = (to_state * (1 - total.tanh() ** 2 if cell == "rnn_tanh" else (total > 0).to(x.dtype)),) * 2
         to_h[:rows] = to_gates[t][1] @ values[1] + rest
     to_x_gates, to_h_gates = (torch.cat([both[k] for both in to_gates]) for k in (0, 1))
-    return to_x_gates @ values[0], to_h, to_c, to_x_gates.sum(0), to_h_gates.sum(0)
+    of_weights = [to_x_gates, to_h_gates, torch.cat(before)]
+    of_weights += [torch.cat(parts) for parts in zip(*to_projection, strict=True)]
+    return to_x_gates @ values[0], to_h, to_c, to_x_gates.sum(0), to_h_gates.sum(0), of_weights
