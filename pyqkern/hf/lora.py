@@ -21,7 +21,7 @@ from pyqkern.hf.model import dequantize_heads
 from pyqkern.hf.wrap import wrap
 from pyqkern.models.find import find_layers
 from pyqkern.models.replace import hand_over_hooks
-from pyqkern.nn.encoder_parts import InputScale
+from pyqkern.nn.fused_parts import InputScale
 from pyqkern.nn.linear import QLinear
 from pyqkern.schemes import check_type
 
