@@ -114,14 +114,7 @@ def fine_tuned(
     rows = list(train)
     with tqdm(total=steps, desc="fine-tune") as bar:
         for _ in range(EPOCHS):
-            shuffle.shuffle(rows)
-            # Sorted by length within twenty batches: little padding, and still a random order.
-            chunks = [
-                sorted(rows[i : i + 20 * BATCH], key=lambda row: len(row[0])) for i in range(0, len(rows), 20 * BATCH)
-            ]
-            batches = [chunk[i : i + BATCH] for chunk in chunks for i in range(0, len(chunk), BATCH)]
-            shuffle.shuffle(batches)
-            for batch in batches:
+            for batch in shuffled(rows, shuffle):
                 inputs = tokens(tokenizer, [text for text, _ in batch])
                 loss = model(**inputs, labels=torch.tensor([ids[label] for _, label in batch])).loss
                 loss.backward()
@@ -136,6 +129,17 @@ def fine_tuned(
     tokenizer.save_pretrained(part)
     part.rename(folder)
     return folder
+
+
+def shuffled(rows: Texts, shuffle: random.Random) -> list[Texts]:
+    """An epoch's batches; rows are shuffled in place. Sorted by length within twenty batches: little padding, and still
+    a random order.
+    """
+    shuffle.shuffle(rows)
+    chunks = [sorted(rows[i : i + 20 * BATCH], key=lambda row: len(row[0])) for i in range(0, len(rows), 20 * BATCH)]
+    batches = [chunk[i : i + BATCH] for chunk in chunks for i in range(0, len(chunk), BATCH)]
+    shuffle.shuffle(batches)
+    return batches
 
 
 def batched(tokenizer: Any, rows: Texts) -> Batches:

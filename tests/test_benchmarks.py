@@ -22,6 +22,7 @@ WAYS = {
     "bench_recurrent.py": ["--json r.json", "--errors"],
     "bench_accuracy.py": [],
     "bench_auto.py": [],
+    "bench_qat.py": ["--json r.json", "--data FOLDER"],
     "bench_training.py": ["--json r.json", "--threads 2 --optimizers SGD,Lion", "--data FOLDER"],
 }
 ON_PAGES = re.findall(r"`python benchmarks/(\w+\.py)([^`]*)`", re.sub(r"\s+", " ", PAGES))

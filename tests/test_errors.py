@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pyqkern
-from pyqkern import analysis, convert
+from pyqkern import analysis, convert, training
 from pyqkern.calibration.smooth import Pair
 from pyqkern.schemes import SCHEMES, Range
 
@@ -340,6 +340,34 @@ TABLE: dict[str, Row] = {
         {"model": model, "batches": [X], "progress": False},
         {"model": NO_MODULES, "batches": (None, 3), "ranges": ("x", 3, {"1": 3})},
         {"batches": ([],), "ranges": (PER_CHANNEL,)},
+    ),
+    "training.prepare": (
+        training.prepare,
+        {"model": model},
+        {
+            "model": NO_MODULES,
+            **{"scheme": NO_SCHEMES, "ranges": (3, {"1": 3})},
+            **dict.fromkeys(("learn_ranges", "relu"), NO_BOOLS),
+            **PATTERNS,
+        },
+        {"scheme": ("x", "int8-outlier"), "ranges": (PER_TENSOR,), "learn_ranges": (True,), "relu": (True,), **NO_SUCH},
+    ),
+    "training.convert": (training.convert, {"model": model}, {"model": NO_MODULES}, {"model": (model(),)}),
+    "training.freeze_ranges": (training.freeze_ranges, {"model": model}, {"model": NO_MODULES}, {"model": (model(),)}),
+    "training.Schedule": (
+        training.Schedule,
+        {"model": training.prepare(model())},
+        {"model": NO_MODULES, "start": NO_INTS, "freeze": ("x", 2.5)},
+        {"model": (nn.Linear(3, 3),), "start": (-1,), "freeze": (-1,)},
+    ),
+    "training.distillation_loss": (
+        training.distillation_loss,
+        {"model": model, "inputs": {}, "teacher": nn.Identity()},
+        {
+            **{"model": NO_MODULES, "inputs": (None, X), "teacher": NO_MODULES},
+            **dict.fromkeys(("temperature", "weight", "hidden_weight"), NO_NUMBERS),
+        },
+        {"temperature": (0, -1.0), "weight": (-0.1, 1.5, float("nan")), "hidden_weight": (-1, float("nan"))},
     ),
     "optim.param_groups": (
         pyqkern.optim.param_groups,

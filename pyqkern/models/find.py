@@ -33,6 +33,9 @@ _WRAPPED = ("base_layer", "original_module", "base_model", "model")
 # The recurrent layers and cells of torch, and those that are quantized already.
 RECURRENT: tuple[type[nn.Module], ...] = (*QRecurrent._classes, QRecurrent)
 
+# What the twins of `pyqkern.training.prepare` have: why they are kept.
+PREPARED = "_pyqkern_prepared"
+
 # What a plan leaves on a layer that was smoothed before it was quantized.
 SMOOTHED = "_pyqkern_smoothed"
 
@@ -159,7 +162,7 @@ def _walk(
 # ---- which of them are replaced
 
 
-def _with_patterns(
+def with_patterns(
     layers: list[Layer],
     structural: Callable[[nn.Module], str | None],
     include: Pattern | None,
@@ -176,19 +179,22 @@ def _with_patterns(
 
 
 def linear_reasons(
-    model: nn.Module, linears: list[Layer], include: Pattern | None, exclude: Pattern
+    model: nn.Module, linears: list[Layer], include: Pattern | None, exclude: Pattern, named: Pattern | None = None
 ) -> list[str | None]:
-    """Why each linear, and the experts of each layer, are kept; None where they are to be replaced."""
+    """Why each linear, and the experts of each layer, are kept; None where they are to be replaced.
+
+    named: patterns whose subclasses of nn.Linear are taken too, as those of include are.
+    """
     owners, kept = weight_owners(model), kept_modules(model)
-    named = {one for one in _listed(include) if isinstance(one, type)}
+    types = {one for one in (*_listed(include), *_listed(named)) if isinstance(one, type)}
     shared = shared_parameters(model)
 
     def structural(module: nn.Module) -> str | None:
         if is_experts(module):
             return experts_reason(module, shared, kept)
-        return structural_reason(module, owners, kept, named)
+        return structural_reason(module, owners, kept, types)
 
-    return _with_patterns(linears, structural, include, exclude, "a linear")
+    return with_patterns(linears, structural, include, exclude, "a linear")
 
 
 def embedding_reasons(
@@ -201,7 +207,7 @@ def embedding_reasons(
         if weight is not None and structural_reason(layer.module, {}) is not None:
             owners.setdefault(_key(weight), (f"{layer.names[0]}.weight", layer.module))
     structural = functools.partial(_embedding_structural_reason, owners=owners, kept=kept)
-    return _with_patterns(embeddings, structural, include, exclude, "an embedding")
+    return with_patterns(embeddings, structural, include, exclude, "an embedding")
 
 
 def _embedding_structural_reason(
@@ -209,6 +215,8 @@ def _embedding_structural_reason(
 ) -> str | None:
     if isinstance(module, QEmbedding):
         return "already quantized"
+    if PREPARED in vars(module):
+        return str(vars(module)[PREPARED])
     if module in kept:
         return kept[module]
     weight = module._parameters.get("weight")
@@ -230,7 +238,7 @@ def recurrent_reasons(
     """Why each recurrent layer or cell is kept; None where it is to be replaced."""
     owners, kept = weight_owners(model, RECURRENT), kept_modules(model)
     structural = functools.partial(_recurrent_structural_reason, owners=owners, kept=kept)
-    return _with_patterns(layers, structural, include, exclude, "a recurrent layer")
+    return with_patterns(layers, structural, include, exclude, "a recurrent layer")
 
 
 def _recurrent_structural_reason(
@@ -238,6 +246,8 @@ def _recurrent_structural_reason(
 ) -> str | None:
     if isinstance(module, QRecurrent):
         return "already quantized"
+    if PREPARED in vars(module):
+        return str(vars(module)[PREPARED])
     if module in kept:
         return kept[module]
     of_cell = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
@@ -429,6 +439,8 @@ def structural_reason(
     """
     if isinstance(module, QLinear):
         return "already quantized"
+    if PREPARED in vars(module):
+        return str(vars(module)[PREPARED])
     if kept is not None and module in kept:
         return kept[module]
     if isinstance(module, Projection) and (reason := _attention_reason(module.place[0], owners, kept)):

@@ -16,6 +16,7 @@ from pyqkern.models.find import (
     EXCLUDED,
     KEPT,
     NOT_INCLUDED,
+    PREPARED,
     RECURRENT,
     SMOOTHED,
     Layer,
@@ -112,7 +113,7 @@ def replace_linear(
     chosen = [linear for linear, reason in zip(linears, reasons, strict=True) if reason is None]
     for linear in chosen:
         _quantized(linear, scheme, ranges)
-    _warn_if_little(linears, reasons)
+    warn_if_little(linears, reasons)
     result = model
     for linear in chosen:
         module = _quantized(linear, scheme, ranges)
@@ -121,7 +122,7 @@ def replace_linear(
     for linear, reason in zip(linears, reasons, strict=True):
         if reason is not None and not isinstance(linear.module, QLinear | QExperts):
             keep(linear, reason)
-    _leave_fast_path(result)
+    leave_fast_path(result)
     tell(result)
     return result
 
@@ -161,12 +162,12 @@ def _in_features(module: Any) -> int:
     return width
 
 
-def _warn_if_little(linears: list[Layer], reasons: list[str | None]) -> None:
+def warn_if_little(linears: list[Layer], reasons: list[str | None]) -> None:
     """Says so where under half of the bytes that the caller wants quantized are. What was quantized before counts."""
     kept: Counter[str] = Counter()
     bytes_kept = bytes_done = 0
     for layer, reason in zip(linears, reasons, strict=True):
-        if reason is None or isinstance(layer.module, QLinear | QExperts):
+        if reason is None or isinstance(layer.module, QLinear | QExperts) or PREPARED in vars(layer.module):
             bytes_done += _float_bytes(layer.module)
         elif reason not in (EXCLUDED, NOT_INCLUDED):
             kept[reason] += 1
@@ -191,10 +192,12 @@ def _float_bytes(module: Any) -> int:
     return math.prod(shape) * itemsize
 
 
-def _leave_fast_path(model: nn.Module) -> None:
+def leave_fast_path(model: nn.Module) -> None:
     """Nested tensors are for the fused path of an nn.TransformerEncoder's layers, which quantized ones do not take."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(one, QLinear) for one in module.modules()):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(one, QLinear) or PREPARED in vars(one) for one in module.modules()
+        ):
             module.use_nested_tensor = False
 
 
@@ -261,7 +264,7 @@ def quantized_tables(
     for layer in embeddings:
         weight = layer.module.weight
         if id(weight) not in tables:
-            heads = [_quantized_linear(head, scheme, None) for head in linears if head.module.weight is weight]
+            heads = [quantized_linear(head, scheme, None) for head in linears if head.module.weight is weight]
             plans += zip([head for head in linears if head.module.weight is weight], heads, strict=True)
             with named(layer):
                 tables[id(weight)] = heads[0] if heads else quantized_table(layer.module, scheme)
@@ -286,14 +289,14 @@ def put(layer: Layer, module: nn.Module, model: nn.Module) -> nn.Module:
 def _quantized(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> nn.Module:
     """The quantized linear or experts, with the hooks of the float ones. Errors name the layer."""
     if not has_experts(layer.module):
-        return _quantized_linear(layer, scheme, ranges)
+        return quantized_linear(layer, scheme, ranges)
     with named(layer):
         module = QExperts.from_experts(layer.module, scheme)
     hand_over_hooks(layer.module, module)
     return module
 
 
-def _quantized_linear(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> QLinear:
+def quantized_linear(layer: Layer, scheme: Scheme, ranges: Mapping[str, Range] | None) -> QLinear:
     with named(layer):
         module = QLinear.from_linear(as_linear(layer.module), scheme, ranges=range_of(ranges, layer.names))
     hand_over_hooks(layer.module, module)
@@ -403,7 +406,7 @@ def _apply(model: nn.Module, plan: Plan) -> nn.Module:
         for layer, module in _made(model, one):
             result = put(layer, module, result)
             _mark(module, one)
-    _leave_fast_path(result)
+    leave_fast_path(result)
     tell(result)
     return result
 
