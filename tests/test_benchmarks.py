@@ -11,7 +11,7 @@ import pytest
 from tiny import SENTENCES
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = " ".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "training"))
+PAGES = " ".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "training", "generation", "guide"))
 
 WAYS = {
     "bench_affine.py": ["--json r.json --plot r.png"],
@@ -22,6 +22,7 @@ WAYS = {
     "bench_recurrent.py": ["--json r.json", "--errors"],
     "bench_accuracy.py": [],
     "bench_auto.py": [],
+    "bench_generate.py": ["--json r.json", "--models qwen2-0.5b --agreement"],
     "bench_qat.py": ["--json r.json", "--data FOLDER"],
     "bench_qlora.py": ["--rounds 2 --contenders pyqkern,float --checkpointing"],
     "bench_training.py": ["--json r.json", "--threads 2 --optimizers SGD,Lion", "--data FOLDER"],
