@@ -45,7 +45,8 @@ SPREAD_SECONDS = 40e-3
 SETTLE_SECONDS = 60e-3  # between two processes: libgomp's pool spins for 8 ms after the last call, ONNX Runtime's 35
 
 PACKAGES = (
-    "pyqkern", "torch", "transformers", "onnxruntime", "openvino", "nncf", "torchao", "bitsandbytes", "xllamacpp", "numpy",
+    "pyqkern", "torch", "transformers", "onnxruntime", "openvino", "nncf", "torchao", "bitsandbytes", "xllamacpp",
+    "numpy",
 )  # fmt: skip
 
 

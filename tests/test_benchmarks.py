@@ -11,7 +11,9 @@ import pytest
 from tiny import SENTENCES
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = " ".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "training", "generation", "guide"))
+PAGES = " ".join(
+    (ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "training", "generation", "guide")
+)
 
 WAYS = {
     "bench_affine.py": ["--json r.json --plot r.png"],
