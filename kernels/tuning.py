@@ -98,7 +98,7 @@ CONFIGS: dict[str, dict[str, Table]] = {
         "100": _INT8_SMALL
         | {
             LARGE: (
-                Config(128, 256, 128, 8, 4, tma=True, persistent=1),
+                Config(128, 256, 128, 8, 3, tma=True, persistent=1),
                 Config(128, 128, 128, 4, 3, tma=True, persistent=2),
                 Config(64, 128, 128, 4, 4, tma=True, persistent=2),
             )

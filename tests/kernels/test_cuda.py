@@ -88,7 +88,8 @@ def test_every_operator_is_run_here() -> None:
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pyqkern::")}
     modules = {f"pyqkern::{name}{end}" for name in ("recurrent", "experts") for end in ("", "_backward")}  # below
     modules |= {"pyqkern::optimizer_step", "pyqkern::square_sum"}  # below
-    assert names == {f"pyqkern::{name}" for name in OPERATORS} | {"pyqkern::encoder_layer"} | modules  # for CPUs
+    modules |= {"pyqkern::encoder_layer", "pyqkern::decoder_layer"}  # for CPUs
+    assert names == {f"pyqkern::{name}" for name in OPERATORS} | modules
 
 
 @pytest.mark.parametrize("name, arguments", [(name, call) for name, calls in OPERATORS.items() for call in calls])
@@ -102,6 +103,9 @@ def test_an_operator_has_the_numbers_of_the_cpu(name: str, arguments: tuple[obje
         sizes = arguments[0].shape if name == "int8_pack" else arguments[1:]
         unpack = ops.int8_unpack if name == "int8_pack" else ops.unpack_4bit
         pairs = [(arguments[0], unpack(there, *sizes))]
+    elif name == "int8_quantize_weight":
+        sizes = arguments[0].shape
+        pairs = [(ops.int8_unpack(here[0], *sizes), ops.int8_unpack(there[0], *sizes)), (here[1], there[1])]
     for a, b in pairs:
         assert a.shape == b.shape
         difference = (b.cpu().double() - a.double()).abs()

@@ -155,11 +155,16 @@ def test_nan_and_infinities_stay_in_their_row(isa: str, scheme: str | Scheme, m:
 
 @each_scheme
 def test_the_gradient_is_that_of_the_dequantized_weight(scheme: str | Scheme) -> None:
+    """A chain of 70 fp32 additions of products that are rounded twice, and the rounding to the gradient's dtype."""
     layer = make(256, 70, scheme, bias=False)
+    weight = layer.weight.double()
     for dtype in FLOATS:
         x, grad = floats((5, 256), 1, dtype).requires_grad_(), floats((5, 70), 2, dtype)
         layer(x).backward(grad)
-        assert torch.equal(x.grad, grad @ layer.weight.to(dtype))  # type: ignore[arg-type]
+        assert x.grad is not None and x.grad.dtype is dtype
+        exact, magnitude = grad.double() @ weight, grad.double().abs() @ weight.abs()
+        bound = (70 + 2) * 2.0**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs()
+        assert ((x.grad.double() - exact).abs() <= bound).all()
 
 
 @each_scheme
@@ -225,21 +230,9 @@ for scheme in map(eval, sys.argv[2:]):
 
 @pytest.mark.parametrize("what, most", [("product", 6_000), ("gradient", 60_000)])
 def test_no_call_holds_a_dequantized_weight(what: str, most: int) -> None:
-    """It would be 64 MB in fp32, and 32 in bf16; a gradient has pieces of 4, of which torch and the heap keep some."""
+    """It would be 64 MB in fp32, and 32 in bf16."""
     schemes = [repr(get_scheme(scheme)) for scheme in SCHEMES]
     done = subprocess.run([sys.executable, "-c", MEMORY, what, *schemes], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     kilobytes = [int(line) for line in done.stdout.split()]
     assert len(kilobytes) == len(SCHEMES) and max(kilobytes) < most, kilobytes
-
-
-@each_scheme
-def test_the_gradient_adds_pieces_in_fp32(scheme: str | Scheme) -> None:
-    layer, grad = make(2048, 4500, scheme, bias=False), floats((3, 4500), 1)
-    x = torch.randn(3, 2048).requires_grad_()
-    layer(x).backward(grad)
-    pieces = zip(grad.split(512, 1), layer.weight.split(512), strict=True)
-    expected = torch.zeros(3, 2048)
-    for of_grad, of_weight in pieces:
-        expected = expected + of_grad @ of_weight
-    assert torch.equal(x.grad, expected)  # type: ignore[arg-type]
