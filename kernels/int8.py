@@ -173,7 +173,7 @@ def matmul(
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT_K=config.split_k,
         TMA=config.tma, PERSISTENT=config.persistent > 0,
         # Parts cost a fifth of the time at K = 768, but a GELU needs registers, and a larger tile shared memory.
-        PARTS=max(2 if activation.startswith("gelu") and not splits else 1, config.block_m * config.block_n >> 14),
+        PARTS=max(4 if activation.startswith("gelu") and not splits else 1, config.block_m * config.block_n >> 14),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits:

@@ -37,7 +37,7 @@ class QLinear(nn.Module):
     taken as it is. Editing it in place raises RuntimeError, because the layer does not compute with the copy.
 
     A subclass says which scheme it implements, `class Int8Linear(QLinear, scheme=Int8)`, and provides `_quantized`,
-    `_linear`, `_times_weight`, `_dequantize`, `rows`, `_of_weight`, and what loading and moving ask for: `_expected`,
+    `_linear`, `_dequantize`, `rows`, `_of_weight`, and what loading and moving ask for: `_expected`,
     `_packed`, `_plain`, `_pack`, `_packed_shapes` and `_unpacked`. Its constructor takes what this one takes, on any
     device.
 
@@ -251,8 +251,8 @@ class QLinear(nn.Module):
             yield begin, end, self.rows(torch.arange(begin, end, device=device)).float()
 
     def _times_weight(self, grad: Tensor) -> Tensor:
-        """grad @ weight, [..., out_features] -> [..., in_features] of grad's dtype."""
-        raise NotImplementedError
+        """grad @ weight, [..., out_features] -> [..., in_features] of grad's dtype. Ours hold no dequantized copy."""
+        return grad @ self._dequantize().to(grad.dtype)
 
     # A subclass stores some keys of its state_dict in a form that each type of device has for itself:
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import integers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyqkern import QEmbedding
 
@@ -131,8 +131,8 @@ def check(call: tuple[str, list[Any], list[tuple[int, str]]]) -> None:
     except REFUSED as error:
         assert str(error), "an error says what is wrong"
         return
-    for tensor in result if isinstance(result, tuple) else (result,) if result is not None else ():
-        assert isinstance(tensor, Tensor)
+    for tensor in tree_leaves(result):
+        assert tensor is None or isinstance(tensor, Tensor)
         if type(tensor) is Tensor and tensor.is_cpu and not torch._is_functional_tensor(tensor):
             tensor.clone()  # all of it can be read
 
