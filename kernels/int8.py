@@ -19,7 +19,7 @@ from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .device import check_device, launch, processors
+from .device import capability, check_device, launch, processors
 from .numerics import activate
 from .row_quantize import quantize_rows, quantize_rows_static
 
@@ -135,6 +135,17 @@ def int8_split_k_kernel(
     )  # fmt: skip
 
 
+def _parts(config: tuning.Config, device: torch.device, activation: str) -> int:
+    """In how many parts a tile is stored: each costs time (a fifth in all at K = 768 on an H200).
+
+    A GELU needs registers, and so do sums that come from tensor memory, from compute capability 10.0 on; a larger tile needs
+    shared memory.
+    """
+    if activation.startswith("gelu") or capability(device) >= 100:
+        return 4
+    return max(1, config.block_m * config.block_n >> 14)
+
+
 def matmul(
     a: Tensor,
     w: Tensor,
@@ -172,8 +183,7 @@ def matmul(
         ACTIVATION="none" if splits else activation,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLIT_K=config.split_k,
         TMA=config.tma, PERSISTENT=config.persistent > 0,
-        # Parts cost a fifth of the time at K = 768, but a GELU needs registers, and a larger tile shared memory.
-        PARTS=max(4 if activation.startswith("gelu") and not splits else 1, config.block_m * config.block_n >> 14),
+        PARTS=_parts(config, device, activation),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits:
