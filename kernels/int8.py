@@ -138,8 +138,8 @@ def int8_split_k_kernel(
 def _parts(config: tuning.Config, device: torch.device, activation: str) -> int:
     """In how many parts a tile is stored: each costs time (a fifth in all at K = 768 on an H200).
 
-    A GELU needs registers, and so do sums that come from tensor memory, from compute capability 10.0 on; a larger tile needs
-    shared memory.
+    A GELU needs registers, and so do sums that come from tensor memory, from compute capability 10.0 on. A larger tile
+    needs shared memory.
     """
     if activation.startswith("gelu") or capability(device) >= 100:
         return 4
