@@ -117,11 +117,7 @@ def fine_tuned(
             for batch in shuffled(rows, shuffle):
                 inputs = tokens(tokenizer, [text for text, _ in batch])
                 loss = model(**inputs, labels=torch.tensor([ids[label] for _, label in batch])).loss
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
+                step(loss, model, optimizer, schedule)
                 bar.set_postfix(loss=f"{loss.item():.3f}")
                 bar.update()
     part = folder.with_name(folder.name + ".part")
@@ -129,6 +125,15 @@ def fine_tuned(
     tokenizer.save_pretrained(part)
     part.rename(folder)
     return folder
+
+
+def step(loss: Tensor, model: nn.Module, optimizer: Any, schedule: Any) -> None:
+    """Backward pass and update, the gradients' norm clipped to 1."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
 
 
 def shuffled(rows: Texts, shuffle: random.Random) -> list[Texts]:

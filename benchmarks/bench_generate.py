@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -302,7 +301,8 @@ def main() -> int:
         parser.error(f"--peers must be among {', '.join(ALL)}; got {', '.join(unknown)}")
     isas = common.contenders(argparse.Namespace(peers=["torch"], isa=arguments.isa), "model")[0]
     own = [f"{isa} {scheme}" for isa in isas if isa.startswith(FUSED) for scheme in arguments.schemes]
-    missing = {title(name): why for name in wanted if (why := _missing(name))}
+    packages = {name: PEERS[name][1] if name in PEERS else llama_cpp.PACKAGES for name in wanted}
+    missing = {title(name): why for name in wanted if (why := peers.not_installed(packages[name]))}
     shown = [*own, *(name for name in wanted if title(name) not in missing)]
     found = common.header(missing, arguments.threads)
     cases = [Case(model, n, arguments.layers) for model in arguments.models for n in (0, *arguments.prompts)]
@@ -312,12 +312,6 @@ def main() -> int:
     failed = common.failures(results)
     common.write_json(arguments.json, found=found, missing=missing, results=results, summary=records)
     return 1 if failed else 0
-
-
-def _missing(name: str) -> str | None:
-    packages = PEERS[name][1] if name in PEERS else ("xllamacpp", "gguf")
-    lacking = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"not installed: {', '.join(lacking)}" if lacking else None
 
 
 if __name__ == "__main__":

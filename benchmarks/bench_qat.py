@@ -26,7 +26,7 @@ import bench_accuracy as data
 import common
 import torch
 from shapes import BERT, DRY
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pyqkern.schemes import FP4, Int4, Int8, Scheme
@@ -68,11 +68,7 @@ def trained(model: Any, teacher: Any, tokenizer: Any, rows: data.Texts, ids: dic
             inputs = data.tokens(tokenizer, [text for text, _ in batch])
             inputs["labels"] = torch.tensor([ids[label] for _, label in batch])
             loss = distillation_loss(model, inputs, teacher=teacher, weight=0.7)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            data.step(loss, model, optimizer, schedule)
             bar.set_postfix(loss=f"{loss.item():.3f}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2"}
+PACKAGES = ("xllamacpp", "gguf")
 LAYER = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",

@@ -365,6 +365,12 @@ TORCH = ("torch", "fp32", "fbgemm", "onednn")
 BY_NAME = {peer.name: peer for peer in PEERS}
 
 
+def not_installed(packages: Sequence[str]) -> str | None:
+    """What a table says of a peer that lacks one of these packages; None where all are here."""
+    lacking = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"not installed: {', '.join(lacking)}" if lacking else None
+
+
 def choose(wanted: Sequence[str], kind: str) -> tuple[list[Peer], dict[str, str]]:
     """The wanted peers that have a builder of this `kind` ("linear", "model" or "affine") and are installed here.
 
@@ -374,9 +380,8 @@ def choose(wanted: Sequence[str], kind: str) -> tuple[list[Peer], dict[str, str]
     for peer in PEERS:
         if peer.name not in wanted or getattr(peer, kind) is None:
             continue
-        lacking = [package for package in peer.packages if importlib.util.find_spec(package) is None]
-        if lacking:
-            missing[peer.title] = f"not installed: {', '.join(lacking)}"
+        if why := not_installed(peer.packages):
+            missing[peer.title] = why
         else:
             chosen.append(peer)
     return chosen, missing

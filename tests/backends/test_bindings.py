@@ -29,16 +29,21 @@ def ints(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+def linears(sizes: list[tuple[int, int]], four_bits: bool) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Weights, scales, biases and what doubly quantized scales stand for, of linears of [out, in] features."""
+    biases = [torch.zeros(n) for n, _ in sizes]
+    if not four_bits:
+        weights = [cpu.int8_pack(integers(size, 4, torch.int8)) for size in sizes]
+        return weights, [torch.rand(n) * 0.01 for n, _ in sizes], biases, []
+    weights = [ints(-(-n // 16), 8 * k) for n, k in sizes]
+    scales = [ints(-(-n // 16), 16 * k // BLOCK) for n, k in sizes]
+    return weights, scales, biases, [t for _ in sizes for t in (torch.ones(1), NESTED[1], NESTED[2])]
+
+
 def encoder(four_bits: bool) -> list[Any]:
     hidden, wide = 64, 96
     sizes = [(hidden, hidden)] * 4 + [(wide, hidden), (hidden, wide)]
-    weights = [cpu.int8_pack(integers(size, 4, torch.int8)) for size in sizes]
-    scales, nested = [torch.rand(n) * 0.01 for n, _ in sizes], []
-    if four_bits:
-        weights = [ints(-(-n // 16), 8 * k) for n, k in sizes]
-        scales = [ints(-(-n // 16), 16 * k // BLOCK) for n, k in sizes]
-        nested = [t for _ in sizes for t in (torch.ones(1), NESTED[1], NESTED[2])]
-    biases = [torch.zeros(n) for n, _ in sizes]
+    weights, scales, biases, nested = linears(sizes, four_bits)
     mask, bias = torch.ones(3, 1, 1, 5, dtype=torch.bool), torch.zeros(1, 4, 5, 5)
     norms, factors = [torch.ones(hidden)] * 4, [torch.ones(hidden)] * 2
     sizes_and_numbers = (hidden, wide, 4, 1e-5, 1e-5, 0.25, 2, four_bits, 8, *((NF4, BLOCK) if four_bits else (-1, 0)))
@@ -50,13 +55,7 @@ def decoder(four_bits: bool) -> list[Any]:
     """A mask is given, so that no window is right, and other numbers but those of the tensors are wrong."""
     hidden, wide, past, length, kv_heads = 64, 96, 2, 5, 2
     sizes = [(64, hidden), (32, hidden), (32, hidden), (hidden, 64), (wide, hidden), (wide, hidden), (hidden, wide)]
-    weights = [cpu.int8_pack(integers(size, 4, torch.int8)) for size in sizes]
-    scales, nested = [torch.rand(n) * 0.01 for n, _ in sizes], []
-    if four_bits:
-        weights = [ints(-(-n // 16), 8 * k) for n, k in sizes]
-        scales = [ints(-(-n // 16), 16 * k // BLOCK) for n, k in sizes]
-        nested = [t for _ in sizes for t in (torch.ones(1), NESTED[1], NESTED[2])]
-    biases = [torch.zeros(n) for n, _ in sizes]
+    weights, scales, biases, nested = linears(sizes, four_bits)
     caches = list(torch.zeros(2, 3, kv_heads, 8, 16))
     mask, bias = torch.ones(3, 1, 1, past + length, dtype=torch.bool), torch.zeros(1, 4, 5, past + length)
     rotary = [torch.ones(1, length, 8)] * 2
