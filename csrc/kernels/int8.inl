@@ -74,9 +74,10 @@ INLINE ColumnSums load_sums(const int8_t* column_sums) {
   return k;
 }
 INLINE i32 correct(i32 s, const QRows& a, size_t m, const ColumnSums& k) {
-  if (is_folded(a)) return s - set1(a.correction[m]) * k.sum;
-  if (PAIRED) return (i32)((u32)s - (u32)k.pairs - (u32)set1(a.correction[m]));
-  return CENTERED ? s : s - set1(a.correction[m]) * k.sum;
+  const u32 correction = (u32)set1(a.correction[m]);
+  if (is_folded(a)) return (i32)((u32)s - correction * (u32)k.sum);
+  if (PAIRED) return (i32)((u32)s - (u32)k.pairs - correction);
+  return CENTERED ? s : (i32)((u32)s - correction * (u32)k.sum);
 }
 
 // Applies the tail to `rows` rows of V vectors of columns, the last of them `part` wide: sum_at(r, v) are the sums.

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from encoder_layer import Layer
+from strategies import integers
 from torch import Tensor, nn
 
 from pyqkern import (
@@ -103,6 +104,22 @@ def test_the_widest_linear_of_given_ranges(isa: str, bits: int, at_top: bool) ->
         x = (q[:m].float() - zero) * 0.25
         y = ops.int8_linear_static(x, ops.int8_pack(w), sw, None, "none", *given, bits)
         assert torch.equal(y, expected[:m])
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_bytes_that_are_no_packed_weight_give_some_numbers(isa: str, bits: int) -> None:
+    """Their sums can be any int32; what is taken off is taken off modulo 2^32, which the sanitizer agrees to."""
+    generator = torch.Generator().manual_seed(0)
+    packed = ops.int8_pack(integers((40, 96), 1, torch.int8), True)
+    packed = torch.randint(-128, 128, packed.shape, dtype=torch.int8, generator=generator)
+    static = torch.tensor([0.02]), torch.tensor([90], dtype=torch.int32)
+    for m in (*ROWS, 70):
+        x = torch.randn(m, 96, generator=generator)
+        for y in (
+            ops.int8_linear(x, packed, torch.ones(40), None, "none", False, bits),
+            ops.int8_linear_static(x, packed, torch.ones(40), None, "none", *static, bits),
+        ):
+            assert y.shape == (m, 40) and y.isfinite().all()
 
 
 def test_a_linear_that_is_too_wide_is_refused() -> None:
