@@ -22,9 +22,10 @@ PAGES = {name: (ROOT / name).read_text() for name in ("README.md", *DOCS) if nam
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for name, page in PAGES.items()}
 PROSE = {name: re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL) for name, page in PAGES.items()}
 INDENTED = [line for page in PROSE.values() for line in re.findall(r"^    (.+)", page, re.MULTILINE)]
-INLINE = [found for page in PROSE.values() for found in re.findall(r"`(pyqkern info|pyqkern \w+ (?:MODEL|FOLDER)[^`]*)`", page)]
+CALL = re.compile(r"`(pyqkern info|pyqkern \w+ (?:MODEL|FOLDER)[^`]*)`")
+INLINE = [found for page in PROSE.values() for found in CALL.findall(page)]
 COMMANDS = [*(line for line in INDENTED if line.startswith("pyqkern ")), *INLINE]
-# Modules whose public names the pages of docs/api/ describe, and what is public beside __all__.
+# Whose public names the pages of docs/api/ describe.
 MODULES = ("pyqkern", "pyqkern.analysis", "pyqkern.optim", "pyqkern.training")
 
 
