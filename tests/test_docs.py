@@ -1,7 +1,8 @@
 """The README and the pages in docs/: each block is executed, Python as it stands and commands on a tiny model, and
 every public name and command is described."""
 
-import importlib
+import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_the_api_pages_describe_every_public_name(module: str) -> None:
         inside = any(one.startswith(f"{path}.") for one in described)  # a module: its names
         elsewhere = any(one.endswith(f".{name}") for one in described)  # analysis.auto is auto
         assert path in described or inside or elsewhere, f"{path} is on no page of docs/api/"
+
+
+def test_docstrings_become_markdown() -> None:
+    found = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+    assert found is not None and found.loader is not None
+    docstrings = importlib.util.module_from_spec(found)
+    found.loader.exec_module(docstrings)
+    text = """Adds, as `summary` does.
+
+    x, y: numbers,
+    `summary` too. z: one more. Note: it is no parameter.
+
+        x + y
+
+    >>> 1 + 2
+    3
+    """
+    link = "[`summary`][pyqkern.summary]"
+    assert docstrings.markdown(inspect.cleandoc(text), {"x", "y", "z"}, {"summary"}) == (
+        f"Adds, as {link} does.\n\n- `x`, `y`: numbers, {link} too.\n- `z`: one more. Note: it is no parameter.\n\n"
+        "```text\nx + y\n```\n\n```pycon\n>>> 1 + 2\n3\n```"
+    )
 
 
 def test_the_commands_are_described() -> None:
