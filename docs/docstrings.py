@@ -58,7 +58,7 @@ def markdown(docstring: str, known: set[str], public: set[str]) -> str:
 
 
 def linked(text: str, public: set[str]) -> str:
-    return re.sub(r"`(\w+)`", lambda m: f"[{m[0]}][pyqkern.{m[1]}]" if m[1] in public else m[0], text)
+    return re.sub(r"`(?:pyqkern\.)?(\w+)`", lambda m: f"[{m[0]}][pyqkern.{m[1]}]" if m[1] in public else m[0], text)
 
 
 def listed(paragraph: str, known: set[str]) -> str:

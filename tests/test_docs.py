@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import transformers
 
 from pyqkern.cli import COMMANDS as COMMAND_MODULES
@@ -138,8 +139,12 @@ def test_the_python_blocks_of_a_page_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = given(name, model, generator)
-    for code in BLOCKS[name]:
-        exec(compile(code, name, "exec"), names)
+    threads = torch.get_num_threads()
+    try:
+        for code in BLOCKS[name]:
+            exec(compile(code, name, "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def both(synopsis: str) -> list[str]:
