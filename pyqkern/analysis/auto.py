@@ -49,7 +49,7 @@ def auto(
     """The plan of the least time or bytes whose score is at least that of the float model less the budget.
 
     model: in float; it is not changed. batches: as `pyqkern.calibrate` takes them: what damages are taken over (about
-    256 rows of outputs, evenly spread), and what times are of.
+    128 rows of outputs, evenly spread), and what times are of.
     evaluate: model -> score, the higher the better, called six times at most. By default the agreement with the
     float model on all batches: the share of the same greatest logits, or for other outputs, say embeddings,
     `1 - |difference|**2 / |float|**2`.
