@@ -49,10 +49,10 @@ def auto(
     """The plan of the least time or bytes whose score is at least that of the float model less the budget.
 
     model: in float; it is not changed. batches: as `pyqkern.calibrate` takes them: what damages are taken over (about
-    DAMAGE_ROWS rows of outputs, evenly spread), and what times are of.
-    evaluate: model -> score, the higher the better, called EVALUATIONS times at most. By default the agreement with the
+    128 rows of outputs, evenly spread), and what times are of.
+    evaluate: model -> score, the higher the better, called six times at most. By default the agreement with the
     float model on all batches: the share of the same greatest logits, or for other outputs, say embeddings,
-    1 - |difference|**2 / |float|**2.
+    `1 - |difference|**2 / |float|**2`.
     objective: "time" or "bytes". schemes: which are tried; by default all, smoothed and not. sizes: (batch, length) of
     the inputs whose time counts; by default three of the batches.
     executor: any concurrent.futures.Executor, for the damages; times are taken and models evaluated here.

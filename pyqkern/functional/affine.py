@@ -39,7 +39,8 @@ def choose_qparams_affine(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover the range of x, zero included.
 
-    x: fp32, bf16 or fp16, any shape and strides. dtype: torch.int8 or torch.uint8. axis, group_size: see the module.
+    x: fp32, bf16 or fp16, any shape and strides. dtype: torch.int8 or torch.uint8.
+    axis, group_size: what keeps its own scale, as the head of `pyqkern.functional.affine` lists it.
     symmetric: zero is the middle code (0 for int8, 128 for uint8), the scale is absmax / 127.
     bits: see quantize_affine; with 4 the middle code is 0 or 8, the symmetric scale absmax / 7.
 
@@ -71,7 +72,7 @@ def quantize_affine(
     """clamp(rint(x * (1/scale) + zero_point), qmin, qmax), as dtype (torch.int8 or torch.uint8), contiguous.
 
     x: fp32, bf16 or fp16, any shape and strides. scale: floating, finite and > 0; zero_point: integer, within
-    [qmin, qmax], None means 0; both of the shape that axis and group_size ask for (see the module). On CUDA their
+    [qmin, qmax], None means 0; both of the shape that axis and group_size ask for. On CUDA their
     values are not checked, because that would stop the stream.
     bits: 8, or 4: codes in [-8, 7] (int8) or [0, 15] (uint8), one to a byte; `pack_int4` puts two into one.
 
