@@ -1,4 +1,4 @@
-"""What the sdist and the wheel in a folder hold: `contents.py FOLDER`. Called by .ci/wheel, in the repository's root."""
+"""What the sdist and the wheel in a folder hold: `contents.py FOLDER`, called by .ci/wheel in the root."""
 
 import subprocess
 import sys

