@@ -24,16 +24,12 @@ from pyqkern.nn.fused import QFusedLayer
 from pyqkern.progress import tracked
 
 HELP = "Sizes, latency and error of quantized BERTs and of a decoder, against torch's own."
-SENTENCES = (
-    "How do I reset my password?",
-    "I forgot my login and need a new one.",
-    "The train to Basel leaves at nine.",
-    "When does the next train depart?",
-    "My card was charged twice for one payment.",
-    "Why do I see the same transaction two times?",
-    "A cat sleeps on the warm roof.",
-    "The kitten is napping in the sun.",
-)
+SENTENCES = (  # in pairs
+    "How do I reset my password?", "I forgot my login.",
+    "The train leaves at nine.", "When does the train go?",
+    "My card was charged twice.", "I paid two times.",
+    "A cat sleeps on the roof.", "A kitten naps in the sun.",
+)  # fmt: skip
 
 COLUMNS = """\
 float32           the model as it is
