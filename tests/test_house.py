@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyqkern"
 
-# Each room imports those listed before it. A room is a folder of pyqkern/, or the one file schemes.py.
+# Each room imports those listed before it. A room is a folder of pyqkern/, schemes.py or progress.py.
 ROOMS = (
-    "schemes", "backends", "ops", "functional", "nn", "models",
+    "schemes", "progress", "backends", "ops", "functional", "nn", "models",
     "calibration", "training", "checkpoints", "hf", "analysis", "cli",
 )  # fmt: skip
 

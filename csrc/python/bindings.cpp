@@ -273,6 +273,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() =
       "C++ kernels of pyqkern, on contiguous tensors on the CPU; results are written into tensors. What does not fit "
       "raises TypeError or ValueError.";
+#ifdef __clang__
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "g++ " __VERSION__;
+#endif
   m.def("isas", &isas, "The ISAs that this CPU runs, best first.");
   m.def("isa", [] { return std::string(kernels().name); }, "The ISA in use.");
   m.def(

@@ -117,7 +117,8 @@ class _Auto:
         if not self.schemes:
             raise ValueError("schemes must name at least one scheme, got none")
         self.model = model
-        self.batches = list(counted(batches, "batches", False))
+        with counted(batches, "batches", False) as each:
+            self.batches = list(each)
         self.sizes = _checked_sizes(sizes)
         self.own = own_copy(model)
         self.units = find_units(self.own)

@@ -90,14 +90,17 @@ def _add_errors(
     if set(names) != set(others):
         differing = sorted(set(names) ^ set(others))
         raise ValueError(f"both models must have the same layers, but only one has {', '.join(differing[:4])}")
-    for batch in counted(batches, "error propagation", progress):
-        expected = _outputs(float_model, names, batch)
-        actual = _outputs(quantized_model, others, batch)
-        for name, outputs in expected.items():
-            for x, y in zip(outputs, actual.get(name, []), strict=True):
-                if x.shape != y.shape:
-                    raise ValueError(f"{name}: outputs must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-                sums.setdefault(name, _Sums()).add(x, y)
+    with counted(batches, "error propagation", progress) as each:
+        for batch in each:
+            expected = _outputs(float_model, names, batch)
+            actual = _outputs(quantized_model, others, batch)
+            for name, outputs in expected.items():
+                for x, y in zip(outputs, actual.get(name, []), strict=True):
+                    if x.shape != y.shape:
+                        raise ValueError(
+                            f"{name}: outputs must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}"
+                        )
+                    sums.setdefault(name, _Sums()).add(x, y)
     return {name: type(module).__name__ for name, module in others.items()}
 
 
@@ -196,27 +199,37 @@ def compare_samples(
         raise ValueError(f"top must be at least 1, got {top}")
     found: list[SampleRecord] = []
     index = 0
-    for batch in counted(batches, "compare samples", progress):
-        x, y = (first_tensor(evaluated(model, batch)).float().cpu() for model in (float_model, quantized_model))
-        if x.shape != y.shape or x.dim() == 0:
-            raise ValueError(f"outputs must be [batch, ...] of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
-        for a, b in zip(
-            x.flatten(1) if x.dim() > 1 else x[:, None], y.flatten(1) if y.dim() > 1 else y[:, None], strict=True
-        ):
-            if texts is not None and index >= len(texts):
-                raise ValueError(f"texts must name every sample, got {len(texts)} for more samples than that")
-            sums = _Sums()
-            sums.add(a, b)
-            record = sums.record("", "")
-            answers = int(a.argmax()), int(b.argmax())
-            text = "" if texts is None else str(texts[index])
-            found.append(
-                SampleRecord(
-                    index, text, answers[0] != answers[1], record.mse, record.cosine, *answers, a.tolist(), b.tolist()
+    with counted(batches, "compare samples", progress) as each:
+        for batch in each:
+            x, y = (first_tensor(evaluated(model, batch)).float().cpu() for model in (float_model, quantized_model))
+            if x.shape != y.shape or x.dim() == 0:
+                raise ValueError(
+                    f"outputs must be [batch, ...] of one shape, got {tuple(x.shape)} and {tuple(y.shape)}"
                 )
-            )
-            index += 1
-        found = sorted(found, key=lambda r: (not r.changed, -r.mse))[:top]
+            for a, b in zip(
+                x.flatten(1) if x.dim() > 1 else x[:, None], y.flatten(1) if y.dim() > 1 else y[:, None], strict=True
+            ):
+                if texts is not None and index >= len(texts):
+                    raise ValueError(f"texts must name every sample, got {len(texts)} for more samples than that")
+                sums = _Sums()
+                sums.add(a, b)
+                record = sums.record("", "")
+                answers = int(a.argmax()), int(b.argmax())
+                text = "" if texts is None else str(texts[index])
+                found.append(
+                    SampleRecord(
+                        index,
+                        text,
+                        answers[0] != answers[1],
+                        record.mse,
+                        record.cosine,
+                        *answers,
+                        a.tolist(),
+                        b.tolist(),
+                    )
+                )
+                index += 1
+            found = sorted(found, key=lambda r: (not r.changed, -r.mse))[:top]
     return Records(SampleRecord, found, _draw_samples, "Inputs whose output changes most (red: another answer)")
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyqkern.analysis.tasks import ScoreFile
 from pyqkern.analysis.units import FREE, PLAIN, Option, Ranges, Unit, bytes_of, choice_of, replacements
 from pyqkern.calibration.run import evaluated, evaluating, run_batch
+from pyqkern.progress import tracked
 
 ROUNDS = 7
 COPIES, COPIED_BYTES = 4, 64e6  # units of a form that take turns: so many, of at most so many bytes together in float
@@ -158,36 +158,37 @@ def costs(
     for i, unit in enumerate(units):
         forms.setdefault(unit.form(), []).append(i)
     found: list[dict[Option, Cost]] = [{} for _ in units]
-    for form, members in tqdm(forms.items(), desc="time", disable=not progress):
-        first = units[members[0]]
-        size = max(1, bytes_of([(one, one.module) for one in first.called()]))
-        copies = [units[i] for i in members[: max(1, min(COPIES, int(COPIED_BYTES // size)))]]
-        built: dict[Option, list[list[nn.Module]]] = {}
-        sizes: dict[Option, int] = {}
-        for option in options[members[0]]:
-            try:
-                made = [replacements(unit, choice_of(unit, option, ranges)) for unit in copies]
-            except (TypeError, ValueError):  # a group that does not divide its rows, and the like
-                continue
-            sizes[option] = bytes_of(made[0])
-            if option.smoothing != FREE:  # which costs what PLAIN does
-                built[option] = [_as_called(unit, new) for unit, new in zip(copies, made, strict=True)]
-        shapes = {
-            (place, shape): one.inputs[shape]
-            for i in members
-            for place, layer in enumerate(units[i].called())
-            if (one := calls.get(id(layer.module))) is not None
-            for shape in one.counts
-        }
-        times = {key: _measured(form, key, call, built, kept) for key, call in shapes.items()}
-        for i in members:
-            for option, size in sizes.items():
-                timed = Option(option.scheme, PLAIN) if option.smoothing == FREE else option
-                seconds = 0.0
-                for place, layer in enumerate(units[i].called()):
-                    of = calls.get(id(layer.module), Calls())
-                    seconds += sum(count * times[place, shape][timed] for shape, count in of.counts.items())
-                found[i][option] = Cost(seconds / batches, size)
+    with tracked(forms.items(), "time", show=progress) as each:
+        for form, members in each:
+            first = units[members[0]]
+            size = max(1, bytes_of([(one, one.module) for one in first.called()]))
+            copies = [units[i] for i in members[: max(1, min(COPIES, int(COPIED_BYTES // size)))]]
+            built: dict[Option, list[list[nn.Module]]] = {}
+            sizes: dict[Option, int] = {}
+            for option in options[members[0]]:
+                try:
+                    made = [replacements(unit, choice_of(unit, option, ranges)) for unit in copies]
+                except (TypeError, ValueError):  # a group that does not divide its rows, and the like
+                    continue
+                sizes[option] = bytes_of(made[0])
+                if option.smoothing != FREE:  # which costs what PLAIN does
+                    built[option] = [_as_called(unit, new) for unit, new in zip(copies, made, strict=True)]
+            shapes = {
+                (place, shape): one.inputs[shape]
+                for i in members
+                for place, layer in enumerate(units[i].called())
+                if (one := calls.get(id(layer.module))) is not None
+                for shape in one.counts
+            }
+            times = {key: _measured(form, key, call, built, kept) for key, call in shapes.items()}
+            for i in members:
+                for option, size in sizes.items():
+                    timed = Option(option.scheme, PLAIN) if option.smoothing == FREE else option
+                    seconds = 0.0
+                    for place, layer in enumerate(units[i].called()):
+                        of = calls.get(id(layer.module), Calls())
+                        seconds += sum(count * times[place, shape][timed] for shape, count in of.counts.items())
+                    found[i][option] = Cost(seconds / batches, size)
     return found
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from pyqkern.analysis.records import Records, barh
 from pyqkern.analysis.tasks import Evaluate, ScoreFile, check_tools, fingerprint, run_tasks, score_of
@@ -18,6 +17,7 @@ from pyqkern.models.recurrent import replace_recurrent
 from pyqkern.models.replace import replace_linear
 from pyqkern.models.summary import summary
 from pyqkern.nn.recurrent import is_recurrent_scheme
+from pyqkern.progress import bar
 from pyqkern.schemes import Scheme, check_type, get_scheme
 
 ONLY, ALL_BUT = "only", "all but"
@@ -177,17 +177,17 @@ def fallback(
         return score_with(model, evaluate, scheme, [name for name in names if name not in kept])
 
     kept: list[str] = []
-    with tqdm(desc="fallback", disable=not progress) as bar:
+    with bar("fallback", show=progress) as work:
         reached = order.quantized_score >= target
         while not reached and len(kept) < len(names):
             kept.append(names[len(kept)])
             reached = score(kept) >= target
-            bar.update()
+            work.advance()
         for name in sorted(kept, key=lambda name: -sizes[name]):
             fewer = [other for other in kept if other != name]
             if name != kept[-1] and score(fewer) >= target:
                 kept = fewer
-            bar.update()
+            work.advance()
     result = _quantized(model, scheme, [name for name in names if name not in kept])
     verified = score_with(result, evaluate, scheme, ())
     if verified < target:

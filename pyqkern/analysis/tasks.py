@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from pyqkern.calibration.run import in_float64
+from pyqkern.progress import bar
 from pyqkern.schemes import check_type
 
 Evaluate = Callable[[nn.Module], float]
@@ -64,12 +64,12 @@ def run_tasks(
     """
     scores = {key: score for key, score in kept.scores.items() if key in tasks}
     waiting = {key: task for key, task in tasks.items() if key not in scores}
-    with tqdm(total=len(tasks), initial=len(scores), desc=title, disable=not progress) as bar:
+    with bar(title, len(tasks), done=len(scores), show=progress) as shown:
 
         def done(key: str, score: float) -> None:
             scores[key] = score
             kept.add(key, score)
-            bar.update()
+            shown.advance()
 
         if executor is None:
             for key, task in waiting.items():

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyqkern.models.find import find_attentions, find_linears
 from pyqkern.nn.attention import unfolded
+from pyqkern.progress import tracked
 from pyqkern.schemes import check_type
 
 
@@ -26,15 +26,21 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def counted(batches: Iterable[Any], title: str, progress: bool) -> Iterator[Any]:
+@contextmanager
+def counted(batches: Iterable[Any], title: str, progress: bool) -> Iterator[Iterator[Any]]:
     """The batches with a progress bar. Raises ValueError if there are none."""
     check_type("batches", batches, Iterable, "an iterable of batches")
-    count = 0
-    for batch in tqdm(batches, desc=title, disable=not progress):
-        count += 1
-        yield batch
-    if count == 0:
-        raise ValueError("batches must hold at least one batch, got none; an iterator can be used only once")
+
+    def some(batches: Iterator[Any]) -> Iterator[Any]:
+        count = 0
+        for batch in batches:
+            count += 1
+            yield batch
+        if count == 0:
+            raise ValueError("batches must hold at least one batch, got none; an iterator can be used only once")
+
+    with tracked(batches, title, show=progress) as each:
+        yield some(each)
 
 
 @contextmanager
@@ -105,8 +111,8 @@ def see_inputs(
         linears = linears_of(model).items()
         handles = [linear.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, linear in linears]
         try:
-            with evaluating(model):
-                for count, batch in enumerate(counted(batches, title, progress)):  # noqa: B007  the hooks name it
+            with evaluating(model), counted(batches, title, progress) as each:
+                for count, batch in enumerate(each):  # noqa: B007  the hooks name it
                     run_batch(model, batch)
         finally:
             for handle in handles:

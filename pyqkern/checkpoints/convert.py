@@ -4,15 +4,13 @@ import glob
 import math
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pyqkern.checkpoints.config import CONFIG, check_float, groups_of, own_config, quantization_of
 from pyqkern.checkpoints.files import Files, root_of
@@ -20,6 +18,7 @@ from pyqkern.checkpoints.formats import format_of, get_format
 from pyqkern.checkpoints.layers import Group, module_of
 from pyqkern.models.plan import Plan
 from pyqkern.models.summary import said_bytes, table
+from pyqkern.progress import bar
 from pyqkern.schemes import check_type, get_scheme
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
@@ -133,18 +132,13 @@ def _class_of(config: Any) -> Any:
 
 @contextmanager
 def _bar() -> Iterator[None]:
-    """A progress bar on stderr while weights are quantized."""
-    with tqdm(desc="Quantizing", unit="weight", file=sys.stderr) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        progress.append(show)
+    """A progress bar while weights are quantized."""
+    with bar("quantize", unit="weights") as work:
+        progress.append(work.reach)
         try:
             yield
         finally:
-            progress.remove(show)
+            progress.remove(work.reach)
 
 
 @contextmanager
@@ -220,8 +214,45 @@ class Stored:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Contents:
+    """A folder's quantized layers, and what all its files hold: tensors and bytes. format: None for a float model."""
+
+    format: str | None
+    layers: tuple[Stored, ...]
+    files: int
+    tensors: int
+    bytes: int
+
+    @property
+    def quantized_bytes(self) -> int:
+        """The part of `bytes` that the quantized layers take."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def rows(self) -> tuple[Sequence[str], Sequence[Sequence[str]], Sequence[Sequence[str]]]:
+        """Header, layers and totals of the table that `inspect` makes; the first two columns are texts."""
+        layers = [(one.name, one.scheme, f"{one.values:,}", said_bytes(one.bytes)) for one in self.layers]
+        values = f"{sum(one.values for one in self.layers):,}"
+        totals = [
+            (f"{len(self.layers)} quantized layers", self.format or "", values, said_bytes(self.quantized_bytes)),
+            ("everything else, in float", "", "", said_bytes(self.bytes - self.quantized_bytes)),
+            (f"{self.tensors} tensors in {self.files} file(s)", "", "", said_bytes(self.bytes)),
+        ]
+        return ("layer", "scheme", "values", "bytes"), layers, totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "quantized_bytes": self.quantized_bytes}
+
+
 def inspect(folder: str | Path) -> str:
     """What of a folder is quantized how, and its bytes, as a table. Reads no weights."""
+    header, layers, totals = contents(folder).rows()
+    return table([header, *layers], totals, left=2)
+
+
+def contents(folder: str | Path) -> Contents:
+    """What of a folder is quantized how, and its bytes. Reads no weights."""
     folder = Path(folder)
     said = quantization_of(folder)
     with Files(folder) as files:
@@ -229,19 +260,10 @@ def inspect(folder: str | Path) -> str:
         if said is None:
             check_float(files)
         groups = [] if said is None else groups_of(said, files)
-    stored = list(_stored(groups, sizes))
-    total = sum(_size(*size) for size in sizes.values())
-    quantized = sum(layer.bytes for layer in stored)
-    rows = [("layer", "scheme", "values", "bytes")]
-    rows += [(layer.name, layer.scheme, f"{layer.values:,}", said_bytes(layer.bytes)) for layer in stored]
-    values = f"{sum(layer.values for layer in stored):,}"
-    format = "" if said is None else format_of(said).name
-    totals = [
-        (f"{len(stored)} quantized layers", format, values, said_bytes(quantized)),
-        ("everything else, in float", "", "", said_bytes(total - quantized)),
-        (f"{len(sizes)} tensors in {len(files.paths)} file(s)", "", "", said_bytes(total)),
-    ]
-    return table(rows, totals, left=2)
+        count = len(files.paths)
+    format = None if said is None else format_of(said).name
+    stored = tuple(_stored(groups, sizes))
+    return Contents(format, stored, count, len(sizes), sum(_size(*size) for size in sizes.values()))
 
 
 def _stored(groups: list[Group], sizes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> Iterator[Stored]:

@@ -5,7 +5,7 @@ import copy
 import csv
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ from pyqkern.analysis.report import Finding, report
 from pyqkern.analysis.sensitivity import fallback, sensitivity
 from pyqkern.calibration.calibrate import calibrate
 from pyqkern.calibration.run import evaluated
+from pyqkern.cli.output import Output, quiet
 from pyqkern.models.replace import replace_linear
 from pyqkern.schemes import Int8Static, Scheme, get_scheme
 
 HELP = "Finds the linears of a text classifier that quantization hurts, and what to do; writes an HTML report."
+JSON = True
 BATCH = 32
+SCORE = "mean probability of the right answer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,20 +49,19 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, default=128, metavar="TOKENS", help="cut texts there (default: 128)")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, out: Output) -> None:
     """Prints the layers that lose most, and writes the report."""
     matplotlib_pyplot()  # before the work, not after it
-    task = load(options)
-    task.notes.append(
-        "The score is the mean probability of the right answer; the target is that of the float model less "
-        f"{options.tolerance}."
-    )
+    task = load(options, out)
+    task.notes.append(f"The score is the {SCORE}; the target is that of the float model less {options.tolerance}.")
     scheme = scheme_of(options.scheme, task.network, task.batches)
     quantized = replace_linear(copy.deepcopy(task.network), scheme)
     losses = sensitivity(task.network, task.evaluate, scheme, file=options.state)
-    show_losses(task, scheme, quantized, losses)
+    accuracy = task.evaluate.accuracy(quantized)
+    show_losses(out, task, scheme, accuracy, losses)
     found = fallback(task.network, task.evaluate, losses.float_score - options.tolerance, scheme, order=losses)
-    show_fallback(task, found)
+    kept_accuracy = task.evaluate.accuracy(found.model)
+    show_fallback(out, task, found, kept_accuracy)
     advice = report(
         options.output,
         title=f"{Path(options.model).name}, {scheme.name}",
@@ -70,8 +72,27 @@ def run(options: argparse.Namespace) -> None:
         samples=compare_samples(task.network, quantized, task.batches, task.texts),
         ranges=range_report(task.network, task.batches, scheme.carried_ranges()),
     )
-    print("\n" + "\n".join(f"- {_marked(finding)}\n  {finding.advice}" for finding in advice))
-    print(f"\nwritten: {options.output}")
+    out.heading("what to do")
+    for finding in advice:
+        out.say(f"- {_marked(finding)}\n  {finding.advice}")
+    out.say(f"\nwritten: {options.output}")
+    out.result(
+        {
+            "output": str(options.output),
+            "scheme": scheme.name,
+            "metric": task.metric,
+            "float": {"accuracy": task.accuracy, "score": losses.float_score},
+            "quantized": {"accuracy": accuracy, "score": losses.quantized_score},
+            "sensitivity": [{"name": record.name, "drop": record.drop} for record in losses],
+            "fallback": {
+                "accuracy": kept_accuracy,
+                "score": found.score,
+                "kept": found.kept,
+                "kept_bytes": found.kept_bytes,
+            },
+            "advice": [asdict(finding) for finding in advice],
+        }
+    )
 
 
 def _marked(finding: Finding) -> str:
@@ -150,7 +171,7 @@ def scheme_of(name: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> 
     return Int8Static(calibrate(model, batches)) if scheme.needs_ranges else scheme
 
 
-def load(options: argparse.Namespace) -> Task:
+def load(options: argparse.Namespace, out: Output) -> Task:
     """Reads the model and the data, and looks whether they fit each other."""
     texts, labels = chosen_rows(options)
     network, tokenizer = read_model(options.model)
@@ -172,7 +193,7 @@ def load(options: argparse.Namespace) -> Task:
             f"{network.config.num_labels} labels: they may be counted in another order than the model's. "
             "Name them in its config.label2id, or leave out --label-column."
         )
-        print(f"warning: {notes[-1]}")
+        out.warn(notes[-1])
     return Task(network, texts, batches, evaluate, metric, accuracy, notes)
 
 
@@ -195,7 +216,7 @@ def read_model(model: str) -> tuple[Any, Any]:
         raise ValueError(f"MODEL must be a folder as save_pretrained writes it, got {model!r}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet(transformers)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     auto = transformers.AutoModelForSequenceClassification
     network = auto.from_pretrained(model, trust_remote_code=False).float().eval()
@@ -204,20 +225,20 @@ def read_model(model: str) -> tuple[Any, Any]:
     return network, tokenizer
 
 
-def show_losses(task: Task, scheme: Scheme, quantized: nn.Module, losses: Any) -> None:
-    print(f"{task.metric}: float {task.accuracy:.4f}, {scheme.name} {task.evaluate.accuracy(quantized):.4f}")
-    print(
-        f"mean probability of the right answer: float {losses.float_score:.4f}, "
-        f"{scheme.name} {losses.quantized_score:.4f}"
+def show_losses(out: Output, task: Task, scheme: Scheme, accuracy: float, losses: Any) -> None:
+    out.table(
+        ("", "float", scheme.name),
+        [
+            (task.metric, f"{task.accuracy:.4f}", f"{accuracy:.4f}"),
+            (SCORE, f"{losses.float_score:.4f}", f"{losses.quantized_score:.4f}"),
+        ],
     )
-    print("\nwhat it loses when one linear alone is quantized:")
-    for record in losses[:10]:
-        print(f"  {record.drop:+.4f}  {record.name}")
+    out.heading(f"what is lost of the {SCORE} when one linear alone is quantized; the first ten")
+    out.table(("linear", "lost"), [(record.name, f"{record.drop:+.4f}") for record in losses[:10]])
 
 
-def show_fallback(task: Task, found: Any) -> None:
+def show_fallback(out: Output, task: Task, found: Any, accuracy: float) -> None:
     extra = f"{len(found.kept)} linears in float ({found.kept_bytes / 1e6:.2f} MB more)"
-    accuracy = task.evaluate.accuracy(found.model)
-    print(f"\nwith {extra}: {task.metric} {accuracy:.4f}, mean probability {found.score:.4f}")
+    out.heading(f"with {extra}: {task.metric} {accuracy:.4f}, {SCORE} {found.score:.4f}")
     for name in found.kept:
-        print(f"  {name}")
+        out.say(f"  {name}")

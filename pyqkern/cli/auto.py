@@ -8,10 +8,12 @@ from pyqkern.analysis.auto_report import auto_report
 from pyqkern.analysis.records import matplotlib_pyplot
 from pyqkern.checkpoints import convert
 from pyqkern.cli.analyze import add_data_arguments, load
+from pyqkern.cli.output import Output
 from pyqkern.models.plan import OBJECTIVES
 from pyqkern.schemes import SCHEMES
 
 HELP = "Chooses a scheme for each layer of a text classifier, within a budget of accuracy, by times taken here."
+JSON = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--state", type=Path, metavar="FILE", help="keep what is finished there, and go on from it")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, out: Output) -> None:
     """Prints the plan, and writes what was asked for."""
     if options.report is not None:
         matplotlib_pyplot()  # before the work, not after it
     if options.output is not None and options.output.exists():
         raise FileExistsError(f"{options.output} must not exist yet; choose another name or remove it")
-    task = load(options)
+    task = load(options, out)
     plan = auto(
         task.network,
         task.batches,
@@ -44,19 +46,22 @@ def run(options: argparse.Namespace) -> None:
         sizes=options.sizes,
         file=options.state,
     )
-    print(plan)
+    out.table(*plan.rows(), left=2)
+    if plan.note:
+        out.say(plan.note)
     if options.plan is not None:
         plan.save(options.plan)
-        print(f"written: {options.plan}")
+        out.say(f"written: {options.plan}")
     if options.report is not None:
         notes = [*task.notes, f"The score is the {task.metric}."]
         auto_report(options.report, plan, title=f"{Path(options.model).name}: plan", notes=notes)
-        print(f"written: {options.report}")
+        out.say(f"written: {options.report}")
     if options.output is not None and plan.quantizes:
         convert.quantize(options.model, options.output, plan)
-        print(f"written: {options.output}")
+        out.say(f"written: {options.output}")
     elif options.output is not None:
-        print(f"not written: {options.output}, since everything stays in float")
+        out.warn(f"not written: {options.output}, since everything stays in float")
+    out.result(plan.to_dict())
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from pyqkern.checkpoints import convert
 from pyqkern.checkpoints.formats import FORMATS
+from pyqkern.cli.output import Output, quiet
+from pyqkern.models.summary import said_bytes
 from pyqkern.schemes import SCHEMES
 
 HELP = "Quantizes a model's folder into a new one, or converts its format."
+JSON = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=list(FORMATS), default="pyqkern", help="whose checkpoint it is to be (default: pyqkern)")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, out: Output) -> None:
+    import transformers
+
+    quiet(transformers)
     convert.quantize(
         options.model,
         options.out,
@@ -31,3 +37,9 @@ def run(options: argparse.Namespace) -> None:
         recurrent=options.recurrent,
         format=options.format,
     )
+    found = convert.contents(options.out)
+    out.say(
+        f"written: {options.out}: {len(found.layers)} quantized layers with {said_bytes(found.quantized_bytes)} of "
+        f"{said_bytes(found.bytes)}; `pyqkern inspect {options.out}` lists them"
+    )
+    out.result({"output": str(options.out), **found.to_dict()})

@@ -6,7 +6,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,12 @@ class Plan:
             raise ValueError(f"{path} must hold a plan as Plan.save writes it: {error}") from error
 
     def __str__(self) -> str:
-        rows = [("layer", "what it becomes", "damage", "ms", "bytes")]
+        header, rows, totals = self.rows()
+        return "\n".join([table([header, *rows], totals, left=2), *([self.note] if self.note else [])])
+
+    def rows(self) -> tuple[Sequence[str], Sequence[Sequence[str]], Sequence[Sequence[str]]]:
+        """Header, layers and totals of the plan as a table; the first two columns are texts."""
+        rows = []
         for choice in self.choices:
             cells = (f"{choice.damage:.3g}", f"{1e3 * choice.seconds:.3f}", said_bytes(choice.bytes))
             rows.append((choice.name or "(the model)", choice.title, *cells))
@@ -164,8 +169,7 @@ class Plan:
             seconds = one.seconds if one.measured_seconds is None else one.measured_seconds
             time = f"{1e3 * seconds:.3f}" + ("" if one.measured_seconds is not None else " (pred.)")
             totals.append((one.name, known, f"{one.damage:.3g}", time, said_bytes(one.bytes)))
-        lines = [table(rows, totals if shown else [], left=2)]
-        return "\n".join([*lines, *([self.note] if self.note else [])])
+        return ("layer", "what it becomes", "damage", "ms", "bytes"), rows, totals if shown else []
 
 
 # ---- reading

@@ -158,11 +158,11 @@ def _fused_lines(kind: str, records: Sequence[FusedRecord]) -> list[str]:
     return [f"{fused} of {len(records)} {kind} layers are one operator each", *said, *kept]
 
 
-def table(rows: Sequence[tuple[str, ...]], totals: Sequence[tuple[str, ...]], left: int) -> str:
+def table(rows: Sequence[Sequence[str]], totals: Sequence[Sequence[str]], left: int) -> str:
     """Rows under their header, and totals, between rules; `left` columns to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, *totals, strict=True)]
 
-    def line(row: tuple[str, ...]) -> str:
+    def line(row: Sequence[str]) -> str:
         cells = zip(row, widths, strict=True)
         return "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
 

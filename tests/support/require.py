@@ -1,11 +1,13 @@
 """What this machine has, and PYQKERN_REQUIRE.
 
-PYQKERN_REQUIRE=avx512vnni,cuda,triton names what this machine must have: an ISA, "cuda", or a Python package. What is
-named and missing fails the run, so that a machine that should test something cannot pass by not having it.
+PYQKERN_REQUIRE=avx512vnni,cuda,triton names what this machine must have: an ISA, "cuda", "aarch64" (its compiler and an
+emulator), or a Python package. What is named and missing fails the run, so that a machine that should test something
+cannot pass by not having it.
 """
 
 import importlib.util
 import os
+import shutil
 
 import pytest
 import torch
@@ -17,11 +19,13 @@ REQUIRED = [name for name in os.environ.get("PYQKERN_REQUIRE", "").split(",") if
 
 
 def available(name: str) -> bool:
-    """Whether this machine has an ISA, "cuda", or a package of that name."""
+    """Whether this machine has an ISA, "cuda", "aarch64", or a package of that name."""
     if name in ISAS:
         return name in pyqkern.isas()
     if name == "cuda":
         return torch.cuda.is_available()
+    if name == "aarch64":
+        return all(map(shutil.which, ("aarch64-linux-gnu-g++", "qemu-aarch64")))
     return importlib.util.find_spec(name.replace("-", "_")) is not None
 
 
