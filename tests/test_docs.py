@@ -18,9 +18,10 @@ from pyqkern.cli import main
 from pyqkern.cli.demo import minilm_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-# docs/quantize_dynamic.md has tests of its own.
+# docs/quantize_dynamic.md and docs/bulk.md have tests of their own.
+OWN_TESTS = ("docs/quantize_dynamic.md", "docs/bulk.md")
 DOCS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", *DOCS) if name != "docs/quantize_dynamic.md"}
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", *DOCS) if name not in OWN_TESTS}
 BLOCKS = {name: re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for name, page in PAGES.items()}
 PROSE = {name: re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL) for name, page in PAGES.items()}
 INDENTED = [line for page in PROSE.values() for line in re.findall(r"^    (.+)", page, re.MULTILINE)]
@@ -28,7 +29,7 @@ CALL = re.compile(r"`(pyqkern info|pyqkern \w+ (?:MODEL|FOLDER)[^`]*)`")
 INLINE = [found for page in PROSE.values() for found in CALL.findall(page)]
 COMMANDS = [*(line for line in INDENTED if line.startswith("pyqkern ")), *INLINE]
 # Whose public names the pages of docs/api/ describe.
-MODULES = ("pyqkern", "pyqkern.analysis", "pyqkern.optim", "pyqkern.training")
+MODULES = ("pyqkern", "pyqkern.analysis", "pyqkern.bulk", "pyqkern.optim", "pyqkern.training")
 
 
 @pytest.fixture(scope="module")
