@@ -43,7 +43,7 @@ sys.modules["pyqkern.optim"] = optim
 
 
 if TYPE_CHECKING:
-    from pyqkern import analysis
+    from pyqkern import analysis, bulk
     from pyqkern.analysis.auto import auto
     from pyqkern.hf.config import PyqkernConfig, checkpoint_config
     from pyqkern.hf.lora import lora
@@ -51,8 +51,8 @@ else:
 
     def __getattr__(name: str) -> Any:
         """What costs time to import, transformers and peft seconds of it, is imported when it is asked for."""
-        if name == "analysis":
-            return importlib.import_module("pyqkern.analysis")
+        if name in ("analysis", "bulk"):
+            return importlib.import_module(f"pyqkern.{name}")
         if name == "auto":
             return importlib.import_module("pyqkern.analysis.auto").auto
         if name in ("PyqkernConfig", "checkpoint_config"):
@@ -99,6 +99,7 @@ __all__ = [
     "Ranges",
     "analysis",
     "auto",
+    "bulk",
     "calibrate",
     "checkpoint_config",
     "choose_qparams_affine",

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pyqkern"
 # Each room imports those listed before it. A room is a folder of pyqkern/, schemes.py or progress.py.
 ROOMS = (
     "schemes", "progress", "backends", "ops", "functional", "nn", "models",
-    "calibration", "training", "checkpoints", "hf", "analysis", "cli",
+    "calibration", "training", "checkpoints", "hf", "analysis", "bulk", "cli",
 )  # fmt: skip
 
 MODULES = {
