@@ -20,8 +20,8 @@ class Settings:
 
     model: a folder as save_pretrained writes it. scheme: that its linears are quantized with as they are read, if they
     are not yet; FLOAT: none. task: "embed" or "classify"; the three behind it are of "embed". batch_tokens, threads:
-    change no bit of a row where `differs` is None. digest: of the model's files; a process that has read the model reads
-    it again where they have changed.
+    change no bit of a row where `differs` is None. digest: of the model's files; a process reads the model
+    again where they have changed.
     """
 
     model: str

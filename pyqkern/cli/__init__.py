@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from pyqkern.cli import analyze, auto, completion, demo, info, inspect, quantize
+from pyqkern.cli import analyze, auto, classify, completion, demo, embed, info, inspect, quantize
 from pyqkern.cli.output import Output, close_stdout, complain
 
-COMMANDS = (info, demo, quantize, inspect, analyze, auto, completion)
+COMMANDS = (info, demo, quantize, inspect, analyze, auto, embed, classify, completion)
 
 
 def parser() -> argparse.ArgumentParser:
