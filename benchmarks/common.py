@@ -230,7 +230,7 @@ def measure(
                     times[name], facts[name] = None, {"failed": _reason(error)}
                 bar.update()
         for name, seconds in times.items():
-            results.append(_result(case.label, name, threads, seconds, facts[name]))
+            results.append(result_of(case.label, name, threads, seconds, facts[name]))
     bar.close()
     for runner in runners.values():
         runner.close()
@@ -242,7 +242,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line}"[:200]
 
 
-def _result(case: str, name: str, threads: int, seconds: list[float] | None, facts: dict[str, Any]) -> Result:
+def result_of(case: str, name: str, threads: int, seconds: list[float] | None, facts: dict[str, Any]) -> Result:
     if not seconds:
         return Result(case, name, threads, None, None, [], facts)
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3

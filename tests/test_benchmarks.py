@@ -12,7 +12,7 @@ from tiny import SENTENCES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = " ".join(
-    (ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "training", "generation", "guide")
+    (ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "training", "generation", "guide", "bulk")
 )
 
 WAYS = {
@@ -24,6 +24,7 @@ WAYS = {
     "bench_recurrent.py": ["--json r.json", "--errors"],
     "bench_accuracy.py": [],
     "bench_auto.py": [],
+    "bench_bulk.py": [],
     "bench_generate.py": ["--json r.json", "--models qwen2-0.5b --agreement"],
     "bench_qat.py": ["--json r.json", "--data FOLDER"],
     "bench_qlora.py": ["--rounds 2 --contenders pyqkern,float --checkpointing"],
@@ -63,7 +64,8 @@ def test_every_benchmark_is_listed() -> None:
 def test_a_benchmark_runs(script: str, tmp_path: Path) -> None:
     data = tmp_path / "texts.csv"
     data.write_text("text,label\n" + "".join(f'"{text}",{i % 2}\n' for i, text in enumerate(SENTENCES)))
-    calls = [call.replace("FOLDER", f"{data} --cache {tmp_path}") for call in calls_of(script)]
+    words = {"FOLDER": f"{data} --cache {tmp_path}", "TEXTS": str(data)}
+    calls = [re.sub("|".join(words), lambda found: words[found[0]], call) for call in calls_of(script)]
     command = [sys.executable, "-c", RUN, str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / script), *calls]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # bitsandbytes compiles
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from pyqkern.cli import main
 from pyqkern.cli.demo import minilm_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-# docs/auto.md goes on from what its reader has; docs/quantize_dynamic.md has tests of its own.
+# docs/auto.md goes on from what its reader has; docs/quantize_dynamic.md and docs/bulk.md have tests of their own.
 PAGES = {
     name: (ROOT / name).read_text()
     for name in ("README.md", "docs/checkpoints.md", "docs/guide.md", "docs/training.md")
