@@ -5,7 +5,7 @@ schedulers.
 """
 
 from pyqkern.bulk.api import classify, embed
-from pyqkern.bulk.job import State
 from pyqkern.bulk.model import Classifier, Embedder
+from pyqkern.bulk.state import State
 
 __all__ = ["Classifier", "Embedder", "State", "classify", "embed"]

@@ -233,7 +233,7 @@ def show_losses(out: Output, task: Task, scheme: Scheme, accuracy: float, losses
             (SCORE, f"{losses.float_score:.4f}", f"{losses.quantized_score:.4f}"),
         ],
     )
-    out.heading(f"what is lost of the {SCORE} when one linear alone is quantized; the first ten")
+    out.heading(f"what it loses when one linear alone is quantized, of the {SCORE}")
     out.table(("linear", "lost"), [(record.name, f"{record.drop:+.4f}") for record in losses[:10]])
 
 

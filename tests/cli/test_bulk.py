@@ -1,5 +1,6 @@
 """The commands `embed` and `classify`: what they write, say and leave behind."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from bulk_folders import TEXTS, classifier, embedding_model
 
+import pyqkern
 from pyqkern import bulk, cli
 
 
@@ -62,6 +64,17 @@ def test_errors_are_one_line(
     assert cli.main(["embed", str(folder), str(source), str(tmp_path / "out"), *more]) == 1
     said = capsys.readouterr().err
     assert said.startswith("pyqkern embed: ") and message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "pandas", "dask", "distributed", "transformers"])
+def test_it_is_imported_without_its_packages(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """So are the other commands, since `pyqkern.cli` imports it."""
+    monkeypatch.setattr(pyqkern, "bulk", bulk)  # to be put back
+    for name in [name for name in sys.modules if name.startswith("pyqkern.bulk")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in ("pyqkern.bulk", "pyqkern.bulk.settings", "pyqkern.bulk.values"):
+        importlib.import_module(name)
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "distributed"])
