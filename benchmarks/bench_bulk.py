@@ -11,8 +11,8 @@ pyqkern reads a CSV and writes a Parquet dataset, in float32, on a LocalCluster 
 thread, or in threads of one process. The others get the texts in memory, have all cores for one batch after the other
 (what sentence-transformers does by default), and write nothing: batches of 32 texts of like length, as
 sentence-transformers makes them. ONNX Runtime's model is what its own tools make (quantize_dynamic, then the optimizer
-for BERT), with the same tokenizer and pooling: sentence-transformers' own ONNX backend needs optimum, which does not
-install beside transformers 5.
+for BERT), with the same tokenizer and pooling: sentence-transformers' own ONNX backend needs optimum-onnx, which pip
+did not resolve beside transformers 5.23.
 """
 
 from __future__ import annotations

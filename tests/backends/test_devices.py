@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -76,10 +77,13 @@ def test_the_triton_kernels_refuse_rocm(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_info_says_what_rocm_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "MI300X")
-    assert describe()["cuda"] == "MI300X"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    properties = SimpleNamespace(name="MI300X", total_memory=192 * 2**30, major=9, minor=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert describe()["cuda"].startswith("MI300X, 192.0 GiB, compute capability 9.4, CUDA ")
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert describe()["cuda"] == "MI300X, with ROCm: plain torch instead of kernels"
+    assert describe()["cuda"] == "MI300X, 192.0 GiB, with ROCm: plain torch instead of kernels"
 
 
 # ---- MPS, which is refused

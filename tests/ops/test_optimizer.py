@@ -63,7 +63,8 @@ def test_a_step_has_the_bits_of_the_reference(
     for name, a, b in zip(("p", "grad", "state1", "state2", "absmax1", "absmax2"), ours, expected, strict=True):
         for one, other in zip(a, b, strict=True):
             assert torch.equal(one, other), name
-    assert not all(torch.equal(a, b) for a, b in zip(ours[0], given_lists[0], strict=True)) or max(sizes) < 300
+    if dtype is torch.float32 and max(sizes) >= 300:  # every step but one of a few numbers or of few bits moves some
+        assert not all(torch.equal(a, b) for a, b in zip(ours[0], given_lists[0], strict=True))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
