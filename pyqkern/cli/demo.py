@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, out: Output) -> None:
         _show_bert(out, transformers)
         _show_decoder(out, transformers)
     out.say(
-        "\nYour own model: print(pyqkern.summary(pyqkern.optimize(model))), and which scheme suits it: docs/guide.md"
+        "\nYour own model: print(pyqkern.summary(pyqkern.optimize(model))), and which scheme suits it: docs/choosing.md"
     )
 
 
