@@ -92,6 +92,7 @@ def test_a_missing_package_is_named_with_its_extra(
 INTERRUPTED = """
 import os, signal, sys
 from pyqkern import bulk, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 embed = bulk.embed
 
 def interrupted(*arguments, progress, **options):
