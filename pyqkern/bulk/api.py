@@ -1,7 +1,6 @@
 """embed and classify, which take files or a dask.dataframe."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,8 @@ def classify(
     The columns are label (string), probability (float32: the label's) and probabilities (float32 [labels], in the order
     of the schema's metadata "labels"). Everything else is as for `embed`.
     """
-    settings = Settings(_name(model), "classify", scheme)
-    settings = replace(settings, max_length=max_length, batch_tokens=batch_tokens, threads=threads)
-    return _run(source, settings, output, column, keep, job)
+    options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens, "threads": threads}
+    return _run(source, Settings(_name(model), "classify", scheme, **options), output, column, keep, job)
 
 
 def _name(model: str | Path) -> str:

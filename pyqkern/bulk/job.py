@@ -26,7 +26,7 @@ from pyqkern.schemes import Scheme
 
 ROW = "row"  # the column with a row's number in the input
 
-Progress = Callable[["State"], None]
+Progress = Callable[[State], None]
 
 
 def run(
@@ -44,6 +44,7 @@ def run(
     for name, number in (("partition_rows", partition_rows), ("workers", 1 if workers is None else workers)):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {number!r}")
+    settings = replace(settings, digest=digest(Path(settings.model)))
     manifest = _manifest(source, settings, partition_rows)
     with opened(Path(output), manifest) as out:
         settings = _quantized(settings, out)
@@ -72,13 +73,13 @@ def _manifest(source: Source, settings: Settings, partition_rows: int) -> dict[s
     }
     scheme = settings.scheme.to_dict() if isinstance(settings.scheme, Scheme) else settings.scheme
     read = {"column": source.column, "keep": list(source.keep), "partition_rows": partition_rows}
-    return own | {"scheme": scheme, "model": digest(Path(settings.model)), **read, "input": source.identity()}
+    return own | {"scheme": scheme, "model": settings.digest, **read, "input": source.identity()}
 
 
 def _quantized(settings: Settings, out: Output) -> Settings:
     """The settings with the quantized model in the output's folder, which is made there once for all workers."""
     if not isinstance(settings.scheme, Scheme):
-        return replace(settings, digest=digest(Path(settings.model)))
+        return settings
     if not out.model.exists():
         convert.quantize(settings.model, out.model, settings.scheme)  # type: ignore[arg-type]
     return replace(settings, model=str(out.model.resolve()), scheme=None, digest=digest(out.model))

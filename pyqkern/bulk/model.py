@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,8 +189,8 @@ class Classifier(_TextModel):
         batch_tokens: int = BATCH_TOKENS,
         threads: int | None = None,
     ) -> None:
-        settings = Settings(str(model), "classify", scheme)
-        self._open(replace(settings, max_length=max_length, batch_tokens=batch_tokens, threads=threads))
+        options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens, "threads": threads}
+        self._open(Settings(str(model), "classify", scheme, **options))
 
     def _open(self, settings: Settings) -> None:
         super()._open(settings)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pyqkern.models.summary import table
 from pyqkern.progress import is_terminal
 
 if TYPE_CHECKING:
@@ -77,17 +78,9 @@ def complain(text: str) -> None:
 
 
 def aligned(header: Row, rows: Sequence[Row], totals: Sequence[Row] = (), left: int = 1) -> list[str]:
-    """The lines of a plain table; no cell is cut or folded."""
-    table = [header, *rows, *totals]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-
-    def line(row: Row) -> str:
-        cells = enumerate(zip(row, widths, strict=True))
-        return "  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in cells).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    below = [rule, *map(line, totals)] if totals else []
-    return [line(header), rule, *map(line, rows), *below]
+    """The lines of a plain table; no cell is cut or folded. Without totals there is no rule for them."""
+    lines = [line.rstrip() for line in table([header, *rows], totals, left).split("\n")]
+    return lines if totals else lines[:-1]
 
 
 def _draw(header: Row, rows: Sequence[Row], totals: Sequence[Row], left: int) -> None:
