@@ -68,9 +68,9 @@ _FOUR_BIT_GEMV: Table = {
 }
 _FOUR_BIT_DOT: Table = {
     16: (
+        Config(16, 64, 64, 2, 3, split_k=0),
         Config(16, 64, 128, 4, 3, split_k=0),
         Config(16, 32, 128, 4, 3, split_k=0),
-        Config(16, 64, 64, 4, 3, split_k=0),
     ),
     32: (Config(32, 64, 128, 4, 3, split_k=0), Config(32, 32, 128, 4, 3, split_k=0)),
     64: (Config(64, 64, 128, 4, 3, split_k=0), Config(64, 128, 64, 4, 2, split_k=0)),
@@ -123,11 +123,12 @@ def candidates(kernel: str, capability: int, m: int) -> tuple[Config, ...]:
 
 
 def split(config: Config, processors: int, m: int, n: int, k: int) -> Config:
-    """The configuration with split_k filled in: two programs per multiprocessor, each with two steps of K or more."""
+    """The configuration with split_k filled in: eight warps per multiprocessor, each with two steps of K or more."""
     if config.split_k:
         return config
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    return replace(config, split_k=max(1, min(2 * processors // tiles, k // (2 * config.block_k), 16)))
+    programs = 8 // config.num_warps * processors
+    return replace(config, split_k=max(1, min(programs // tiles, k // (2 * config.block_k), 16)))
 
 
 def _cost(config: Config, processors: int, m: int, n: int) -> float:

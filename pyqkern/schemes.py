@@ -256,7 +256,7 @@ class NF4(_FourBit):
 
     blocksize: 32, 64, ... 4096. double_quant: the blocks' absmax in 8 bits too, 0.516 bytes a weight instead of 0.563.
     compute: "fp32" multiplies with the dequantized weight; "bf16" does so too, and lets CUDA round both sides to bf16
-    from 5 rows on; "int8" quantizes the activations per token (symmetric) and rounds the codebook to integers, an error
+    from 3 rows on; "int8" quantizes the activations per token (symmetric) and rounds the codebook to integers, an error
     far below that of 4-bit weights, and multiplies integers; "auto" is "int8": measured, the fastest for any number of
     rows on every ISA. A row that is no whole number of blocks, and a layer of less than 16 out_features, is computed in
     fp32.

@@ -131,8 +131,9 @@ def test_linear_4bit(
 
     w = dequantized(packed, absmax, n * k, *form).view(n, k)
     same(four_bit.dequantize_4bit(*weight, *form, (n, k), torch.float32), w)
-    gemv = m <= 4 and k % 32 == 0
-    inner = torch.float32 if gemv or compute == "fp32" else torch.bfloat16 if compute == "bf16" else dtype
+    few = m <= 2 and k % 32 == 0
+    inner = torch.float32 if few or compute == "fp32" else torch.bfloat16 if compute == "bf16" else dtype
+    gemv = k % 32 == 0 and m <= 4 and inner is torch.float32
     w, x = w.to(inner).double(), x.to(inner).double()
     exact = x @ w.T + b.double()
     # A sum of k products of fp32 numbers in any order: k roundings of the sum of magnitudes, twice that on tensor

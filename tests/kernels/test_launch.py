@@ -149,6 +149,7 @@ def test_the_tile_that_fills_the_device_best(h100: Path) -> None:
     for m in (1, 64):
         assert tuning.choose("int8_matmul", CPU, m, 768, 768).split_k == 768 // 256  # two steps or more to a program
     assert tuning.choose("int8_matmul", CPU, 16, 8192, 8192).split_k == 2  # two programs per multiprocessor are enough
+    assert tuning.choose("four_bit_dot", CPU, 16, 8192, 8192).split_k == 4  # two warps each: four programs, then
     assert tile("four_bit_gemv", 1, 8192, 8192) == (1, 16, 256)
     assert tile("four_bit_gemv", 1, 4096, 4096) == (1, 16, 512)
     assert tile("four_bit_gemv", 1, 3072, 768) == tile("four_bit_gemv", 1, 16, 768) == (1, 4, 256)
@@ -201,8 +202,8 @@ def test_the_kernels_are_tuned(h100: Path, monkeypatch: pytest.MonkeyPatch, m: i
     for module in (int8, four_bit, row_quantize):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **constants: launched.append(kernel.__name__))
     for module, kernel, name in ((int8, "int8_matmul_kernel", "int8_matmul"), (four_bit, None, None)):
-        name = name or ("four_bit_gemv" if m <= 4 else "four_bit_dot")
-        kernel = kernel or ("gemv_4bit_kernel" if m <= 4 else "dot_4bit_kernel")
+        name = name or ("four_bit_gemv" if m <= 2 else "four_bit_dot")
+        kernel = kernel or ("gemv_4bit_kernel" if m <= 2 else "dot_4bit_kernel")
         times = module.tune(m, 96, 128, CPU)
         assert launched.count(kernel) == len(times) >= len(tuning.candidates(name, 90, m))
     assert len(json.loads(h100.read_text())[device.name(CPU)]) == 2
