@@ -297,5 +297,6 @@ PYBIND11_MODULE(_C, m) {
   add_four_bit(m);
   add_linears(m);
   add_layers(m);
+  add_snapshot(m);
   add_optimizers(m);
 }

@@ -1,6 +1,4 @@
 // Whole layers: encoder_layer, decoder_layer and recurrent, their parts checked.
-#include <pybind11/stl.h>
-
 #include <algorithm>
 
 #include "python/tensors.h"
@@ -8,7 +6,7 @@
 namespace pyqkern {
 namespace {
 
-using Objects = std::vector<py::object>;
+using Objects = py::tuple;  // of tensors
 
 void check_count(const char* name, const Objects& objects, size_t count) {
   if (objects.size() != count)
@@ -157,6 +155,31 @@ Rotary rotary_of(const py::object& cos, const py::object& sin, size_t batch, siz
   return {c.data, s.data, c.dtype(), dims, sets == 1 ? 0 : length * dims};
 }
 
+// All of a decoder layer but its tensors. It outlives calls, in which its arguments would take a microsecond to read.
+struct DecoderForm {
+  size_t heads, kv_heads, head_size, wide;
+  float scaling, eps;
+  int activation;
+  bool gated, symmetric;
+  int bits;
+  bool in_float;
+  long book;
+  size_t blocksize;
+  float norm_offset;
+  bool interleaved;
+  size_t window;
+};
+
+void check_form(const DecoderForm& f) {
+  if (f.activation != kSilu && f.activation != kReluValue && f.activation != kGeluValue &&
+      f.activation != kGeluTanhValue)
+    throw py::value_error("activation must be 1, 5, 6 or 7, got " + std::to_string(f.activation));
+  check_bits(f.bits, f.symmetric);
+  if (!f.heads || !f.kv_heads || f.heads % f.kv_heads || (f.interleaved && f.heads != f.kv_heads) || !f.head_size ||
+      !f.wide)
+    throw py::value_error("kv_heads must divide heads, and be heads where rows are interleaved");
+}
+
 // Linears of a decoder layer: the first and the number of a part's, of `count` in all.
 struct DecoderCounts {
   size_t inputs, wide;
@@ -177,22 +200,17 @@ const void* norm_of(const char* name, const py::object& object, size_t n, int* d
 void decoder_layer_call(py::handle x, py::handle keys, py::handle values, size_t past, const py::object& mask,
                         const py::object& position_bias, const py::object& cos, const py::object& sin,
                         const Objects& weights, const Objects& scales, const Objects& biases, const Objects& norms,
-                        const Objects& nested, const Objects& head_norms, size_t heads, size_t kv_heads,
-                        size_t head_size, size_t wide, float scaling, float eps, int activation, bool gated,
-                        bool symmetric, int bits, bool in_float, long book, size_t blocksize, float norm_offset,
-                        bool interleaved, size_t window, py::handle y) {
-  const DecoderCounts counts(weights.size(), gated);
+                        const Objects& nested, const Objects& head_norms, const DecoderForm& form, py::handle y) {
+  const size_t heads = form.heads, kv_heads = form.kv_heads, head_size = form.head_size, wide = form.wide;
+  const DecoderCounts counts(weights.size(), form.gated);
   check_count("scales", scales, weights.size());
   check_count("biases", biases, weights.size());
   check_count("norms", norms, norms.size() == 4 ? 4 : 2);
   check_count("nested", nested, nested.empty() ? 0 : 3 * weights.size());
   check_count("head_norms", head_norms, head_norms.empty() ? 0 : 2);
-  if (activation != kSilu && activation != kReluValue && activation != kGeluValue && activation != kGeluTanhValue)
-    throw py::value_error("activation must be 1, 5, 6 or 7, got " + std::to_string(activation));
-  check_bits(bits, symmetric);
-  check_format(book, blocksize, nested, symmetric, bits);
-  if (!heads || !kv_heads || heads % kv_heads || (interleaved && heads != kv_heads) || !head_size || !wide)
-    throw py::value_error("kv_heads must divide heads, and be heads where rows are interleaved");
+  check_form(form);
+  check_format(form.book, form.blocksize, nested, form.symmetric, form.bits);
+  const Format format{form.book, form.blocksize, nested};
   const size_t query = product({heads, head_size}), key = product({kv_heads, head_size});
 
   DecoderLayer layer{};
@@ -202,10 +220,10 @@ void decoder_layer_call(py::handle x, py::handle keys, py::handle values, size_t
     layer.norm[norms.size() == 2 ? 2 * i : i] = norm_of("norms", norms[i], hidden, &layer.norm_dtype);
   for (size_t i = 0; i < head_norms.size(); ++i)
     layer.head_norm[i] = norm_of("head_norms", head_norms[i], head_size, &layer.head_norm_dtype);
-  const Format format{book, blocksize, nested};
   size_t next = 0;
   auto add = [&](EncoderLinear& to, size_t n, size_t k) {
-    if (book != kNoBook && !in_panels(n, k, blocksize)) throw py::value_error("4-bit weights must be in panels");
+    if (form.book != kNoBook && !in_panels(n, k, form.blocksize))
+      throw py::value_error("4-bit weights must be in panels");
     to = linear(format, next, weights[next], scales[next], biases[next], product({n}), k);
     ++next;
   };
@@ -214,14 +232,15 @@ void decoder_layer_call(py::handle x, py::handle keys, py::handle values, size_t
   else
     for (size_t i = 0; i < 3; ++i) add(layer.inputs[i], i ? key : query, hidden);
   add(layer.output, hidden, query);
-  const size_t columns = gated && counts.wide == 1 ? product({2, wide}) : wide;
+  const size_t columns = form.gated && counts.wide == 1 ? product({2, wide}) : wide;
   for (size_t i = 0; i < counts.wide; ++i) add(layer.wide[i], columns, hidden);
   add(layer.down, hidden, wide);
-  layer.interleaved = interleaved, layer.gated = gated;
-  layer.norm_offset = norm_offset, layer.eps = eps, layer.scaling = scaling;
+  layer.interleaved = form.interleaved, layer.gated = form.gated;
+  layer.norm_offset = form.norm_offset, layer.eps = form.eps, layer.scaling = form.scaling;
   layer.heads = heads, layer.kv_heads = kv_heads, layer.head_size = head_size;
-  layer.hidden = hidden, layer.intermediate = wide, layer.activation = activation;
-  layer.symmetric = symmetric, layer.bits = bits, layer.in_float = in_float, layer.window = window;
+  layer.hidden = hidden, layer.intermediate = wide, layer.activation = form.activation;
+  layer.symmetric = form.symmetric, layer.bits = form.bits, layer.in_float = form.in_float;
+  layer.window = form.window;
 
   const Tensor from("x", x, false, kTrusted), to("y", y, false, kTrusted);
   from.check_rank(3);
@@ -241,7 +260,7 @@ void decoder_layer_call(py::handle x, py::handle keys, py::handle values, size_t
   const Mask m = added("mask", mask, batch, heads, length, past + length, capacity),
              b = added("position_bias", position_bias, batch, heads, length, past + length, capacity);
   if (b.is_bool) throw py::type_error("position_bias must be float32, got bool");
-  if (m.data && window) throw py::value_error("window must be 0 where a mask is given");
+  if (m.data && form.window) throw py::value_error("window must be 0 where a mask is given");
   without_gil([&] { decoder_layer(from.data, dtype, batch, length, caches, m, b, rotary, layer, to.data); });
 }
 
@@ -278,7 +297,7 @@ void recurrent_call(py::handle x, py::handle batch_sizes, const Objects& weights
   EncoderLinear* const linears[] = {&layer.input, &layer.hidden, &layer.projection};
   const Format format{book, blocksize, nested};
   for (size_t i = 0; i < count; ++i) {
-    const py::object bias = i < biases.size() ? biases[i] : py::none();
+    const py::object bias = i < biases.size() ? py::object(biases[i]) : py::none();
     *linears[i] = linear(format, i, weights[i], scales[i], bias, shapes[i][0], shapes[i][1]);
     if (linears[i]->bias_dtype != kFloat32) throw py::type_error("biases must be float32");
   }
@@ -303,9 +322,13 @@ void add_layers(py::module_& m) {
   m.def("encoder_layer", &encoder_layer_call,
         "x and y [batch, length, hidden]; mask and position_bias or None; six weights, scales and biases (or None); "
         "nested: none, or absmax, map and offset for each weight; four norms; no factors or two; book -1: INT8.");
+  py::class_<DecoderForm>(m, "DecoderForm",
+                          "Of a decoder layer; book as for encoder_layer; activation: an Elementwise.")
+      .def(py::init<size_t, size_t, size_t, size_t, float, float, int, bool, bool, int, bool, long, size_t, float, bool,
+                    size_t>());
   m.def("decoder_layer", &decoder_layer_call,
         "x and y [batch, length, hidden]; keys and values are written; 4 to 7 weights, scales and biases (or None); "
-        "two norms, or four with biases; nested and book as for encoder_layer; activation: an Elementwise.");
+        "two norms, or four with biases; nested as for encoder_layer; none or two norms of heads; a DecoderForm.");
   m.def("recurrent", &recurrent_call,
         "x [rows, K], y [rows, P], h [batch, P], c [batch, H] or None; weights of input, hidden state and, where P is "
         "not H, of the projection; h and c become the last states.");

@@ -25,7 +25,8 @@ struct ExchangeApi {
 // What torch gives, by use_torch.
 const ExchangeApi* exchange = nullptr;
 PyObject *tensor_type = nullptr, *parameter_type = nullptr, *to_capsule = nullptr, *num_threads = nullptr;
-PyObject *is_neg = nullptr, *untyped_storage = nullptr, *data_ptr = nullptr;  // names of methods
+PyObject* is_neg = nullptr;                                // a method of Tensor
+PyObject *untyped_storage = nullptr, *data_ptr = nullptr;  // names of methods
 
 constexpr size_t kMaxCodebooks = 16;
 Codebook codebooks[kMaxCodebooks];
@@ -85,7 +86,7 @@ Tensor::Tensor(const char* name, PyObject* object, bool strided, bool trusted) :
   if (!tensor_type || (type != tensor_type && type != parameter_type))
     throw py::type_error(std::string(name) + " must be a torch.Tensor, and no subclass, got " +
                          Py_TYPE(object)->tp_name);
-  PyObject* negative = PyObject_CallMethodNoArgs(object, is_neg);
+  PyObject* negative = PyObject_CallOneArg(is_neg, object);
   Py_XDECREF(negative);  // True and False outlive this
   if (negative != Py_False) {
     PyErr_Clear();
@@ -227,7 +228,7 @@ void add_tensors(py::module_& m) {
         }
         // Another major version is another ABI.
         exchange = given && given->header.major == 1 && given->tensor_from_py_object ? given : nullptr;
-        is_neg = PyUnicode_InternFromString("is_neg");
+        is_neg = PyObject_GetAttrString(tensor.ptr(), "is_neg");
         untyped_storage = PyUnicode_InternFromString("untyped_storage");
         data_ptr = PyUnicode_InternFromString("data_ptr");
         if (!is_neg || !untyped_storage || !data_ptr) throw py::error_already_set();

@@ -149,6 +149,7 @@ template <class F> void without_gil_to_the_end(const F& f) {
 void add_tensors(py::module_& m);
 void add_linears(py::module_& m);
 void add_layers(py::module_& m);
+void add_snapshot(py::module_& m);
 void add_optimizers(py::module_& m);
 
 }  // namespace pyqkern

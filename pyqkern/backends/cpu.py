@@ -303,8 +303,8 @@ def encoder_layer(
     y = torch.empty_like(x)
     book = -1 if quant_type is None else _BOOKS[quant_type]
     _C.encoder_layer(
-        x, mask, position_bias, weights, scales, biases, nested, norms, factors, *features, heads, *eps, scaling,
-        ACTIVATION_CODES[activation], symmetric, bits, book, blocksize, y,
+        x, mask, position_bias, *map(tuple, (weights, scales, biases, nested, norms, factors)), *features, heads, *eps,
+        scaling, ACTIVATION_CODES[activation], symmetric, bits, book, blocksize, y,
     )  # fmt: skip
     return y
 
@@ -317,6 +317,16 @@ _IN_FLOAT = {compute: compute not in AS_INT8 for compute in COMPUTE}
 _DECODER_CODES = {"silu": 5, "relu": 7, "gelu": 1, "gelu_tanh": 6}  # Elementwise of csrc's kernels.h
 
 
+def decoder_form(form: DecoderForm) -> Any:
+    """The form as C++ takes it, which outlives calls."""
+    bits, in_float, book = _DECODER_ROWS.get(form.quant_type) or (8, _IN_FLOAT[form.compute], _BOOKS[form.quant_type])
+    return _C.DecoderForm(
+        form.heads, form.kv_heads, form.head_size, form.intermediate_size, form.scaling, form.eps,
+        _DECODER_CODES[form.activation], form.gated, form.symmetric, bits, in_float, book, form.blocksize,
+        form.norm_offset, form.interleaved, form.window,
+    )  # fmt: skip
+
+
 def decoder_layer(
     x: Tensor,
     keys: Tensor,
@@ -326,22 +336,12 @@ def decoder_layer(
     position_bias: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-    weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    norms: Sequence[Tensor],
-    nested: Sequence[Tensor],
-    head_norms: Sequence[Tensor],
-    form: DecoderForm,
+    parts: Sequence[Sequence[Tensor | None]],
+    form: Any,
 ) -> Tensor:
+    """parts: weights, scales, biases, norms, nested, head_norms, each a tuple. form: of `decoder_form`."""
     y = torch.empty_like(x)
-    bits, in_float, book = _DECODER_ROWS.get(form.quant_type) or (8, _IN_FLOAT[form.compute], _BOOKS[form.quant_type])
-    _C.decoder_layer(
-        x, keys, values, past, mask, position_bias, cos, sin, weights, scales, biases, norms, nested, head_norms,
-        form.heads, form.kv_heads, form.head_size, form.intermediate_size, form.scaling, form.eps,
-        _DECODER_CODES[form.activation], form.gated, form.symmetric, bits, in_float, book, form.blocksize,
-        form.norm_offset, form.interleaved, form.window, y,
-    )  # fmt: skip
+    _C.decoder_layer(x, keys, values, past, mask, position_bias, cos, sin, *parts, form, y)
     return y
 
 
@@ -371,7 +371,8 @@ def recurrent(
         book, blocksize, symmetric, bits = _BOOKS[first.quant_type], first.blocksize, True, 8
         nested = [tensor for weight in weights for tensor in weight[2:5] if tensor is not None]
     _C.recurrent(
-        x, batch_sizes, [weight[0] for weight in weights], [weight[1] for weight in weights], biases, nested,
+        x, batch_sizes, tuple(weight[0] for weight in weights), tuple(weight[1] for weight in weights), tuple(biases),
+        tuple(nested),
         CELL_CODES[cell], reverse, symmetric, bits, compute in AS_INT8, book, blocksize, h, c, y,
     )  # fmt: skip
     return y, h, c

@@ -1,8 +1,7 @@
 """The parts of a decoder layer of transformers, and whether they compute what the operator decoder_layer computes."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from operator import is_
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -24,6 +23,7 @@ from pyqkern.nn.fused_parts import (
     kernel_activation,
     kind_of,
     part_of,
+    slots_of,
     stock_reason,
 )
 from pyqkern.nn.int8 import Int8Linear, Int8WeightOnlyLinear
@@ -49,7 +49,7 @@ class DecoderLayout(Layout):
     scaling: str = "scaling"  # attribute of the attention
     gated: bool = False
     interleaved: bool = False
-    returns_weights: bool = False  # whether the layer returns attention weights behind its output, None from us
+    returns_weights: bool = False
     constants: tuple[tuple[Path, object, str], ...] = ()  # what an attribute must be, and why not otherwise
 
     def known(self) -> set[Path]:
@@ -65,27 +65,19 @@ class DecoderParts(Parts):
 
     form: DecoderForm | None = None
     index: int = 0  # the layer's place in a cache
-    slot_holders: list[dict[str, Any]] = field(default_factory=list)  # where the operator's tensors are
-    slot_names: list[str] = field(default_factory=list)
-    held: list[Any] = field(default_factory=list)  # what was there when `operands` was made
-    operands: decoder.Parts | None = None
 
-    def tensors(self) -> decoder.Parts:
-        """The layer's tensors as they are now; the same object as long as they are the same."""
-        held = list(map(dict.get, self.slot_holders, self.slot_names))
-        if self.operands is None or not all(map(is_, held, self.held)):
-            linears, norms = self.linears, [norm._parameters for norm in self.norms]
-            nested = [linear._buffers[name] for linear in linears for name in self.format.nested]
-            self.operands = decoder.Parts(
-                [linear._buffers["packed"] for linear in linears],  # read directly: see Int8Linear._linear
-                [linear._scales() for linear in linears],
-                [linear._parameters["bias"] for linear in linears],
-                [norm[name] for norm in norms[:2] for name in ("weight", "bias") if name in norm],
-                nested,
-                [norm["weight"] for norm in norms[2:]],
-            )
-            self.held = held
-        return self.operands
+    def _gather(self) -> decoder.Layer:
+        linears, norms = self.linears, [norm._parameters for norm in self.norms]
+        parts = decoder.Parts(
+            [linear._buffers["packed"] for linear in linears],  # read directly: see Int8Linear._linear
+            [linear._scales() for linear in linears],
+            [linear._parameters["bias"] for linear in linears],
+            [norm[name] for norm in norms[:2] for name in ("weight", "bias") if name in norm],
+            [linear._buffers[name] for linear in linears for name in self.format.nested],
+            [norm["weight"] for norm in norms[2:]],
+        )
+        assert self.form is not None  # there is no reason, so there is all else
+        return decoder.layer_of(parts, self.form)
 
 
 def find_decoder_parts(layer: nn.Module, family: Family) -> DecoderParts:
@@ -120,10 +112,9 @@ def _find(layer: nn.Module, family: Family) -> DecoderParts:
     form, reason = _form(layout, attention, linears, norms, activation, found)
     if form is None or reason is not None:
         return DecoderParts(reason)
-    slots = list(_slots(linears, norms, found))
     parts = DecoderParts(
         None, linears, norms, found, activation, getattr(attention, "config", None), form=form,
-        index=attention.layer_idx, slot_holders=[holder for holder, _ in slots], slot_names=[name for _, name in slots],
+        index=attention.layer_idx, slots=list(slots_of(linears, norms, found)),
     )  # fmt: skip
     for holder, name, _, _ in constants:
         places += attributes(holder, [name])
@@ -209,15 +200,3 @@ def _form(
     if sizes != [hidden] * 2 + [size] * (len(norms) - 2):
         return None, f"its norms do not fit its linears: {sizes}"
     return form, None
-
-
-def _slots(linears: Sequence[Any], norms: Sequence[Any], found: Format) -> Iterator[tuple[dict[str, Any], str]]:
-    scales = "weight_scale" if found.quant_type.startswith("int8") else "absmax"
-    for linear in linears:
-        for name in ("packed", scales, *found.nested):
-            yield linear._buffers, name
-        yield linear._parameters, "bias"
-    for norm in norms:
-        for name in ("weight", "bias"):
-            if name in norm._parameters:
-                yield norm._parameters, name

@@ -22,34 +22,30 @@ class QEncoderLayer(QFusedLayer):
     Where the mask tells padding from tokens, the padding's outputs are zeros.
     """
 
+    _compiles = True
+
     @classmethod
     def find(cls, layer: nn.Module) -> EncoderParts:
         return find_encoder_parts(layer, cls._family)
 
-    def _reason(self, parts: EncoderParts, named: dict[str, Any]) -> str | None:
-        if (why := super()._reason(parts, named)) is not None:
+    def _reason(self, parts: EncoderParts, named: dict[str, Any], quiet: bool) -> str | None:
+        if (why := super()._reason(parts, named, quiet)) is not None:
             return why
         if named[self._family.arguments[0]].shape[1] > MAX_LENGTH:
             return f"longer than {MAX_LENGTH} tokens"
-        return dtypes_reason(*parts.tensors()) if torch.compiler.is_compiling() else None
+        return dtypes_reason(parts.tensors(quiet)) if not quiet and torch.compiler.is_compiling() else None
 
-    def _operator(self, parts: EncoderParts, named: dict[str, Any]) -> tuple[Tensor | None, str]:
-        linears, norms, form = parts.linears, parts.norms, parts.format
+    def _operator(self, parts: EncoderParts, named: dict[str, Any], quiet: bool) -> tuple[Tensor | None, str]:
+        form, given = parts.format, parts.tensors(quiet)
         x, mask = self._family.arguments[:2]
-        weights = [linear._buffers["packed"] for linear in linears]  # read directly: see Int8Linear._linear
-        scales = [linear._scales() for linear in linears]
-        nested = [linear._buffers[name] for linear in linears for name in form.nested]
-        vectors, biases = parts.tensors()
-        eps = [norm.eps for norm in norms]
-        features = [linears[0].out_features, linears[4].out_features]
         try:
             y = encoder_layer(
-                named[x], named.get(mask), weights, scales, biases, vectors, parts.heads, parts.scaling, eps,
-                parts.activation, form.symmetric, form.quant_type, form.blocksize, features, nested,
-                named.get(self._family.layout.position_bias), parts.factors(),
+                named[x], named.get(mask), given.weights, given.scales, given.biases, given.norms, parts.heads,
+                parts.scaling, given.eps, parts.activation, form.symmetric, form.quant_type, form.blocksize,
+                given.features, given.nested, named.get(self._family.layout.position_bias), given.factors, quiet,
             )  # fmt: skip
         except (TypeError, ValueError):  # asked afterwards, since asking takes 2 us
-            reason = dtypes_reason(vectors, biases)
+            reason = dtypes_reason(given)
             if reason is None:
                 raise
             return None, reason

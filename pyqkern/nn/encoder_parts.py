@@ -1,8 +1,8 @@
 """The parts of an encoder layer of transformers, and whether they compute what the operator encoder_layer computes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from pyqkern.nn.fused_parts import (
     kernel_activation,
     kind_of,
     part_of,
+    slots_of,
     stock_reason,
 )
 from pyqkern.nn.int8 import Int8Linear
@@ -38,22 +39,45 @@ class EncoderLayout(Layout):
         return {*arguments[:2], *([self.position_bias] if self.position_bias else [])}
 
 
+class Operands(NamedTuple):
+    """What the operator is given of a layer."""
+
+    weights: list[Tensor]
+    scales: list[Tensor]
+    nested: list[Tensor]
+    norms: list[Tensor]  # the LayerNorms' weights and biases
+    biases: list[Tensor | None]
+    factors: list[Tensor]  # of the inputs of query, key and value, and of up; empty where nothing is multiplied
+    eps: list[float]
+    features: list[int]  # rows of the query's weight and of the feed-forward's
+
+
 @dataclass(eq=False)
 class EncoderParts(Parts):
     heads: int = 0
     scaling: float = 0.0
     input_scale: InputScale | None = None
     up_scale: InputScale | None = None
-    of_linears: list[dict[str, Any]] = field(default_factory=list)
-    of_norms: list[dict[str, Any]] = field(default_factory=list)
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """The LayerNorms' weights and biases, and the biases of the linears, as they are now."""
-        vectors = [parameters[name] for parameters in self.of_norms for name in ("weight", "bias")]
-        return vectors, [parameters["bias"] for parameters in self.of_linears]
+    def tensors(self, quiet: bool) -> Operands:
+        """As they are now; torch.compile looks for them itself. quiet: what `nobody_listens` says."""
+        operands: Operands = self._gather() if not quiet and torch.compiler.is_compiling() else self.operands
+        return operands
 
-    def factors(self) -> list[Tensor]:
-        """What the inputs of query, key and value, and of up, are multiplied by; empty where nothing is."""
+    def _gather(self) -> Operands:
+        linears, of_norms = self.linears, [norm._parameters for norm in self.norms]
+        return Operands(
+            [linear._buffers["packed"] for linear in linears],  # read directly: see Int8Linear._linear
+            [linear._scales() for linear in linears],
+            [linear._buffers[name] for linear in linears for name in self.format.nested],
+            [parameters[name] for parameters in of_norms for name in ("weight", "bias")],
+            [linear._parameters["bias"] for linear in linears],
+            self._factors(),
+            [norm.eps for norm in self.norms],
+            [linears[0].out_features, linears[4].out_features],
+        )
+
+    def _factors(self) -> list[Tensor]:
         if self.input_scale is None or self.up_scale is None or not self.scaled:
             return []
         return [self.input_scale.factor.cpu(), self.up_scale.factor.cpu()]
@@ -92,8 +116,10 @@ def _find(layer: nn.Module, family: Family) -> EncoderParts:
         None, linears, norms, form, activation, getattr(attention, "config", None), scaled=scaled, heads=heads,
         scaling=getattr(attention, "scaling", None) or (linears[0].out_features // heads) ** -0.5,
         input_scale=input_scale, up_scale=up_scale,
-        of_linears=[linear._parameters for linear in linears], of_norms=[norm._parameters for norm in norms],
     )  # fmt: skip
+    parts.slots = [*slots_of(linears, norms, form), *((vars(norm), "eps") for norm in norms)]
+    parts.slots += [(vars(linear), "out_features") for linear in linears]
+    parts.slots += [(vars(scale), "factor") for scale in (input_scale, up_scale)]
     parts.watch(layer, [*attributes(attention, (layout.heads, "scaling", "config")), *places])
     return parts
 
@@ -169,12 +195,12 @@ def _norms_reason(norms: Sequence[Any], hidden: int) -> str | None:
     return None
 
 
-def dtypes_reason(vectors: Sequence[Tensor], biases: Sequence[Tensor | None]) -> str | None:
+def dtypes_reason(given: Operands) -> str | None:
     """Why the operator does not take the LayerNorms' vectors and the biases of linears as they are now."""
-    dtypes = [vector.dtype for vector in vectors]
+    dtypes = [vector.dtype for vector in given.norms]
     if dtypes[0] not in FLOATS or dtypes.count(dtypes[0]) != len(dtypes):
         return "its LayerNorms do not have one dtype of fp32, bf16 and fp16"
-    for bias in biases:
+    for bias in given.biases:
         if bias is not None and bias.dtype not in FLOATS:
             return "a bias is not in fp32, bf16 or fp16"
     return None

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pyqkern.nn.fused_parts import Family, Layout, Parts, family_of, listener
+from pyqkern.nn.fused_parts import Family, Layout, Parts, family_of, listener, settings_reason
 from pyqkern.ops.checks import FLOATS
+from pyqkern.ops.registry import nobody_listens
 
 _EXCHANGED = Parts("a part was exchanged, and torch.compile cannot look at it; call the model once without it")
 GRADIENT = "a gradient is asked for, and the operator has none; use torch.inference_mode()"
@@ -23,6 +24,8 @@ class QFusedLayer(nn.Module):
 
     is_fused = True
 
+    _compiles: ClassVar[bool]  # whether torch.compile, and what is like it, may look into a call
+    _said_by_false: ClassVar[frozenset[str]] = frozenset()  # arguments of which False says something, too
     _family: ClassVar[Family]
     _parts: Any = None
     last_call: str | None = None
@@ -33,31 +36,43 @@ class QFusedLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        y, reason = self._attempt(args, kwargs)
-        if not torch.compiler.is_compiling():
+        quiet = nobody_listens()
+        y, reason = self._attempt(args, kwargs, quiet)
+        if quiet or not torch.compiler.is_compiling():
             self.__dict__["last_call"] = reason  # past nn.Module, whose own way takes a microsecond
             if reason is GRADIENT:
                 _say_gradient()
-        return super().forward(*args, **kwargs) if y is None else self._result(y)
+        if y is None:
+            return super().forward(*args, **kwargs)
+        behind = self._family.behind
+        return y if behind is None else (y, *behind)
 
-    def _attempt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, str]:
-        """What the operator gives, or None and why it was not called."""
-        family = self._family
-        named = {**dict(zip(family.arguments, args, strict=False)), **kwargs}
-        parts = self._found()
-        reason = self._read_reason(named, len(args)) or self._reason(parts, named)
-        return self._operator(parts, named) if reason is None else (None, reason)
+    def _attempt(self, args: tuple[Any, ...], kwargs: dict[str, Any], quiet: bool) -> tuple[Tensor | None, str]:
+        """What the operator gives, or None and why it was not called. quiet: what `nobody_listens` says."""
+        if not (quiet or self._compiles) and torch.compiler.is_compiling():
+            return None, "under torch.compile"
+        named = dict(zip(self._family.arguments, args, strict=False), **kwargs)
+        parts, reason = self._ready(quiet)
+        reason = reason or self._read_reason(named, len(args)) or self._reason(parts, named, quiet)
+        return self._operator(parts, named, quiet) if reason is None else (None, reason)
 
-    def _operator(self, parts: Any, named: dict[str, Any]) -> tuple[Tensor | None, str]:
+    def _operator(self, parts: Any, named: dict[str, Any], quiet: bool) -> tuple[Tensor | None, str]:
         raise NotImplementedError
 
-    def _result(self, y: Tensor) -> Any:
-        """As transformers' layer returns it."""
-        return (y,) if self._family.returns_tuple else y
+    def _ready(self, quiet: bool) -> tuple[Any, str | None]:
+        """The parts, and why no call can be the operator as they are now; asked anew where something has changed."""
+        parts, compiling = self._parts, not quiet and torch.compiler.is_compiling()
+        if not compiling and parts is not None and not self.training and parts.as_seen():
+            return parts, None
+        parts = self._found(parts)
+        in_training = "in training" if self.training else None
+        reason = parts.reason or in_training or listener(parts) or settings_reason(parts)
+        if reason is None and not compiling:
+            parts.see()
+        return parts, reason
 
-    def _found(self) -> Any:
+    def _found(self, parts: Any) -> Any:
         """The parts, found anew where one of them was exchanged."""
-        parts = self._parts
         if parts is not None and parts.unchanged():
             return parts
         if torch.compiler.is_compiling():
@@ -74,36 +89,26 @@ class QFusedLayer(nn.Module):
         """Why the arguments that the operator does not take need the old way: its code reads one of them."""
         family = self._family
         for name, value in named.items():
-            if value is None or value is False or name in family.handled:
+            if name in family.ignored or value is None or (value is False and name not in self._said_by_false):
                 continue
-            if name in family.reads or not (family.takes_any or name in family.arguments):
+            if name in family.reads or name in self._said_by_false or not family.takes_any:
                 return f"the argument {name}"
         return "too many arguments" if count > len(family.arguments) else None
 
-    def _reason(self, parts: Any, named: dict[str, Any]) -> str | None:
+    def _reason(self, parts: Any, named: dict[str, Any], quiet: bool) -> str | None:
         """Why this call has to go the old way."""
-        if parts.reason is not None:
-            return str(parts.reason)
-        if self.training:
-            return "in training"
         x = named.get(self._family.arguments[0])
         if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS:
             return "the input is no floats [batch, length, hidden size]"
         if not x.is_cpu or not parts.linears[0]._buffers["packed"].is_cpu:
             return "not on the CPU"
-        if torch.is_autocast_enabled("cpu"):
+        if not quiet and torch.is_autocast_enabled("cpu"):
             return "under autocast"
-        if (why := listener(parts)) is not None:
-            return why
         if torch.is_grad_enabled():
             given = (named.get(name) for name in self._family.handled)
             tensors = [one for one in given if isinstance(one, Tensor)]
             if any(one.requires_grad for one in (*tensors, *self.parameters())):
                 return GRADIENT
-        if setting(parts.config, "output_attentions"):
-            return "attention weights are asked for"
-        if setting(parts.config, "_attn_implementation") not in (None, "eager", "sdpa"):
-            return "another implementation of attention is asked for"
         return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -133,18 +138,6 @@ def _say_gradient() -> None:
             "them. Call it under torch.inference_mode() or torch.no_grad(), or model.requires_grad_(False)",
             stacklevel=2,
         )
-
-
-# Where a config of transformers keeps what it gives under another name.
-_STORED = {"_attn_implementation": "_attn_implementation_internal", "output_attentions": "_output_attentions"}
-
-
-def setting(config: Any, name: str) -> Any:
-    """An attribute of a config, past transformers' own __getattribute__, which costs several us; None without one."""
-    if torch.compiler.is_compiling():
-        return getattr(config, name, None)
-    state = object.__getattribute__(config, "__dict__") if config is not None else {}
-    return state[_STORED[name]] if _STORED[name] in state else getattr(config, name, None)
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}

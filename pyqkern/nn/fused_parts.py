@@ -2,27 +2,30 @@
 
 The operator of a whole layer stands for code that it never calls: transformers' own. So a layer is fused only where
 that code is known to run: the layer and all that is inside have the classes that `Layout` and `Family` name, none of
-them patched, and nobody listens to a part. `Parts` is what was found once; `unchanged` and `listener` say for each call
-whether it holds. What encoder and decoder layers have of their own: encoder_parts.py and decoder_parts.py.
+them patched, and nobody listens to a part. `Parts` is what was found once; `unchanged`, `listener` and
+`settings_reason` are the rules that say whether it holds. They take as long as a small layer. So what they have read is
+noted, and they are asked again where something of it is another object: `Parts.see` and `Parts.as_seen`. What encoder
+and decoder layers have of their own: encoder_parts.py and decoder_parts.py.
 """
 
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
-from operator import contains, itemgetter
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from pyqkern import _C
 from pyqkern.backends import cpu
 from pyqkern.nn.four_bit import NESTED, FP4Linear, Int4Linear, NF4Linear
 from pyqkern.nn.int8 import Int8Linear, Int8WeightOnlyLinear
 
 Path = tuple[str, ...]
+Place = tuple[dict[Any, Any], Any, Any]  # a dictionary, a key, and what is there; ... where nothing is
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Layout:
     returns_tuple: bool | None = None  # None: as transformers' layers do, up to version 4
 
     norm = ""  # the name of the norms' class, "" for nn.LayerNorm
+    returns_weights = False  # whether the layer returns attention weights behind its output, None from us
 
     def known(self) -> set[Path]:
         """The parts that the operator stands for."""
@@ -72,6 +76,11 @@ class Format:
     blocksize: int = 0
     nested: tuple[str, ...] = ()  # the linear's buffers that doubly quantized scales have
     compute: str = "int8"  # "int8" or "fp32"
+
+
+def scales_of(found: Format) -> str:
+    """The name of a linear's buffer of scales."""
+    return "weight_scale" if found.quant_type.startswith("int8") else "absmax"
 
 
 FOUR_BITS = (NF4Linear, FP4Linear, Int4Linear)
@@ -147,9 +156,10 @@ class Family:
     containers: Mapping[Path, tuple[type[nn.Module], ...]]
     arguments: tuple[str, ...]  # of the layer's forward
     handled: frozenset[str]  # those that the operator takes
+    ignored: frozenset[str]  # those, and the ones that say nothing
     takes_any: bool  # whether it takes other keywords too
     reads: frozenset[str]  # the arguments that its code reads beside those
-    returns_tuple: bool
+    behind: tuple[None, ...] | None  # what the layer returns in a tuple behind its output; None: no tuple
     norm: type[nn.Module]
 
 
@@ -175,6 +185,8 @@ def family_of(base: type[nn.Module], layout: Layout) -> Family:
     package = sys.modules.get(base.__module__.split(".")[0])
     major = getattr(package, "__version__", "5").split(".")[0]
     handled = layout.handled(names)
+    reads = (inside | _READ) - _IGNORED - {"self"} - handled
+    returns_tuple = int(major) < 5 if layout.returns_tuple is None else layout.returns_tuple
     return Family(
         base,
         layout,
@@ -182,9 +194,10 @@ def family_of(base: type[nn.Module], layout: Layout) -> Family:
         containers,
         tuple(name for name in names if signature[name].kind is not inspect.Parameter.VAR_KEYWORD),
         frozenset(handled),
+        frozenset({*handled, *names} - reads),
         any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.values()),
-        frozenset((inside | _READ) - _IGNORED - {"self"} - handled),
-        int(major) < 5 if layout.returns_tuple is None else layout.returns_tuple,
+        frozenset(reads),
+        (None,) if layout.returns_weights else () if returns_tuple else None,
         norm,
     )
 
@@ -279,8 +292,12 @@ class Parts:
     states: list[dict[str, Any]] = field(default_factory=list)  # and their attributes
     hooks: list[Any] = field(default_factory=list)  # the dictionaries of their hooks, and of the global ones
     scaled: list[tuple[dict[int, Any], InputScale]] = field(default_factory=list)  # hooks that the operator stands for
+    slots: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # where the operator's tensors are
+    operands: Any = None  # what `_gather` made of them when `see` noted the rest
+    seen: tuple[tuple[Any, ...], ...] = ()  # the arguments of _C.unchanged; empty where all has to be asked
+    idle: list[Any] = field(default_factory=list)  # hooks that are there but want nothing, as long as `_is_idle`
 
-    def watch(self, layer: nn.Module, places: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
+    def watch(self, layer: nn.Module, places: Sequence[Place]) -> None:
         """Notes what `unchanged` and `listener` look at: all that is in the layer, and these places."""
         inside = list(layer.modules())[1:]
         stands_for = {id(hooks) for hooks, _ in self.scaled}
@@ -293,18 +310,48 @@ class Parts:
 
     def unchanged(self) -> bool:
         """Whether each part is where it was, and of the class it was of."""
-        if torch.compiler.is_compiling():  # which knows no other way to compare modules
-            for attributes, name, part in zip(self.holders, self.names, self.found, strict=True):
-                if attributes.get(name) is not part:
-                    return False
-            kinds = all(type(module) is kind for module, kind in zip(self.modules, self.kinds, strict=True))
-        else:  # lists compare their items by identity first, in a fifth of the time
-            places = list(map(dict.get, self.holders, self.names)) == self.found
-            kinds = places and list(map(type, self.modules)) == self.kinds
+        for attributes, name, part in zip(self.holders, self.names, self.found, strict=True):
+            if attributes.get(name) is not part:
+                return False
         for hooks, scale in self.scaled:
             if len(hooks) != 1 or next(iter(hooks.values())) is not scale:
                 return False
-        return kinds
+        return all(type(module) is kind for module, kind in zip(self.modules, self.kinds, strict=True))
+
+    def see(self) -> None:
+        """Notes all that `unchanged`, `listener` and `settings_reason` have read, who had no objection."""
+        self.operands = self._gather()
+        settings = [] if self.config is None else [_place_of(self.config, name) for name in _STORED]
+        if not all(settings) or any(linear._scales() is not scales for linear, scales in self._scales()):
+            self.seen = ()  # what is computed may be something else each time
+            return
+        hooks = [*self.hooks, *(hooks for hooks, _ in self.scaled)]
+        places: list[Place] = [
+            *zip(self.holders, self.names, self.found, strict=True),
+            *((state, "training", state["training"]) for state in self.states),
+            *((state, "forward", state.get("forward", ...)) for state in self.states),
+            *((each, key, hook) for each in hooks for key, hook in each.items()),
+            *(place for place in settings if place),
+            *((holder, name, holder.get(name, ...)) for holder, name in self.slots),
+        ]
+        kinds, sizes = zip(self.modules, self.kinds, strict=True), ((each, len(each)) for each in hooks)
+        self.seen = tuple(tuple(chain.from_iterable(each)) for each in (places, kinds, sizes))
+        self.idle = [hook for each in self.hooks for hook in each.values()]
+
+    def _scales(self) -> Iterator[tuple[Any, Tensor]]:
+        """Each linear, and the scales that are in it."""
+        for linear in self.linears:
+            yield linear, linear._buffers[scales_of(self.format)]
+
+    def as_seen(self) -> bool:
+        """Whether all that `see` noted is there, the very same objects, and nobody wants what an idle hook captures."""
+        if not self.seen or not _C.unchanged(*self.seen):
+            return False
+        return not self.idle or all(map(_is_idle, self.idle))
+
+    def _gather(self) -> Any:
+        """The layer's tensors as they are now, as the operator takes them."""
+        raise NotImplementedError
 
 
 def _hooks_of(modules: Sequence[nn.Module]) -> Iterator[Any]:
@@ -324,6 +371,18 @@ def attributes(module: nn.Module, names: Sequence[str]) -> Iterator[tuple[dict[s
     for name in names:
         if name in vars(module):
             yield vars(module), name, vars(module)[name]
+
+
+def slots_of(linears: Sequence[Any], norms: Sequence[Any], found: Format) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the tensors of linears and norms are."""
+    for linear in linears:
+        for name in ("packed", scales_of(found), *found.nested):
+            yield linear._buffers, name
+        yield linear._parameters, "bias"
+    for norm in norms:
+        for name in ("weight", "bias"):
+            if name in norm._parameters:
+                yield norm._parameters, name
 
 
 def activation_of(layer: nn.Module, layout: Layout) -> tuple[Any, list[tuple[dict[str, Any], str, Any]]]:
@@ -358,22 +417,15 @@ def activation_reason(function: Any) -> str:
     return f"no kernel for the activation {getattr(function, '__name__', type(function).__name__)}"
 
 
-# ---- who listens
-
-_training = itemgetter("training")
+# ---- who listens, and what the config asks for
 
 
 def listener(parts: Parts) -> str | None:
     """Why this call cannot pass the parts by: one is in training, patched, or has a hook that wants to be called."""
-    if torch.compiler.is_compiling():  # which does not know the shorter ways
-        training = any([state["training"] for state in parts.states])
-        replaced = any(["forward" in state for state in parts.states])
-    else:
-        training = any(map(_training, parts.states))
-        replaced = any(map(contains, parts.states, repeat("forward"))) and any(map(replaced_forward, parts.modules))
-    if training:
+    if any([state["training"] for state in parts.states]):  # lists, since torch.compile knows no generators here
         return "a part of it is in training"
-    if replaced:
+    states = zip(parts.states, parts.modules, strict=True)
+    if any(["forward" in state and replaced_forward(module) for state, module in states]):
         return "the forward of a part was replaced"
     if any(parts.hooks) and _wants_to_be_called(parts):
         return "a hook listens to a part of it"
@@ -395,3 +447,30 @@ def _is_idle(hook: Any) -> bool:
         return True
     names = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True))
     return "key" in names and names["key"].cell_contents not in collected
+
+
+# Where a config of transformers keeps what it gives under another name.
+_STORED = {"_attn_implementation": "_attn_implementation_internal", "output_attentions": "_output_attentions"}
+
+
+def _place_of(config: Any, name: str) -> Place | None:
+    """Where a config keeps an attribute; None where it computes it."""
+    state = object.__getattribute__(config, "__dict__")
+    return (state, _STORED[name], state[_STORED[name]]) if _STORED[name] in state else None
+
+
+def setting(config: Any, name: str) -> Any:
+    """An attribute of a config, past transformers' own __getattribute__, which costs several us; None without one."""
+    if config is None or torch.compiler.is_compiling():
+        return getattr(config, name, None)
+    place = _place_of(config, name)
+    return getattr(config, name, None) if place is None else place[2]
+
+
+def settings_reason(parts: Parts) -> str | None:
+    """Why the config asks for what the operator does not do."""
+    if setting(parts.config, "output_attentions"):
+        return "attention weights are asked for"
+    if setting(parts.config, "_attn_implementation") not in (None, "eager", "sdpa"):
+        return "another implementation of attention is asked for"
+    return None

@@ -10,7 +10,6 @@ that the buffer gave last, so that nobody else has written behind it: views that
 the cache has continued, are copied to a new buffer first, and so is whatever else was put into the cache.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +37,11 @@ class Buffer:
     given: the views of keys and values, from row `start` to `end`, that the cache has.
     """
 
-    __slots__ = ("capacity", "end", "given", "keys", "start", "values")
+    __slots__ = ("capacity", "end", "given", "keys", "shape", "start", "strides", "values")
 
     def __init__(self, shape: Shape, capacity: int, end: int) -> None:
         self.keys, self.values = _zeros(shape, capacity), _zeros(shape, capacity)
+        self.shape, self.strides = shape, self.keys.stride()
         self.capacity, self.start, self.end = capacity, 0, end
         self.given: tuple[Any, Any] = (None, None)
 
@@ -52,7 +52,10 @@ class Buffer:
     def give(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Views of these rows; no row behind them is filled."""
         self.start, self.end = start, end
-        self.given = self.keys.narrow(2, start, end - start), self.values.narrow(2, start, end - start)
+        batch, heads, _, size, _ = self.shape
+        where = (batch, heads, end - start, size), self.strides, start * size
+        # As narrow would, which takes half a microsecond more.
+        self.given = self.keys.as_strided(*where), self.values.as_strided(*where)
         return self.given
 
 
@@ -60,8 +63,7 @@ def _zeros(shape: Shape, capacity: int) -> Tensor:
     return torch.zeros(shape.batch, shape.heads, capacity, shape.size, dtype=shape.dtype, device="cpu")
 
 
-@dataclass(slots=True)
-class Rows:
+class Rows(NamedTuple):
     """Where the operator reads and writes: keys, values [batch, heads, capacity, size], and how many rows come before.
 
     seen: how many keys transformers' own attention sees, past and the new ones, or the capacity of a static cache.
@@ -141,11 +143,11 @@ def _layer_of(cache: Any, index: int) -> Any:
 def _is_known(given: Any, names: tuple[str, ...]) -> bool:
     """Whether it is of one of these classes of transformers.cache_utils, and its update the one that the file has."""
     kind = type(given)
-    if "update" in given.__dict__:
+    if kind.__name__ not in names or "update" in given.__dict__:
         return False
-    if kind in _updates:
-        return bool(kind.update is _updates[kind] and kind.__name__ in names)
-    if kind.__name__ not in names or kind.__module__ != "transformers.cache_utils" or not is_of_transformers(kind):
+    if (update := _updates.get(kind)) is not None:
+        return kind.update is update
+    if kind.__module__ != "transformers.cache_utils" or not is_of_transformers(kind):
         return False
     if kind.update.__module__ != kind.__module__:
         return False
@@ -155,9 +157,11 @@ def _is_known(given: Any, names: tuple[str, ...]) -> bool:
 
 def _open_dynamic(layer: Any, shape: Shape) -> Rows | str:
     keys, values = layer.keys, layer.values
-    window = layer.sliding_window - 1 if layer.is_sliding else 0
-    if layer.is_sliding and window < 1:
-        return "the cache's window is a single token"
+    window = 0
+    if layer.is_sliding:
+        window = layer.sliding_window - 1
+        if window < 1:
+            return "the cache's window is a single token"
     if keys is None or not keys.numel():
         past = 0
     elif (why := _misfit(keys, values, shape)) is not None:
@@ -165,9 +169,10 @@ def _open_dynamic(layer: Any, shape: Shape) -> Rows | str:
     else:
         past = keys.shape[2]
     seen = min(past, window) if window else past  # of those that transformers' own update returns
-    buffer: Buffer | None = layer.__dict__.get(_BUFFER)
+    state = layer.__dict__
+    buffer: Buffer | None = state.get(_BUFFER)
     if buffer is None or not past or not _continues(buffer, keys, values, shape.length):
-        buffer = _copied(keys, values, past if layer.__dict__.get("record_past", False) else seen, shape)
+        buffer = _copied(keys, values, past if state.get("record_past", False) else seen, shape)
     first = buffer.end - seen
     keys, values = buffer.keys, buffer.values
     if first:
@@ -195,9 +200,11 @@ def _copied(keys: Tensor, values: Tensor, keeps: int, shape: Shape) -> Buffer:
 
 def _misfit(keys: Any, values: Any, shape: Shape) -> str | None:
     """Why keys and values of a cache are not what the operator takes."""
-    wanted = (shape.batch, shape.heads, keys.shape[-2] if keys.dim() == 4 else -1, shape.size)
+    batch, heads, _, size, dtype = shape
+    given = keys.shape
+    wanted = (batch, heads, given[2] if len(given) == 4 else -1, size)
     for tensor in (keys, values):
-        if type(tensor) is not Tensor or tensor.shape != wanted or tensor.dtype is not shape.dtype or not tensor.is_cpu:
+        if type(tensor) is not Tensor or tensor.shape != wanted or tensor.dtype is not dtype or not tensor.is_cpu:
             return "what the cache holds does not fit"
         if tensor.requires_grad and torch.is_grad_enabled():
             return "the cache asks for a gradient"

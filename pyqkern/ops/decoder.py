@@ -56,7 +56,7 @@ leaves rows [past, past + length) of the cache undefined, and nothing else chang
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -241,12 +241,36 @@ def _past(past: int, position: Tensor | None) -> int:
     return int(position)
 
 
-def _run(x: Tensor, cache: Cache, added: Added, parts: Parts, form: DecoderForm) -> Tensor:
+class Layer(NamedTuple):
+    """A layer as `decoder_layer` takes it: made once by `layer_of` and good for all calls with these tensors."""
+
+    parts: Parts
+    form: DecoderForm
+    form_in_cpp: Any
+
+
+def layer_of(parts: Parts, form: DecoderForm) -> Layer:
+    """Raises TypeError and ValueError where C++ cannot be told the form. All else is checked in each call."""
+    try:
+        return Layer(Parts._make(map(tuple, parts)), form, cpu.decoder_form(form))
+    except cpu.UNFIT:
+        check(parts, form)  # says what is wrong
+        raise
+
+
+def _run(
+    x: Tensor, keys: Tensor, values: Tensor, past: int, mask: Tensor | None, position_bias: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, layer: Layer,
+) -> Tensor:  # fmt: skip
     """The C++ kernel, which checks what it is given once more."""
-    mask, position_bias = readable(added.mask), readable(added.position_bias)
-    cos, sin = (None if t is None else t.contiguous() for t in (added.cos, added.sin))
+    if mask is not None:
+        mask = readable(mask)
+    if position_bias is not None:
+        position_bias = readable(position_bias)
+    if cos is not None and sin is not None:
+        cos, sin = cos.contiguous(), sin.contiguous()
     return cpu.decoder_layer(
-        x.contiguous(), cache.keys, cache.values, cache.past, mask, position_bias, cos, sin, *parts, form=form
+        x.contiguous(), keys, values, past, mask, position_bias, cos, sin, layer.parts, layer.form_in_cpp
     )
 
 
@@ -304,9 +328,10 @@ def _decoder_layer(
         blocksize, norm_offset, interleaved, window,
     )  # fmt: skip
     cache, added = Cache(keys, values, _past(past, position)), Added(mask, position_bias, cos, sin)
+    layer = layer_of(parts, form)
     try:
         if x.numel():
-            return _run(x, cache, added, parts, form)
+            return _run(x, *cache, *added, layer)
     except cpu.UNFIT:  # the checks below, which take as long as a small layer, say what is wrong
         check(parts, form)
         _check_input(x, cache, added, norms[0].shape[0], form)
@@ -318,24 +343,30 @@ def _decoder_layer(
 
 def decoder_layer(
     x: Tensor,
-    cache: Cache,
-    added: Added,
-    parts: Parts,
-    form: DecoderForm,
+    keys: Tensor,
+    values: Tensor,
+    past: int,
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    layer: Layer,
     position: Tensor | None = None,
+    quiet: bool | None = None,
 ) -> Tensor:
-    """torch.ops.pyqkern.decoder_layer by the shortest way; a bias may be None. Parts and form outlive calls.
+    """torch.ops.pyqkern.decoder_layer by the shortest way; a bias may be None.
 
-    C++ checks that its arguments are plain CPU tensors that fit; what it does not take goes to the operator, which says
-    what is wrong.
+    quiet: what nobody_listens says, if the caller has asked. C++ checks that its arguments are plain CPU tensors that
+    fit; what it does not take goes to the operator, which says what is wrong.
     """
-    if position is None and cpu.READS_FAST and nobody_listens():
+    if position is None and cpu.READS_FAST and (nobody_listens() if quiet is None else quiet):
         try:
-            return _run(x, cache, added, parts, form)
+            return _run(x, keys, values, past, mask, position_bias, cos, sin, layer)
         except (*cpu.UNFIT, AttributeError):
             pass
+    parts, form = layer.parts, layer.form
     biases = [x.new_empty(0) if bias is None else bias for bias in parts.biases]
     return torch.ops.pyqkern.decoder_layer.default(
-        x, added.mask, *cache, added.cos, added.sin, parts.weights, parts.scales, biases, parts.norms, *form[:12],
-        parts.nested, added.position_bias, position, parts.head_norms, *form[12:],
+        x, mask, keys, values, past, cos, sin, parts.weights, parts.scales, biases, parts.norms, *form[:12],
+        parts.nested, position_bias, position, parts.head_norms, *form[12:],
     )  # fmt: skip

@@ -223,13 +223,16 @@ def encoder_layer(
     nested: Sequence[Tensor] = (),
     position_bias: Tensor | None = None,
     factors: Sequence[Tensor] = (),
+    quiet: bool | None = None,
 ) -> Tensor:
     """torch.ops.pyqkern.encoder_layer by the shortest way; biases may be None.
+
+    quiet: what nobody_listens says, if the caller has asked.
 
     C++ checks that its arguments are plain CPU tensors that fit; what it does not take goes to the operator, which says
     what is wrong.
     """
-    if cpu.READS_FAST and nobody_listens():
+    if cpu.READS_FAST and (nobody_listens() if quiet is None else quiet):
         form = Form(quant_type, blocksize, features, nested)
         parts = (weights, scales, biases, norms, heads, scaling, eps, activation, symmetric, form)
         try:

@@ -1,7 +1,7 @@
 """pyqkern._C called directly: what does not fit raises, and no call reads or writes past a tensor."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -63,6 +63,15 @@ def decoder(four_bits: bool) -> list[Any]:
     form = (4, kv_heads, 16, wide, 0.25, 1e-5, 5, True, True, 8, False, *((NF4, BLOCK) if four_bits else (-1, 0)))
     x = floats((3, length, hidden), 5)
     return [x, *caches, past, mask, bias, *rotary, *lists, *form, 0.0, False, 0, torch.empty(3, length, hidden)]
+
+
+def run(name: str, given: Sequence[Any]) -> Any:
+    """Calls a function of _C. Those of layers take tuples, and decoder_layer a DecoderForm of some of the arguments."""
+    if name in ("encoder_layer", "decoder_layer", "recurrent"):
+        given = [tuple(one) if isinstance(one, list) else one for one in given]
+    if name == "decoder_layer" and len(given) > 15:
+        given = [*given[:14], _C.DecoderForm(*given[14:-1]), given[-1]]
+    return getattr(_C, name)(*given)
 
 
 def recurrent(four_bits: bool, projects: bool) -> list[Any]:
@@ -242,24 +251,52 @@ def changes(given: Any) -> Iterator[tuple[str, Any]]:
 
 def test_every_function_is_called_here() -> None:
     about_tensors = {name for name, value in vars(_C).items() if callable(value) and inspect.isbuiltin(value)}
-    assert about_tensors - set(CALLS) == {"isa", "isas", "set_isa", "splits", "threads", "openmp", "use_torch"}
+    assert about_tensors - set(CALLS) == {
+        "isa",
+        "isas",
+        "set_isa",
+        "splits",
+        "threads",
+        "openmp",
+        "use_torch",
+        "unchanged",
+    }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_what_does_not_fit_raises(name: str) -> None:
-    function = getattr(_C, name)
     for call in CALLS[name]:
-        function(*call)
+        run(name, call)
         for what, arguments in broken(name, call):
             try:
-                function(*arguments)
+                run(name, arguments)
             except (TypeError, ValueError) as error:
                 assert str(error), what
             else:
                 pytest.fail(f"{name} took {what}")
         for count in (0, len(call) - 1, len(call) + 1):
             with pytest.raises(TypeError):
-                function(*[*call, None][:count])
+                run(name, [*call, None][:count])
+
+
+def test_unchanged() -> None:
+    """Objects are told apart by identity; a NaN is itself, and an equal list is another."""
+    here, thing, nan = {"a": 1, "b": None, 7: X}, [1], float("nan")
+    here |= {"thing": thing, "nan": nan}
+    places = (here, "a", 1, here, "b", None, here, 7, X, here, "c", ..., here, "thing", thing, here, "nan", nan)
+    kinds, sizes = (X, Tensor, thing, list), (here, 5, {}, 0)
+    assert _C.unchanged(places, kinds, sizes) and _C.unchanged((), (), ())
+    for place in ((here, "thing", [1]), (here, "b", ...), (here, "c", None), ({}, "a", 1)):
+        assert not _C.unchanged((*places, *place), kinds, sizes)
+    assert not _C.unchanged(places, (X, object), sizes) and not _C.unchanged(places, kinds, (here, 4))
+    wrong: list[tuple[Any, ...]] = [
+        (places[:-1], (), ()), ((), kinds[:-1], ()), ((), (), sizes[:-1]), (([], 0, 0), (), ()),
+        ((here, [], 0), (), ()), ((), (), ([], 0)), ((), (), (here, "x")), ((), (), (here, 2**70)),
+        (list(places), (), ()), ((), ()),
+    ]  # fmt: skip
+    for arguments in wrong:
+        with pytest.raises((TypeError, ValueError, OverflowError)):
+            _C.unchanged(*arguments)
 
 
 def test_a_codebook_is_208_bytes_and_there_are_not_many() -> None:
@@ -291,7 +328,7 @@ def test_batch_sizes_that_do_not_descend_or_add_up(sizes: list[int]) -> None:
     call = recurrent(False, True)
     call[1] = torch.tensor(sizes)
     with pytest.raises(ValueError, match="batch_sizes must"):
-        _C.recurrent(*call)
+        run("recurrent", call)
 
 
 def test_what_a_sum_of_squares_does_not_take() -> None:

@@ -1,5 +1,9 @@
 """Where a decoder layer goes its old way: it gives the very bits of the unfused model then, and says why."""
 
+import contextlib
+import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +161,84 @@ def test_parts_that_are_exchanged_are_used() -> None:
 def logits_of(model: Any) -> Tensor:
     with torch.no_grad():
         return logits(model, IDS)
+
+
+LATER: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
+    "in training": (lambda layer: layer.train(), lambda layer: layer.eval(), "in training"),
+    "a part in training": (lambda layer: layer.mlp.train(), lambda layer: layer.eval(), "a part of it is in training"),
+    "a norm of another dtype, in the same Parameter": (
+        lambda layer: cast(layer.input_layernorm.weight, torch.float64),
+        lambda layer: cast(layer.input_layernorm.weight, torch.float32),
+        "norms are of another dtype than the input",
+    ),
+    "another config": (
+        lambda layer: setattr(layer.self_attn.config, "_attn_implementation", "flash"),
+        lambda layer: setattr(layer.self_attn.config, "_attn_implementation", "sdpa"),
+        "another implementation of attention is asked for",
+    ),
+    "attention weights": (
+        lambda layer: setattr(layer.self_attn.config, "_output_attentions", True),
+        lambda layer: setattr(layer.self_attn.config, "_output_attentions", False),
+        "attention weights are asked for",
+    ),
+    "a hook": (
+        lambda layer: layer.mlp._forward_hooks.update({7: lambda *_: None}),
+        lambda layer: layer.mlp._forward_hooks.clear(),
+        "a hook listens to a part of it",
+    ),
+    "a forward": (
+        lambda layer: setattr(layer.mlp, "forward", lambda x: x),
+        lambda layer: delattr(layer.mlp, "forward"),
+        "the forward of a part was replaced",
+    ),
+}
+
+
+def cast(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    parameter.data = parameter.data.to(dtype)
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_what_changes_between_two_calls_is_seen_at_once(what: str) -> None:
+    change, back, reason = LATER[what]
+    _, fused = pair()
+    layer = fused.model.layers[0]
+    x = torch.randn(2, 9, 64)
+    position = fused.model.rotary_emb(x, torch.arange(9)[None])
+    with torch.no_grad():
+        for _ in range(2):
+            expected = layer(x, position_embeddings=position)
+            assert layer.last_call == ""
+            change(layer)
+            with contextlib.suppress(Exception):  # the old way may not be able to
+                layer(x, position_embeddings=position)
+            assert reason in str(layer.last_call)
+            back(layer)
+            assert torch.equal(layer(x, position_embeddings=position), expected) and layer.last_call == ""
+
+
+def test_scales_in_a_state_dicts_form_are_packed_in_each_call() -> None:
+    """As torch.func.functional_call puts them there; they may change in place."""
+    _, fused = pair("llama", pyqkern.NF4(blocksize=32))
+    linear = fused.model.layers[0].mlp.down_proj
+    before, packed = logits_of(fused), linear.absmax
+    linear._buffers["absmax"] = flat = linear._plain("absmax").clone()
+    assert torch.equal(logits_of(fused), before)
+    flat *= 2
+    changed = logits_of(fused)
+    linear._buffers["absmax"] = packed * 2
+    assert torch.equal(logits_of(fused), changed) and not torch.equal(before, changed)
+    assert calls(fused) == ["", ""]
+
+
+def test_a_fused_model_is_freed() -> None:
+    _, fused = copy.deepcopy(pair())
+    logits_of(fused)
+    assert calls(fused) == ["", ""]
+    layer, weight = (weakref.ref(one) for one in (fused.model.layers[0], fused.model.layers[0].mlp.up_proj.packed))
+    del fused, _
+    gc.collect()
+    assert layer() is None and weight() is None
 
 
 def test_code_that_is_patched_later_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyqkern.ops import decoder as ops_decoder
-from pyqkern.ops.decoder import Added, Cache
+from pyqkern.ops.decoder import Added
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 float_types = st.sampled_from(FLOATS)
@@ -269,14 +269,14 @@ def test_the_short_way_and_the_operator_agree() -> None:
     keys, values = layer.cache(2, 8)
     y = layer(x, keys, values, 4, None, *added[2:])
     again = layer.cache(2, 8)
-    assert same(ops_decoder.decoder_layer(x, Cache(*again, 4), added, layer.parts(), layer.form), y)
+    assert same(ops_decoder.decoder_layer(x, *again, 4, *added, layer.layer()), y)
     assert same(again[0], keys) and same(again[1], values)
     again = layer.cache(2, 8)
     four = torch.tensor(4)
-    assert same(ops_decoder.decoder_layer(x, Cache(*again, 0), added, layer.parts(), layer.form, four), y)
+    assert same(ops_decoder.decoder_layer(x, *again, 0, *added, layer.layer(), four), y)
     assert same(again[0], keys)
     with pytest.raises(ValueError, match="past must leave room for 3 rows in a cache of capacity 8, got 6"):
-        ops_decoder.decoder_layer(x, Cache(*again, 6), added, layer.parts(), layer.form)
+        ops_decoder.decoder_layer(x, *again, 6, *added, layer.layer())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4-nested"])

@@ -9,7 +9,6 @@ from decoder_layers import Layer
 from torch import Tensor
 
 from pyqkern.ops import decoder as ops_decoder
-from pyqkern.ops.decoder import Added, Cache
 
 Change = Callable[[Any], Any]
 
@@ -26,12 +25,9 @@ def refuses(error: type[Exception], message: str, layer: Layer | None = None, **
     before = [cache.clone() for cache in caches]
     with pytest.raises(error, match=message):
         layer(**given)
-    cache, added = (
-        Cache(given["keys"], given["values"], given["past"]),
-        Added(given["mask"], given["position_bias"], given["cos"], given["sin"]),
-    )
+    arguments = [given[name] for name in ("x", "keys", "values", "past", "mask", "position_bias", "cos", "sin")]
     with pytest.raises(error, match=message):
-        ops_decoder.decoder_layer(given["x"], cache, added, layer.parts(), layer.form, given["position"])
+        ops_decoder.decoder_layer(*arguments, layer.layer(), given["position"])
     assert all(torch.equal(a, b) for a, b in zip(caches, before, strict=True))
 
 

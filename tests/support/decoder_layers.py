@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from pyqkern import QLinear, choose_qparams_affine, quantize_affine
 from pyqkern.backends import DecoderForm
 from pyqkern.backends.reference.decoder import decoder_layer as reference_layer
-from pyqkern.ops.decoder import Parts
+from pyqkern.ops import decoder
 from pyqkern.schemes import FP4, NF4, Int4, Scheme
 
 decoder_layer = torch.ops.pyqkern.decoder_layer
@@ -112,9 +112,11 @@ class Layer:
             *self.form[:12], self.nested, position_bias, position, self.head_norms, *self.form[12:],
         )  # fmt: skip
 
-    def parts(self) -> Parts:
-        return Parts(self.packed, self.scales, [b if b.numel() else None for b in self.biases], self.norms,
-                     self.nested, self.head_norms)  # fmt: skip
+    def layer(self) -> decoder.Layer:
+        """For the short way."""
+        biases = [bias if bias.numel() else None for bias in self.biases]
+        parts = decoder.Parts(self.packed, self.scales, biases, self.norms, self.nested, self.head_norms)
+        return decoder.layer_of(parts, self.form)
 
     def reference(
         self, x: Tensor, keys: Tensor, values: Tensor, past: int = 0, mask: Tensor | None = None,
