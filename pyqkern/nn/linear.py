@@ -21,7 +21,8 @@ PIECE = 1 << 20  # elements of the weight that `pieces` has dequantized at a tim
 
 # The codes of a layer before others were assigned without scales. torch.func.functional_call reads the weight, assigns
 # a state_dict's, and assigns what it has read: these codes alone go back, since the scales that were read beside them
-# may be the state_dict's.
+# may be the state_dict's. It also reads the weight that was given, and puts it into the caller's dict, to which scales
+# belong as before: a weight that is read while somebody holds the codes before it stands for its codes alone.
 _codes_before: WeakKeyDictionary[nn.Module, weakref.ref[Tensor]] = WeakKeyDictionary()
 
 
@@ -140,8 +141,9 @@ class QLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, [out_features, in_features] in `dtype`: a new tensor each time."""
-        buffers = {name: self._buffers[name] for name in self._of_weight}
-        return read_from(self._dequantize(), self._form(), buffers)
+        before = _codes_before.get(self)
+        names = self._of_weight if before is None or before() is None else (self._packed["weight"],)
+        return read_from(self._dequantize(), self._form(), {name: self._buffers[name] for name in names})
 
     @property
     def qweight(self) -> Tensor:
@@ -173,6 +175,8 @@ class QLinear(nn.Module):
             if codes is not None and before is not None and before() is value.buffers[codes]:
                 self._buffers[codes] = value.buffers[codes]
             else:
+                if codes is not None and len(value.buffers) < len(self._of_weight):
+                    self._remember_codes(codes)
                 self._buffers.update(value.buffers)
             return
         check_type("weight", value, Tensor, "a tensor")
@@ -186,8 +190,7 @@ class QLinear(nn.Module):
         shape, dtypes = self._expected()["weight"] if "weight" in self._packed else (None, ())
         if value.dtype in dtypes and tuple(value.shape) == shape:
             codes = self._packed["weight"]
-            if (old := self._buffers[codes]) is not None:
-                _codes_before[self] = weakref.ref(old)
+            self._remember_codes(codes)
             self._buffers[codes] = self._pack("weight", value.detach().to(device))
             return
         if tuple(value.shape) != (self.out_features, self.in_features):
@@ -204,6 +207,10 @@ class QLinear(nn.Module):
             )
         with torch.inference_mode(False), torch.no_grad():
             self._quantize(value.detach().to(device))
+
+    def _remember_codes(self, name: str) -> None:
+        if (old := self._buffers[name]) is not None:
+            _codes_before[self] = weakref.ref(old)
 
     _of_weight: ClassVar[tuple[str, ...]]  # the buffers that make up the weight
 
