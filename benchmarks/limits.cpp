@@ -127,28 +127,35 @@ static inline void fence() {
 }
 constexpr size_t AHEAD = 32 * PARTS;  // 2 KiB
 
-// Reads `lines` lines, `repeats` times over, and asks for those to come or leaves that to the CPU's own prefetchers:
-// one CPU is faster so, another so. What is read is folded into the result so that it is read.
-template <bool ASK> static uint64_t read_all(const part_t* from, size_t lines, long repeats) {
-    const size_t parts = lines * PARTS;
-    part_t a{}, b{}, c{}, d{};
+// Reads `lines` lines, `repeats` times over, in PLACES places at once, and asks for those to come or leaves that to the
+// CPU's own prefetchers: one CPU is faster so, another so. What is read is folded into the result so that it is read.
+template <bool ASK, size_t PLACES> static uint64_t read_all(const part_t* from, size_t lines, long repeats) {
+    const size_t place = lines / PLACES * PARTS;
+    part_t a{}, b{};
     for (long r = 0; r < repeats; r++) {
-        size_t i = 0;
-        for (; i + 4 <= parts; i += 4) {
+        for (size_t i = 0; i < place; i += PARTS) {
 #pragma GCC unroll 4
-            for (size_t line = 0; ASK && line < 4; line += PARTS) __builtin_prefetch(from + i + line + AHEAD);
-            a ^= from[i], b ^= from[i + 1], c ^= from[i + 2], d ^= from[i + 3];
+            for (size_t p = 0; p < PLACES; p++) {
+                const part_t* line = from + p * place + i;
+                if (ASK) __builtin_prefetch(line + AHEAD);
+#pragma GCC unroll 4
+                for (size_t part = 0; part < PARTS; part += 2) {
+                    a ^= line[part];
+                    if (part + 1 < PARTS) b ^= line[part + 1];
+                }
+            }
         }
-        for (; i < parts; i++) a ^= from[i];
+        for (size_t i = PLACES * place; i < lines * PARTS; i++) a ^= from[i];
         asm volatile("" : : : "memory");
     }
-    a ^= b ^ c ^ d;
+    a ^= b;
     uint64_t folded = 0;
     for (size_t i = 0; i < sizeof(part_t) / 8; i++) folded ^= a[i];
     return folded;
 }
-extern "C" uint64_t read_memory(const part_t* from, size_t lines, long repeats, int ask) {
-    return (ask ? read_all<true> : read_all<false>)(from, lines, repeats);
+extern "C" uint64_t read_memory(const part_t* from, size_t lines, long repeats, int ask, int places) {
+    if (places == 4) return (ask ? read_all<true, 4> : read_all<false, 4>)(from, lines, repeats);
+    return (ask ? read_all<true, 1> : read_all<false, 1>)(from, lines, repeats);
 }
 
 // `units` times: reads R lines, writes W lines. R:W = 4:1 is what quantizing fp32 to int8 moves, 1:4 its inverse.

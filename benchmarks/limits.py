@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import shlex
 import subprocess
@@ -74,7 +75,7 @@ class Limits:
         self._peak = library.peak
         self._peak.argtypes = [ctypes.c_char_p, ctypes.c_long]
         self._read = library.read_memory
-        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long, ctypes.c_int]
+        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long, ctypes.c_int, ctypes.c_int]
         self._read.restype = ctypes.c_uint64
         self._move = library.move_memory
         self._move.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_size_t, ctypes.c_long] + [ctypes.c_int] * 3
@@ -105,15 +106,15 @@ class Limits:
         return _side_by_side([lambda: self._peak(name.encode(), loops)] * threads, operations * loops * threads)
 
     def read(self, size: int, threads: int = 1, at_least: int = 16 * MIB) -> Work:
-        """Reads `size` bytes in all, again and again until `at_least` have passed; with the CPU's own prefetchers or
-        by asking ahead, whichever is faster here.
+        """Reads `size` bytes in all, again and again until `at_least` have passed; in one or in four places at once,
+        with the CPU's own prefetchers or by asking ahead, whichever is fastest here.
         """
         lines = max(1, size // LINE // threads)
         repeats = max(1, at_least // (lines * LINE * threads))
         memory = [_aligned(lines * LINE) for _ in range(threads)]
         ways = []
-        for ask in (0, 1):
-            calls = [functools.partial(self._read, address, lines, repeats, ask) for _, address in memory]
+        for ask, places in itertools.product((0, 1), (1, 4)):
+            calls = [functools.partial(self._read, address, lines, repeats, ask, places) for _, address in memory]
             ways.append(_side_by_side(calls, lines * LINE * threads * repeats, memory))
         return max(ways, key=functools.partial(rate, samples=3))
 

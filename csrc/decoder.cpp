@@ -13,11 +13,12 @@
 namespace pyqkern {
 namespace {
 
-constexpr size_t kGroupTokens = 256;  // tokens whose intermediates lie between products at a time
-constexpr size_t kSerialTokens = 16;  // tokens up to which all but products and attention is left to one thread
-constexpr size_t kKeys = 64;          // keys that are read together, a multiple of 64: the sums of the softmax
-constexpr size_t kMostQueries = 48;   // rows of a piece of attention
-constexpr size_t kScores = 48 << 10;  // of a piece, at most, if they are more than those of kLeastQueries
+constexpr size_t kGroupTokens = 256;          // tokens whose intermediates lie between products at a time
+constexpr size_t kSerialTokens = 16;          // tokens up to which all but products and attention is left to one thread
+constexpr size_t kSerialAttention = 1 << 17;  // multiply-adds: below this a second thread costs more than it brings
+constexpr size_t kKeys = 64;                  // keys that are read together, a multiple of 64: the sums of the softmax
+constexpr size_t kMostQueries = 48;           // rows of a piece of attention
+constexpr size_t kScores = 48 << 10;          // of a piece, at most, if they are more than those of kLeastQueries
 constexpr size_t kLeastQueries = 12;
 
 size_t multiple_of_16(size_t n) { return (n + 15) / 16 * 16; }
@@ -290,7 +291,7 @@ void attend(const Call& c, const Piece& p) {
 void attend_all(const Call& c) {
   const size_t kv_heads = c.layer.kv_heads, group = c.layer.heads / kv_heads, of_head = c.length * group;
   const size_t keys = c.caches.past + c.length, heads = c.batch * kv_heads;
-  const int count = c.tokens * c.layer.heads * keys * c.layer.head_size * 2 <= kSerialOps ? 1 : threads();
+  const int count = c.tokens * c.layer.heads * keys * c.layer.head_size * 2 <= kSerialAttention ? 1 : threads();
   size_t most = std::clamp(kScores / softmax_width(keys), kLeastQueries, kMostQueries);
   most = std::min(most, (heads * of_head + count - 1) / count);
   const size_t pieces = (of_head + most - 1) / most;

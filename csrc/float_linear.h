@@ -11,6 +11,8 @@ namespace pyqkern {
 constexpr size_t kGemvRows = 4;          // rows that read the codes themselves, every one for itself
 constexpr size_t kBlockRows = 192;       // rows that share expanded columns: their totals are 48 KB
 constexpr size_t kGroupBytes = 8 << 20;  // rows that are copied to tiles at a time
+constexpr size_t kRowStrips = 8;         // strips of a piece of one row, at least, if each thread has a piece
+constexpr size_t kRowPieces = 3;         // pieces of one row for each thread, at most
 constexpr size_t kSerialOps = 1 << 20;   // multiply-adds: below this a second thread costs more than it brings
 
 // Blocks of rows, all of one height but the last ones.
@@ -21,6 +23,17 @@ struct Blocks {
   size_t begin(size_t i) const { return std::min(i * height, rows); }
   size_t size(size_t i) const { return begin(i + 1) - begin(i); }
 };
+
+// work(block, strip) for all blocks of rows and `all` strips. Of one row a thread takes several strips at a time, which
+// follow each other in memory: each asks for the next (four_bit_gemv_int8).
+template <class Work> void parallel_strips(const Blocks& blocks, size_t all, int count, const Work& work) {
+  const size_t threads = count, many = std::clamp(all / kRowStrips, threads, kRowPieces * threads);
+  const size_t pieces = blocks.rows > 1 ? all : std::min(all, many);
+  parallel_for(blocks.count * pieces, count, [&](size_t i) {
+    const size_t piece = i % pieces, end = all * (piece + 1) / pieces;
+    for (size_t strip = all * piece / pieces; strip < end; ++strip) work(i / pieces, strip);
+  });
+}
 
 // What happens to totals [rows][kStrip] before they are stored: Kernels::finish_totals.
 struct Finish {
@@ -33,9 +46,8 @@ struct Finish {
 // totals(m, rows, strip, total) fills total for rows [m, m + rows) of one strip.
 template <class Totals>
 void for_strips(const Kernels& k, const Blocks& blocks, int count, const Finish& f, const Totals& totals) {
-  const size_t all = strips(f.N);
-  parallel_for(blocks.count * all, count, [&](size_t i) {
-    const size_t m = blocks.begin(i / all), rows = blocks.size(i / all), strip = i % all, n0 = strip * kStrip;
+  parallel_strips(blocks, strips(f.N), count, [&](size_t block, size_t strip) {
+    const size_t m = blocks.begin(block), rows = blocks.size(block), n0 = strip * kStrip;
     if (!rows) return;
     float* total = static_cast<float*>(scratch(kTotals, kBlockRows * kStrip * sizeof(float)));
     totals(m, rows, strip, total);

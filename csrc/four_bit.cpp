@@ -85,8 +85,10 @@ void four_bit_totals(const Kernels& k, const Weight4Bit& w, const IntegerRows& q
                ldx = q.fold.bytes(w.K);
   const float* scales = strip_scales(w, strip);
   const uint8_t* packed = strip_codes(w, strip);
-  if (rows <= kGemvRows)
-    return k.four_bit_gemv_int8(q.x, ldx, rows, w.K, q.fold, packed, scales, w.blocksize, count, *w.book, total);
+  if (rows <= kGemvRows) {
+    const uint8_t* ahead = strip + 1 < strips(w.N) ? strip_codes(w, strip + 1) : packed;
+    return k.four_bit_gemv_int8(q.x, ldx, rows, w.K, q.fold, packed, ahead, scales, w.blocksize, count, *w.book, total);
+  }
   char* buffer = static_cast<char*>(scratch(kStep, kChunk * kStrip + most * kStrip * sizeof(float)));
   uint8_t* integers = reinterpret_cast<uint8_t*>(buffer);
   float* scale = reinterpret_cast<float*>(buffer + kChunk * kStrip);

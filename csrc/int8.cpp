@@ -53,7 +53,8 @@ void product(const Kernels& k, size_t M, size_t N, size_t K, const Packed& w, co
   const size_t pieces = std::min(all, std::max<size_t>(strips, 4 * count / blocks));
   parallel_for(blocks * pieces, count, [&](size_t i) {
     const size_t m = i / pieces * height, p = i % pieces;
-    if (m < M) columns(q, tail, m, std::min(height, M - m), all * p / pieces, all * (p + 1) / pieces);
+    if (m >= M) return;
+    columns(q, tail, m, std::min(height, M - m), first_panel(all, M, p, pieces), first_panel(all, M, p + 1, pieces));
   });
 }
 

@@ -47,6 +47,12 @@ inline QRows rows_at(const QRows& r, size_t m, const RowForm& form) {
           r.columns ? r.columns + m * form.bytes : nullptr};
 }
 
+// Where piece i of `pieces` begins. One row reads kGemvPanels side by side.
+inline size_t first_panel(size_t all, size_t rows, size_t i, size_t pieces) {
+  const size_t unit = rows == 1 && all >= pieces * kGemvPanels ? kGemvPanels : 1;
+  return std::min(all, (all + unit - 1) / unit * i / pieces * unit);
+}
+
 // Panels [begin, end) of rows [m0, m0 + rows).
 inline void int8_columns(const Kernels& k, const QRows& q, size_t m0, size_t rows, size_t K, const Packed& w,
                          size_t begin, size_t end, const Tail& t) {

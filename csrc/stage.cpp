@@ -83,36 +83,38 @@ void Stage::multiply_int8(int count) const {
     for (; at >= (of_linear = (panels(o->linear->N) + width - 1) / width); ++o) at -= of_linear;
     const EncoderLinear& w = *o->linear;
     const size_t m = blocks.begin(i / pieces), n = panels(w.N);
-    int8_columns(k, quantized, m, blocks.size(i / pieces), K, w.packed, n * at / of_linear, n * (at + 1) / of_linear,
-                 Tail{w.scale, o->bias, kNone, kFloat32, o->y, w.N, w.N});
+    int8_columns(k, quantized, m, blocks.size(i / pieces), K, w.packed, first_panel(n, rows, at, of_linear),
+                 first_panel(n, rows, at + 1, of_linear), Tail{w.scale, o->bias, kNone, kFloat32, o->y, w.N, w.N});
   });
 }
 
 void Stage::multiply_strips(int count) const {
   size_t all = 0;
   for (const Output& o : outputs) all += strips(o.linear->N);
-  parallel_for(blocks.count * all, count, [&](size_t i) {
-    size_t strip = i % all;
-    const Output* o = outputs.data();
-    for (; strip >= strips(o->linear->N); ++o) strip -= strips(o->linear->N);
-    const EncoderLinear& w = *o->linear;
-    const size_t m = blocks.begin(i / all), n = blocks.size(i / all), n0 = strip * kStrip;
-    float* total = static_cast<float*>(scratch(kTotals, kBlockRows * kStrip * sizeof(float)));
-    const float *row_scale = nullptr, *scale = nullptr;
-    const FloatRows in{(wide ? wide : x) + m * K, n, wide != nullptr};
-    if (w.packed.panels) {
-      weight_only_totals(k, w.packed, w.N, K, in, strip, total);
-      scale = w.scale;
-    } else if (how.in_float) {
-      four_bit_totals(k, w.four, in, strip, total);
-    } else {
-      const IntegerRows q{integers.x + m * integers.fold.bytes(K), integers.scale + m, integers.fold};
-      four_bit_totals(k, w.four, q, strip, n, total);
-      row_scale = q.scale;
-    }
-    k.finish_totals(total, row_scale, scale, o->bias, kNone, n, n0, std::min(kStrip, w.N - n0), w.N, o->y + m * w.N,
-                    kFloat32);
-  });
+  parallel_strips(blocks, all, count, [&](size_t block, size_t strip) { multiply_strip(block, strip); });
+}
+
+// Strip `at` of all linears, for the rows of one block.
+void Stage::multiply_strip(size_t block, size_t at) const {
+  const Output* o = outputs.data();
+  for (; at >= strips(o->linear->N); ++o) at -= strips(o->linear->N);
+  const EncoderLinear& w = *o->linear;
+  const size_t m = blocks.begin(block), n = blocks.size(block), n0 = at * kStrip;
+  float* total = static_cast<float*>(scratch(kTotals, kBlockRows * kStrip * sizeof(float)));
+  const float *row_scale = nullptr, *scale = nullptr;
+  const FloatRows in{(wide ? wide : x) + m * K, n, wide != nullptr};
+  if (w.packed.panels) {
+    weight_only_totals(k, w.packed, w.N, K, in, at, total);
+    scale = w.scale;
+  } else if (how.in_float) {
+    four_bit_totals(k, w.four, in, at, total);
+  } else {
+    const IntegerRows q{integers.x + m * integers.fold.bytes(K), integers.scale + m, integers.fold};
+    four_bit_totals(k, w.four, q, at, n, total);
+    row_scale = q.scale;
+  }
+  k.finish_totals(total, row_scale, scale, o->bias, kNone, n, n0, std::min(kStrip, w.N - n0), w.N, o->y + m * w.N,
+                  kFloat32);
 }
 
 }  // namespace pyqkern

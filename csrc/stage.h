@@ -41,6 +41,7 @@ class Stage {
  private:
   void multiply_int8(int count) const;
   void multiply_strips(int count) const;
+  void multiply_strip(size_t block, size_t at) const;
 
   const Kernels& k;
   RowsOf how;

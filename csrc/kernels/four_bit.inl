@@ -151,30 +151,27 @@ static void four_bit_unpack_panel(const uint8_t* packed, size_t stride, size_t K
 
 constexpr size_t PREFETCH_4BIT = 8192;  // bytes ahead
 
-// The bit at which column k%8 of a line's lane starts.
-INLINE constexpr int shift_of(int k) { return 8 * (k % 4) + 4 * (k / 4); }
-
 // V vectors of a strip over B steps side by side, whose sums are independent: that hides the latency of fma. `line`
 // points at the first step's first vector, lines are `stride` apart; scale[b] belongs to step b.
 template <int R, int V, int B>
 static void gemv_steps(const float* x, size_t ldx, size_t size, const uint8_t* line, size_t stride,
-                       const table16& table, const float* const* scale, size_t offset, float* total) {
+                       const line_table& table, const float* const* scale, size_t offset, float* total) {
   f32 acc[B][R][V];
   clear(acc);
   const size_t step_bytes = size / 8 * stride;
   for (size_t k = 0; k < size; k += 8, line += stride, x += 8)
-    for (int b = 0; b < B; ++b) {
-      i32 codes[V];
-      for (int v = 0; v < V; ++v) codes[v] = load((const int32_t*)(line + b * step_bytes) + v * LANES);
-      for (int v = 0; v < V; v += PANEL_VECTORS < V ? PANEL_VECTORS : V)
-        __builtin_prefetch(line + b * step_bytes + PREFETCH_4BIT + v * LANES * 4);
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j)
-        for (int v = 0; v < V; ++v) {
-          const f32 w = lookup(table, codes[v], shift_of(j));
-          for (int r = 0; r < R; ++r) acc[b][r][v] = fma(set1(x[r * ldx + b * size + j]), w, acc[b][r][v]);
-        }
-    }
+    unroll<B>([&](auto b) INLINE_LAMBDA {
+      unroll<V>([&](auto v) INLINE_LAMBDA {
+        const uint8_t* at = line + b * step_bytes + v * LANES * 4;
+        if (v % PANEL_VECTORS == 0) __builtin_prefetch(at + PREFETCH_4BIT);
+        f32 w[8];
+        lookup_line(table, load((const int32_t*)at), w);
+        unroll<8>([&](auto j) INLINE_LAMBDA {
+          unroll<R>([&](auto r)
+                        INLINE_LAMBDA { acc[b][r][v] = fma(set1(x[r * ldx + b * size + j]), w[j], acc[b][r][v]); });
+        });
+      });
+    });
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) {
       float* t = total + r * kStrip + v * LANES;
@@ -188,7 +185,7 @@ template <int R>
 static void gemv_strip(const float* x, size_t K, const uint8_t* packed, const float* scale, size_t blocksize,
                        size_t panels, const Codebook& book, float* total) {
   constexpr int B = R == 1 ? GEMV_STEPS_4BIT : 1;
-  const table16 table = load_table(book.value);
+  const line_table table = load_line_table(book.value);
   const size_t size = step_of(blocksize), vectors = panels * PANEL_VECTORS, stride = panels * kLine;
   memset(total, 0, R * kStrip * sizeof(float));
   for (size_t k = 0, count; k < K; k += count * size) {
@@ -258,7 +255,7 @@ static void four_bit_dot(const float* x, size_t ldx, size_t rows, size_t K, cons
 
 static void four_bit_expand(const uint8_t* packed, size_t stride, size_t size, size_t panels, const Codebook& book,
                             float* values) {
-  const table16 table = load_table(book.value);
+  const line_table table = load_line_table(book.value);
   for (size_t p = 0; p < TILE_PANELS; ++p, packed += kLine, values += PANEL_VALUES) {
     if (p >= panels) {
       memset(values, 0, size * kPanel * sizeof(float));
@@ -267,8 +264,9 @@ static void four_bit_expand(const uint8_t* packed, size_t stride, size_t size, s
     for (size_t k = 0; k < size; k += 8)
       for (size_t v = 0; v < PANEL_VECTORS; ++v) {
         const i32 codes = load((const int32_t*)(packed + k / 8 * stride) + v * LANES);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) store(values + (k + j) * kPanel + v * LANES, lookup(table, codes, shift_of(j)));
+        f32 w[8];
+        lookup_line(table, codes, w);
+        unroll<8>([&](auto j) INLINE_LAMBDA { store(values + (k + j) * kPanel + v * LANES, w[j]); });
       }
   }
 }

@@ -29,25 +29,23 @@ INLINE nibbles_t load_integers(const Codebook& book, const Fold& fold) {
   return load_nibbles(shifted);
 }
 
-// Where a tile's weights come from, eight k at a time: get<HALF>(v) is the first or second quad of vector v of columns.
+// Where a tile's weights come from, eight k at a time: get the two quads of vector v of columns.
+// On the way it asks for the lines `ahead`, which are `part` bytes apart by panel, and then for those `step` further on.
 struct PackedCodes {
-  const uint8_t* line;
-  size_t stride;
+  const uint8_t *line, *ahead;
+  size_t stride, part, step;
   const nibbles_t& table;
-  template <int HALF> INLINE_MEMBER w_t get(int v) const {
-    if (HALF == 0 && v % PANEL_VECTORS == 0) __builtin_prefetch(line + PREFETCH_4BIT + v * LANES * 4);
-    w_t low, high;
+  INLINE_MEMBER void get(int v, w_t& low, w_t& high) const {
+    if (v % PANEL_VECTORS == 0) __builtin_prefetch(ahead + v / PANEL_VECTORS * part);
     lookup(table, line + v * LANES * 4, low, high);
-    return HALF ? high : low;
   }
-  INLINE_MEMBER void next() { line += stride; }
+  INLINE_MEMBER void next() { line += stride, ahead += step; }
 };
 struct Integers {
   const uint8_t* quad;
-  template <int HALF> INLINE_MEMBER w_t get(int v) const {
-    w_t w;
-    memcpy(&w, quad + HALF * 4 * kStrip + v * LANES * 4, sizeof w);
-    return w;
+  INLINE_MEMBER void get(int v, w_t& low, w_t& high) const {
+    memcpy(&low, quad + v * LANES * 4, sizeof low);
+    memcpy(&high, quad + 4 * kStrip + v * LANES * 4, sizeof high);
   }
   INLINE_MEMBER void next() { quad += 8 * kStrip; }
 };
@@ -56,7 +54,7 @@ struct Integers {
 // sums the two quads apart where it would wait for its additions.
 template <int R, int V, class sum_t, class Weights>
 INLINE void int8_fold(const int8_t* x, size_t ldx, size_t quads, Weights& weights, i32 (&sum)[R][V]) {
-  constexpr int H = R == 1 && !SHORT_SUMS ? 2 : 1;
+  constexpr int H = R == 1 && V < 8 && !SHORT_SUMS ? 2 : 1;
   sum_t part[R][V][H];
   clear(part);
   for (int r = 0; r < R; ++r) {
@@ -65,32 +63,33 @@ INLINE void int8_fold(const int8_t* x, size_t ldx, size_t quads, Weights& weight
     for (int v = 0; v < V; ++v) part[r][v][0] = (sum_t)set1(start);
   }
   x += 4;
-  auto quad = [&](auto half) INLINE_LAMBDA {
-    w_t w[V];
-    for (int v = 0; v < V; ++v) w[v] = weights.template get<half>(v);
-    for (int r = 0; r < R; ++r) {
-      const x_t a = load_x(x + r * ldx + 4 * half);
-      for (int v = 0; v < V; ++v) part[r][v][half * (H - 1)] = dot(part[r][v][half * (H - 1)], w[v], a);
-    }
+  auto add = [&](auto r, auto v, w_t low, x_t a, w_t high, x_t b) INLINE_LAMBDA {
+    sum_t(&p)[H] = part[r][v];
+    if constexpr (SHORT_SUMS) p[0] = dot(p[0], low, a, high, b);
+    else p[0] = dot(p[0], low, a), p[H - 1] = dot(p[H - 1], high, b);
   };
   size_t lines = quads / 2;  // at least four: a loop that might be skipped makes g++ 12 copy accumulators
   do {
-    if constexpr (SHORT_SUMS) {
-      w_t low[V], high[V];
-      for (int v = 0; v < V; ++v) low[v] = weights.template get<0>(v), high[v] = weights.template get<1>(v);
-      for (int r = 0; r < R; ++r) {
-        const x_t a = load_x(x + r * ldx), b = load_x(x + r * ldx + 4);
-        for (int v = 0; v < V; ++v) part[r][v][0] = dot(part[r][v][0], low[v], a, high[v], b);
-      }
+    if constexpr (R == 1) {  // a vector at a time: with all of them looked up first g++ 12 keeps sums on the stack
+      const x_t a = load_x(x), b = load_x(x + 4);
+      unroll<V>([&](auto v) INLINE_LAMBDA {
+        w_t low, high;
+        weights.get(v, low, high);
+        add(Index<0>{}, v, low, a, high, b);
+      });
     } else {
-      quad(Index<0>{});
-      quad(Index<1>{});
+      w_t low[V], high[V];
+      unroll<V>([&](auto v) INLINE_LAMBDA { weights.get(v, low[v], high[v]); });
+      unroll<R>([&](auto r) INLINE_LAMBDA {
+        const x_t a = load_x(x + r * ldx), b = load_x(x + r * ldx + 4);
+        unroll<V>([&](auto v) INLINE_LAMBDA { add(r, v, low[v], a, high[v], b); });
+      });
     }
     weights.next();
     x += 8;
   } while (--lines);
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = widen(H == 2 ? part[r][v][0] + part[r][v][1] : part[r][v][0]);
+    for (int v = 0; v < V; ++v) sum[r][v] = widen(H == 2 ? part[r][v][0] + part[r][v][H - 1] : part[r][v][0]);
 }
 
 // total[r][v] += the scaled sums of R rows and V vectors of columns over `steps` steps; `scale` and `total` point at
@@ -120,36 +119,43 @@ INLINE void int8_tile(const int8_t* x, size_t ldx, size_t size, size_t steps, co
   }
 }
 
+// One row waits for the memory, and asks for a strip to come in as many places as it has panels: a CPU reads several
+// places faster than one, because its own prefetchers are so many lines ahead in each, and stop at the ends of pages.
+// More rows have time, and ask for what they need next.
 template <int R, class sum_t>
 static void gemv_int8_strip(const int8_t* x, size_t ldx, size_t K, const Fold& fold, const uint8_t* packed,
-                            const float* scale, size_t blocksize, size_t panels, const Codebook& book, float* total) {
-  constexpr int V = R == 1 ? 4 : GEMV_VECTORS_INT8;
+                            const uint8_t* ahead, const float* scale, size_t blocksize, size_t panels,
+                            const Codebook& book, float* total) {
+  constexpr int V = R > 1 ? GEMV_VECTORS_INT8 : STRIP_VECTORS < 8 ? STRIP_VECTORS : 8;
   const nibbles_t table = load_integers(book, fold);
   const size_t size = step_of(blocksize), vectors = panels * PANEL_VECTORS, stride = panels * kLine;
-  memset(total, 0, R * kStrip * sizeof(float));
+  const size_t part = K / 8 * kLine;
+  unroll<R * STRIP_VECTORS>([&](auto v) INLINE_LAMBDA { store(total + v * LANES, f32{}); });
   for (size_t k = 0; k < K; k += size, x += fold.bytes(size)) {
     const float* scales = scale + k / blocksize * panels * kPanel;
-    const uint8_t* line = packed + k / 8 * stride;
+    auto tile = [&](auto width, size_t v) INLINE_LAMBDA {
+      const uint8_t* line = packed + k / 8 * stride + v * LANES * 4;
+      const uint8_t* far = ahead + k / 8 * kLine + v / PANEL_VECTORS * part;
+      const PackedCodes codes = R == 1 ? PackedCodes{line, far, stride, part, kLine, table}
+                                       : PackedCodes{line, line + PREFETCH_4BIT, stride, kLine, stride, table};
+      int8_tile<R, width, sum_t>(x, ldx, size, 1, fold, codes, scales + v * LANES, 0, total + v * LANES);
+    };
     size_t v = 0;
-    for (; v + V <= vectors; v += V)
-      int8_tile<R, V, sum_t>(x, ldx, size, 1, fold, PackedCodes{line + v * LANES * 4, stride, table},
-                             scales + v * LANES, 0, total + v * LANES);
-    for (; v < vectors; ++v)
-      int8_tile<R, 1, sum_t>(x, ldx, size, 1, fold, PackedCodes{line + v * LANES * 4, stride, table},
-                             scales + v * LANES, 0, total + v * LANES);
+    for (; v + V <= vectors; v += V) tile(Index<V>{}, v);
+    for (; v < vectors; ++v) tile(Index<1>{}, v);
   }
 }
 
 static void four_bit_gemv_int8(const int8_t* x, size_t ldx, size_t rows, size_t K, const Fold& fold,
-                               const uint8_t* packed, const float* scale, size_t blocksize, size_t panels,
-                               const Codebook& book, float* total) {
+                               const uint8_t* packed, const uint8_t* ahead, const float* scale, size_t blocksize,
+                               size_t panels, const Codebook& book, float* total) {
   auto strip = [&](auto sum) {
     typedef decltype(sum) sum_t;
     auto f = rows == 1   ? gemv_int8_strip<1, sum_t>
              : rows == 2 ? gemv_int8_strip<2, sum_t>
              : rows == 3 ? gemv_int8_strip<3, sum_t>
                          : gemv_int8_strip<4, sum_t>;
-    f(x, ldx, K, fold, packed, scale, blocksize, panels, book, total);
+    f(x, ldx, K, fold, packed, ahead, scale, blocksize, panels, book, total);
   };
   if (fold.short_sums) strip(short_sum{});
   else strip(i32{});

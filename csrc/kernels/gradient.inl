@@ -24,7 +24,7 @@ static void int8_expand_rows(const int8_t* packed, size_t quads, const float* sc
 
 static void four_bit_expand_rows(const uint8_t* packed, size_t stride, const Codebook& book, const float* scale,
                                  size_t rows, float* values) {
-  static const int32_t shifts[kPanel] = {0, 8, 16, 24, 4, 12, 20, 28, 0, 8, 16, 24, 4, 12, 20, 28};  // shift_of(k % 8)
+  static const int32_t shifts[kPanel] = {0, 8, 16, 24, 4, 12, 20, 28, 0, 8, 16, 24, 4, 12, 20, 28};  // of column k % 8
   static const int32_t second[kPanel] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};    // line of column k
   const table16 table = load_table(book.value);
   for (size_t n = 0; n < rows; ++n, packed += 4, values += kPanel) {

@@ -277,57 +277,65 @@ static void int8_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const Pa
 
 // ---- few rows: the weight comes from memory, and one pass over it is what counts
 
-constexpr size_t PREFETCH = 2048;  // bytes ahead
+constexpr size_t PREFETCH = 2048;  // bytes ahead, where panels are read one after the other
 
-// One panel. U quads at a time with sums of their own, so that the latency of dot is hidden.
-template <int R>
-static void gemv_panel(const QRows& a, size_t m0, size_t K, const int8_t* packed, size_t n0, const Tail& t,
-                       TailFunction tail) {
-  constexpr int V = VECTORS < 2 ? VECTORS : 2;
-  constexpr int U = R * V * 4 <= GEMV_SUMS ? 4 : R * V * 2 <= 8 ? 2 : 1;
+// P panels side by side, `stride` bytes and `columns` columns apart: a CPU reads several places of the memory faster than
+// one, because its own prefetchers are so many lines ahead in each, and stop at the ends of pages. U quads at a time
+// with sums of their own, so that the latency of dot is hidden.
+template <int R, int P>
+static void gemv_panels(const QRows& a, size_t m0, size_t K, const int8_t* packed, size_t stride, size_t n0,
+                        size_t columns, const Tail& t, TailFunction tail) {
+  constexpr int V = VECTORS < 2 ? VECTORS : 2, SUMS = R * P * V;
+  constexpr int U = SUMS * 4 <= GEMV_SUMS ? 4 : SUMS * 2 <= 8 ? 2 : 1;
   const size_t Q = quads(K), lda = 4 * Q;
   for (size_t v0 = 0; v0 < VECTORS; v0 += V) {
     const ROW_T* row = (const ROW_T*)a.q + m0 * lda;
     const int8_t* b = packed + v0 * COLS * 4;
-    acc_t c[U][R][V];
+    acc_t c[U][P][R][V];
     clear(c);
-    size_t q = 0;
-    for (; q + U <= Q; q += U, row += 4 * U, b += U * kLine)
-      unroll<U>([&](auto u) INLINE_LAMBDA {
-        __builtin_prefetch(b + PREFETCH + u * kLine);
+    auto step = [&](auto u) INLINE_LAMBDA {
+      if constexpr (P == 1) __builtin_prefetch(b + PREFETCH + u * kLine);
+      unroll<P>([&](auto p) INLINE_LAMBDA {
         unroll<V>([&](auto v) INLINE_LAMBDA {
-          const b_t bv = load_b(b + u * kLine + v * COLS * 4);
+          const b_t bv = load_b(b + p * stride + u * kLine + v * COLS * 4);
           unroll<R>([&](auto r)
-                        INLINE_LAMBDA { c[u][r][v] = dot_pairs(c[u][r][v], load_a(row + r * lda + 4 * u), bv); });
+                        INLINE_LAMBDA { c[u][p][r][v] = dot_pairs(c[u][p][r][v], load_a(row + r * lda + 4 * u), bv); });
         });
       });
-    for (; q < Q; ++q, row += 4, b += kLine)
-      unroll<V>([&](auto v) INLINE_LAMBDA {
-        unroll<R>([&](auto r) INLINE_LAMBDA {
-          c[0][r][v] = dot_pairs(c[0][r][v], load_a(row + r * lda), load_b(b + v * COLS * 4));
-        });
+    };
+    size_t q = 0;
+    for (; q + U <= Q; q += U, row += 4 * U, b += U * kLine) unroll<U>(step);
+    for (; q < Q; ++q, row += 4, b += kLine) step(Index<0>{});
+    unroll<P>([&](auto p) INLINE_LAMBDA {
+      unroll<U - 1>([&](auto u) INLINE_LAMBDA {
+        unroll<R>([&](auto r)
+                      INLINE_LAMBDA { unroll<V>([&](auto v) INLINE_LAMBDA { c[0][p][r][v] += c[u + 1][p][r][v]; }); });
       });
-    unroll<U - 1>([&](auto u) INLINE_LAMBDA {
-      unroll<R>([&](auto r) INLINE_LAMBDA { unroll<V>([&](auto v) INLINE_LAMBDA { c[0][r][v] += c[u + 1][r][v]; }); });
+      const size_t n = n0 + p * columns + v0 * COLS;
+      if (n < t.N) finish<R, V>(c[0][p], packed + p * stride + v0 * COLS * 4 + Q * kLine, 0, a, m0, n, t, tail);
     });
-    finish<R, V>(c[0], packed + v0 * COLS * 4 + Q * kLine, 0, a, m0, n0 + v0 * COLS, t, tail);
-    if (n0 + (v0 + V) * COLS >= t.N) break;
   }
+}
+
+template <int R>
+static void gemv_rows(const QRows& a, size_t m0, size_t K, const Packed& w, size_t begin, size_t end, const Tail& t) {
+  const TailFunction tail = tail_of(t);
+  constexpr size_t P = R == 1 ? kGemvPanels : R == 2 ? kGemvPanels / 2 : 1;
+  const size_t apart = (end - begin) / P, stride = apart * panel_bytes(K);
+  for (size_t i = 0; i < apart; ++i)
+    gemv_panels<R, P>(a, m0, K, w.panel(K, begin + i), stride, (begin + i) * kPanel, apart * kPanel, t, tail);
+  for (size_t panel = begin + apart * P; panel < end; ++panel)
+    gemv_panels<R, 1>(a, m0, K, w.panel(K, panel), 0, panel * kPanel, 0, t, tail);
 }
 
 static void int8_gemv(const QRows& a, size_t m0, size_t rows, size_t K, const Packed& w, size_t begin, size_t end,
                       const Tail& t) {
   if constexpr (Bytes::FOLDED)
     if (is_folded(a)) return bytes_gemm<Bytes>(a, m0, rows, K, w, begin, end, t);
-  const TailFunction tail = tail_of(t);
-  for (size_t panel = begin; panel < end; ++panel) {
-    const size_t n0 = panel * kPanel;
-    const int8_t* packed = w.panel(K, panel);
-    if (rows == 1) gemv_panel<1>(a, m0, K, packed, n0, t, tail);
-    else if (rows == 2) gemv_panel<2>(a, m0, K, packed, n0, t, tail);
-    else if (rows == 3) gemv_panel<3>(a, m0, K, packed, n0, t, tail);
-    else gemv_panel<4>(a, m0, K, packed, n0, t, tail);
-  }
+  if (rows == 1) gemv_rows<1>(a, m0, K, w, begin, end, t);
+  else if (rows == 2) gemv_rows<2>(a, m0, K, w, begin, end, t);
+  else if (rows == 3) gemv_rows<3>(a, m0, K, w, begin, end, t);
+  else gemv_rows<4>(a, m0, K, w, begin, end, t);
 }
 
 // ---- few rows against a plain weight, which would take longer to pack than to read

@@ -84,6 +84,7 @@ struct FakeRows {
 // (ceil(K/4) + 2 + mark_lines(K)) * 64 bytes.
 constexpr size_t kPanel = 16;
 constexpr size_t kLine = 64;
+constexpr size_t kGemvPanels = 4;  // panels that one row reads side by side
 static inline size_t quads(size_t K) { return (K + 3) / 4; }
 static inline size_t panels(size_t N) { return (N + kPanel - 1) / kPanel; }
 static inline size_t mark_lines(size_t K) { return (quads(K) / 2 + 8 * kLine - 1) / (8 * kLine); }
@@ -392,9 +393,11 @@ struct Kernels {
   // Symmetric quantized rows as the products below take them; x [rows][fold.bytes(K)].
   void (*four_bit_load_rows)(const QRows&, size_t rows, size_t K, const Fold& fold, int8_t* x);
 
-  // The same as four_bit_gemv of such rows, `ldx` bytes apart: the inner sum is an exact integer.
+  // The same as four_bit_gemv of such rows, `ldx` bytes apart: the inner sum is an exact integer. One
+  // row asks for the strip at `ahead` on the way, which may be any address.
   void (*four_bit_gemv_int8)(const int8_t* x, size_t ldx, size_t rows, size_t K, const Fold&, const uint8_t* packed,
-                             const float* scale, size_t blocksize, size_t panels, const Codebook&, float* total);
+                             const uint8_t* ahead, const float* scale, size_t blocksize, size_t panels, const Codebook&,
+                             float* total);
 
   // total[m][j] = sum over k of x[m][k] * w[j][k] for j < 4; w [4, ldw], zero from K to the next multiple of 16.
   // Sixteen sums, one for each k % 16, by fma from zero in the order of k, then added in halves: 8 to 8, 4 to 4, 2 to

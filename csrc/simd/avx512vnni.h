@@ -70,6 +70,12 @@ INLINE f32 lookup(const table16& t, i32 v,
                   int shift) {  // by bits [shift, shift + 4) of each lane; vpermps reads no others
   return (f32)_mm512_permutexvar_ps((__m512i)((u32)v >> shift), (__m512)t.values);
 }
+typedef table16 line_table;
+INLINE line_table load_line_table(const float* p) { return load_table(p); }
+INLINE void lookup_line(const line_table& t, i32 codes,
+                        f32 (&w)[8]) {  // the low four bits of four bytes, then the high
+  unroll<8>([&](auto j) INLINE_LAMBDA { w[j] = lookup(t, codes, 8 * (j % 4) + 4 * (j / 4)); });
+}
 struct table8 { f32 twice; };  // 8 floats, looked up by the low three bits of each lane; bit 3 chooses the copy
 INLINE table8 load_table8(const float* p) { return {(f32)_mm512_broadcast_f32x8(_mm256_loadu_ps(p))}; }
 INLINE f32 lookup(const table8& t, i32 at) { return (f32)_mm512_permutexvar_ps((__m512i)at, (__m512)t.twice); }

@@ -117,6 +117,12 @@ INLINE f32 lookup(const table16& t, i32 v, int shift) {  // by bits [shift, shif
   for (int i = 0; i < LANES; ++i) r[i] = t.values[at[i]];
   return r;
 }
+typedef table16 line_table;
+INLINE line_table load_line_table(const float* p) { return load_table(p); }
+INLINE void lookup_line(const line_table& t, i32 codes,
+                        f32 (&w)[8]) {  // the low four bits of four bytes, then the high
+  unroll<8>([&](auto j) INLINE_LAMBDA { w[j] = lookup(t, codes, 8 * (j % 4) + 4 * (j / 4)); });
+}
 struct table8 { const float* values; };  // 8 floats, looked up by the low three bits of each lane
 INLINE table8 load_table8(const float* p) { return {p}; }
 INLINE f32 lookup(const table8& t, i32 at) {

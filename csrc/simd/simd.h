@@ -6,6 +6,7 @@
 //   NEEDS             the instruction sets it is compiled for, a set of CpuFeature
 //   float and integer vectors: load store min max fma round to_float reduce_min reduce_max add_halves narrow stream ...
 //     store_halves    32 consecutive codes to entries of a table of sixteen 16-bit floats
+//     lookup_line     the eight columns of a line of 4-bit codes, by the entries of a line_table of sixteen floats
 //   the INT8 product  acc[COLS columns] += sum over four k of a[k] * b[column][k]: acc_t, a_t (four codes of one row,
 //                     broadcast), b_t (four k of COLS columns), load_a, load_b, dot
 //     ROW_T           the element of a quantized row

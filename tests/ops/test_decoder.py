@@ -205,6 +205,24 @@ def test_a_sentence_is_the_same_in_any_batch(isa: str, scheme: str) -> None:
 
 
 @each_scheme
+def test_a_token_of_a_wide_layer_is_the_same_on_every_isa_and_thread_count(scheme: str, two_threads: None) -> None:
+    """Wide enough for a second thread, and panels and strips are left over behind those that are read side by side."""
+    from pyqkern import _C
+
+    layer = Layer(5, 512, 8, 2, 64, 1120, scheme)  # 1120: 70 panels, which are 17 strips and a half
+    x, before, results = layer.input(1, 1), _C.isa(), []
+    for isa in _C.isas():
+        _C.set_isa(isa)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            caches = layer.cache(1, 200)
+            results.append((layer(x, *caches, 199), *caches))
+    _C.set_isa(before)
+    for result in results[1:]:
+        assert all(same(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@each_scheme
 def test_all_isas_agree(scheme: str) -> None:
     from pyqkern import _C
 
