@@ -50,10 +50,23 @@ INLINE void dot_lines(acc_t (&c)[R][VECTORS], const uint8_t* a, size_t lda, cons
   });
 }
 
-// c[R rows][VECTORS vectors] += a [R rows, stride lda] * b, a panel of Q quads. On the way it asks for the lines at `ahead`.
-template <class B, int R, bool AHEAD>
+// Lines to ask for, one with each line that is read: those of PLACES panels in turns, `apart` bytes from each other.
+template <int PLACES> struct LinesAhead {
+  const int8_t* at = nullptr;
+  size_t apart = 0;
+  int place = 0;
+  INLINE_MEMBER void ask() {
+    if constexpr (PLACES > 0) {
+      __builtin_prefetch(at + place * apart, 0, 1);
+      if (++place == PLACES) place = 0, at += kLine;
+    }
+  }
+};
+
+// c[R rows][VECTORS vectors] += a [R rows, stride lda] * b, a panel of Q quads.
+template <class B, int R, int PLACES>
 INLINE void folded_tile(acc_t (&c)[R][VECTORS], const uint8_t* __restrict a, size_t lda, const int8_t* __restrict b,
-                        size_t Q, const int8_t* ahead) {
+                        size_t Q, LinesAhead<PLACES> ahead) {
   typedef typename B::quad_t quad_t;
   const int8_t* marks = b + (Q + 2) * kLine;
   auto single = [&]() INLINE_LAMBDA {
@@ -65,8 +78,7 @@ INLINE void folded_tile(acc_t (&c)[R][VECTORS], const uint8_t* __restrict a, siz
     });
   };
   auto next = [&](size_t lines) INLINE_LAMBDA {
-    if (AHEAD)
-      for (size_t i = 0; i < lines; ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 1);
+    for (size_t i = 0; i < lines; ++i) ahead.ask();
     a += 4 * lines;
     b += lines * kLine;
   };
@@ -89,29 +101,45 @@ INLINE void folded_tile(acc_t (&c)[R][VECTORS], const uint8_t* __restrict a, siz
   if (Q % 2) single();
 }
 
-template <class B, int R = B::MR>
-static void folded_rows(size_t rows, const Strip& s, size_t m, const int8_t* ahead) {
+template <class B, int R = B::MR, int PLACES>
+static void folded_rows(size_t rows, const Strip& s, size_t m, LinesAhead<PLACES> ahead) {
   if constexpr (R > 1)
     if (rows < R) return folded_rows<B, R - 1>(rows, s, m, ahead);
   const size_t Q = quads(s.K);
-  const uint8_t* a = (const uint8_t*)s.a.q + m * 4 * Q;
   acc_t c[R][VECTORS];
   clear(c);
-  if (ahead) folded_tile<B, R, true>(c, a, 4 * Q, s.b, Q, ahead);
-  else folded_tile<B, R, false>(c, a, 4 * Q, s.b, Q, nullptr);
+  folded_tile<B, R>(c, (const uint8_t*)s.a.q + m * 4 * Q, 4 * Q, s.b, Q, ahead);
   finish<R, VECTORS>(c, s.b + Q * kLine, 0, s.a, m, s.n0, s.t, s.tail);
+}
+
+// One row asks for its panels in four places at once, for the reason of gemv_panels. Their marks differ, so that they are
+// multiplied one after the other: the first of each quarter, the second of each, ... each asking for a part of the next.
+template <class B>
+static void folded_gemv(const QRows& a, size_t m0, size_t K, const Packed& w, size_t begin, size_t end, const Tail& t) {
+  const size_t apart = (end - begin) / kGemvPanels, lines = quads(K) / kGemvPanels;
+  auto multiply = [&](size_t panel, auto ahead) {
+    folded_rows<B, 1>(1, Strip{a, K, w.panel(K, panel), nullptr, panel * kPanel, t, tail_of(t)}, m0, ahead);
+  };
+  for (size_t i = 0; i < apart; ++i)
+    for (size_t j = 0; j < kGemvPanels; ++j)
+      multiply(begin + i + j * apart,
+               LinesAhead<kGemvPanels>{w.panel(K, begin + i + 1) + j * lines * kLine, apart * panel_bytes(K)});
+  for (size_t panel = begin + apart * kGemvPanels; panel < end; ++panel)
+    multiply(panel, LinesAhead<1>{w.panel(K, panel + 1)});
 }
 
 template <class B>
 static void folded_gemm(const QRows& a, size_t m0, size_t rows, size_t K, const Packed& w, size_t begin, size_t end,
                         const Tail& t) {
+  if (rows == 1) return folded_gemv<B>(a, m0, K, w, begin, end, t);
   const size_t tiles = (rows + B::MR - 1) / B::MR;
   for (size_t panel = begin; panel < end; ++panel) {
     const int8_t* b = w.panel(K, panel);
     const Strip strip{a, K, b, nullptr, panel * kPanel, t, tail_of(t)};
     for (size_t i = 0, m = m0, height; i < tiles; ++i, m += height) {
       height = rows / tiles + (i < rows % tiles);
-      folded_rows<B>(height, strip, m, i == 0 && panel + 1 < end ? b + panel_bytes(K) : nullptr);
+      if (i == 0 && panel + 1 < end) folded_rows<B>(height, strip, m, LinesAhead<1>{b + panel_bytes(K)});
+      else folded_rows<B>(height, strip, m, LinesAhead<0>{});
     }
   }
 }
