@@ -68,7 +68,10 @@ class QFusedLayer(nn.Module):
         in_training = "in training" if self.training else None
         reason = parts.reason or in_training or listener(parts) or settings_reason(parts)
         if reason is None and not compiling:
-            parts.see()
+            try:
+                parts.see()
+            except (TypeError, ValueError) as error:
+                reason = f"the operator does not take it: {error}"
         return parts, reason
 
     def _found(self, parts: Any) -> Any:

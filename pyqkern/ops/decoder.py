@@ -127,6 +127,9 @@ def _check_form(form: DecoderForm) -> None:
         raise ValueError(f"kv_heads must be heads={form.heads} where rows are interleaved, got {form.kv_heads}")
     if form.activation not in DECODER_ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(DECODER_ACTIVATIONS)}, got {form.activation!r}")
+    for name in ("scaling", "eps", "norm_offset"):
+        if not isinstance(value := getattr(form, name), (int, float)):
+            raise TypeError(f"{name} must be a float, got {value!r}")
     if form.window < 0:
         raise ValueError(f"window must be 0 for none, or positive, got {form.window}")
     if form.compute not in COMPUTE:

@@ -252,6 +252,16 @@ def test_code_that_is_patched_later_runs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls(fused) == ["the forward of a part was replaced", ""]
 
 
+def test_a_scaling_that_the_operator_cannot_take() -> None:
+    """None is the default of torch's attention."""
+    unfused, fused = pair()
+    for model in (unfused, fused):
+        model.model.layers[0].self_attn.scaling = None
+    with torch.no_grad():
+        assert distance(logits(fused, IDS), logits(unfused, IDS)) < 1e-5
+    assert calls(fused) == ["the operator does not take it: scaling must be a float, got None", ""]
+
+
 def test_norms_of_another_dtype() -> None:
     models = pair()
     for model in models:
