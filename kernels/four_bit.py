@@ -28,6 +28,8 @@ WEIGHT = ("packed", "absmax", "nested_absmax", "nested_map", "offset")
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 Constants = dict[str, int | str]
 
+FEW_ROWS = 2  # which never round; from 3 on, tensor cores are faster than one more multiply-add a row, on an H200
+
 # fmt: off
 NF4_LEVELS = tl.constexpr((
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -340,7 +342,7 @@ def linear_4bit(
     rows = x.reshape(-1, k)
     m = rows.shape[0]
     _check_weight(packed, absmax, n * k, blocksize)
-    if m > 2 or k % 32:
+    if m > FEW_ROWS or k % 32:
         rows = rows.to({"fp32": torch.float32, "bf16": torch.bfloat16}.get(compute, x.dtype))
     if k % 32 or m > (4 if rows.dtype == torch.float32 else 64):
         w = dequantize_4bit(*weight, quant_type, blocksize, (n, k), rows.dtype)
@@ -360,8 +362,7 @@ def linear_4bit(
 
 
 def _kernel_for(m: int, dtype: torch.dtype) -> str:
-    """Measured on an H200: from 3 rows on, tensor cores are faster than one more multiply-add for each row."""
-    return "four_bit_gemv" if m <= 2 or dtype == torch.float32 else "four_bit_dot"
+    return "four_bit_gemv" if m <= FEW_ROWS or dtype == torch.float32 else "four_bit_dot"
 
 
 def _gemv(

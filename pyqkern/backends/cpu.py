@@ -372,8 +372,7 @@ def recurrent(
         nested = [tensor for weight in weights for tensor in weight[2:5] if tensor is not None]
     _C.recurrent(
         x, batch_sizes, tuple(weight[0] for weight in weights), tuple(weight[1] for weight in weights), tuple(biases),
-        tuple(nested),
-        CELL_CODES[cell], reverse, symmetric, bits, compute in AS_INT8, book, blocksize, h, c, y,
+        tuple(nested), CELL_CODES[cell], reverse, symmetric, bits, compute in AS_INT8, book, blocksize, h, c, y,
     )  # fmt: skip
     return y, h, c
 
